@@ -1,0 +1,427 @@
+"""A Qwen transformer, its tokenizer, and the checkpoint folder that holds both.
+
+    model, tokenizer = load("mini")                            # or Qwen/Qwen2.5-1.5B-Instruct, or any such folder
+    tokens = tokenizer.chat([{"role": "user", "content": "Hi"}])
+    hidden = model(torch.tensor([tokens]))                     # (1, T, C)
+    model.logits(hidden[:, -1]).argmax()                       # the likeliest next token
+
+One class serves Qwen2/2.5, Qwen3 and Llama 3 / SmolLM2: they differ in three facts of the config (a bias on q, k, v; a norm
+on q and k; a head tied to the embedding) and in the rotary frequencies. Parameters have Hugging Face's names, so loading
+needs no mapping. Attention is an argument of `forward`: training passes `causal`, the sampler passes a method of its cache.
+
+Left out: sliding windows, mixture of experts, YaRN and other rotary scalings than Llama 3's, tensor parallelism.
+"""
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as BPE
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cli import UserError, write_whole
+from kernels import linear_logprob, rms_norm, rotate, swiglu
+
+# (layer, q (B, T, H, D), k (B, T, K, D), v (B, T, K, D)) -> o (B, T, H, D): H query heads share K key/value heads.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def causal(layer, q, k, v):
+    """Each token sees itself and what came before. Rows padded on the right need no mask: no real token sees the padding."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+@dataclass
+class Config:
+    """The facts of config.json that change the computation; `source` is the file itself, written back unchanged on save."""
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    rope: dict
+    source: dict
+
+    @classmethod
+    def from_dict(cls, d, name="config.json"):
+        family = d.get("model_type")
+        if family not in ("qwen2", "qwen3", "llama"):
+            raise UserError(f"{name}: model_type {family!r} is not supported; this program knows qwen2 (and 2.5), qwen3 and llama (and SmolLM2)")
+        if d.get("use_sliding_window") or d.get("mlp_bias") or d.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{name}: use_sliding_window, mlp_bias and activations other than silu are not supported")
+        # Settings of the rotary embedding: one dict in transformers 5, two keys before.
+        rope = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
+        rope.setdefault("rope_theta", d.get("rope_theta", 10000.0))
+        rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+        if rope["rope_type"] not in ("default", "llama3"):
+            raise UserError(f"{name}: rotary scaling {rope['rope_type']!r} is not supported (only default and llama3)")
+        try:
+            heads, bias = d["num_attention_heads"], d.get("attention_bias", False)
+            return cls(family, d["vocab_size"], d["hidden_size"], d["intermediate_size"], d["num_hidden_layers"], heads,
+                       d.get("num_key_value_heads") or heads, d.get("head_dim") or d["hidden_size"] // heads, d.get("rms_norm_eps", 1e-6),
+                       d.get("max_position_embeddings", 2048), d.get("tie_word_embeddings", False),
+                       qkv_bias=family == "qwen2" or bias, o_bias=family != "qwen2" and bias, qk_norm=family == "qwen3", rope=rope, source=d)
+        except KeyError as e:
+            raise UserError(f"{name}: the key {e.args[0]!r} is missing")
+
+
+def rope_frequencies(config):
+    """Angle per position of each rotated pair, float32 (D/2,): theta ** (-2i / D), slowed down as Llama 3.1 does if asked.
+
+    Llama 3.1: wavelengths over original/low_freq_factor are stretched by `factor`, those under original/high_freq_factor
+    stay, and the ones between are interpolated (transformers' `_compute_llama3_parameters` has the same formula).
+    """
+    r = config.rope
+    frequency = 1.0 / r["rope_theta"] ** (torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+    if r["rope_type"] == "llama3":
+        turns = r["original_max_position_embeddings"] * frequency / (2 * math.pi)  # full turns over the original context
+        smooth = ((turns - r["low_freq_factor"]) / (r["high_freq_factor"] - r["low_freq_factor"])).clamp(0, 1)
+        frequency = frequency * (smooth + (1 - smooth) / r["factor"])
+    return frequency
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, c.head_dim
+        H, K, D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, H * D, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, K * D, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, K * D, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(H * D, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(D, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, attend: Attend):
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H or K, D)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.o_proj(attend(self.layer, q, k, v).flatten(-2))  # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.config = c
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+            "layers": nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers)),
+            "norm": RMSNorm(c.hidden_size, c.rms_norm_eps),
+        })
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.frequencies = rope_frequencies(c)  # a plain tensor: not saved, and float32 whatever the weights are
+        self.ids = c.vocab_size  # `load` lowers it to the tokenizer's size
+        self.recompute = False  # True trades a third more work for the memory of the layers' activations
+
+    def forward(self, tokens, positions=None, attend: Attend = causal):
+        """Hidden states (B, T, C) of tokens (B, T). `positions` (B or 1, T) defaults to 0..T-1."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        angle = positions[..., None, None] * self.frequencies  # (B or 1, T, 1, D/2)
+        cos, sin = angle.cos(), angle.sin()
+        x = self.model.embed_tokens(tokens)  # (B, T, C)
+        for block in self.model.layers:
+            if self.recompute and torch.is_grad_enabled():
+                block = partial(checkpoint, block, use_reentrant=False)
+            x = block(x, cos, sin, attend)
+        return self.model.norm(x)
+
+    @property
+    def head(self):
+        """The output matrix (ids, C). It ends where the tokenizer does: the rows beyond are padding of the vocabulary, and no
+        sample, probability or gradient ever sees them."""
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return weight if self.ids == len(weight) else weight[:self.ids]
+
+    def logits(self, hidden):
+        """Next-token logits, float32 (..., ids)."""
+        return (hidden @ self.head.T).float()
+
+    def logprobs(self, hidden, targets, temperature=1.0):
+        """Log-probability of `targets` (N,) after `hidden` (N, C), and the entropy there: two float32 tensors (N,).
+
+        This one number is the loss of SFT, the ratio of GRPO and the check of the sampler. The logits are never held at once.
+        """
+        return linear_logprob(hidden, self.head, targets, temperature)
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.model.embed_tokens.weight.dtype
+
+
+# ---- text and ids ----------------------------------------------------------------------------------------------------
+
+# The system turn that a family's template adds when the user gives none. Recognised by its text; the template is never run.
+DEFAULT_SYSTEMS = ("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+                   "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+                   "You are a helpful assistant.")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja",
+                   "vocab.json", "merges.txt", "added_tokens.json")
+
+
+class Tokenizer:
+    """Text to ids and back, and the chat format of the model's family (ChatML, or Llama 3's headers).
+
+    `stop_ids` end a response; `end_id` is the one of them that closes an assistant turn, the one that training teaches.
+    """
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(f"{folder}: tokenizer.json is missing; --model must be a folder in Hugging Face format with a fast tokenizer")
+        self.files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        try:
+            self.bpe = BPE.from_str(self.files["tokenizer.json"].decode())
+            config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+            generation = json.loads(self.files.get("generation_config.json", b"{}"))
+        except Exception as e:  # the tokenizers library raises bare Exception
+            raise UserError(f"{folder}: the tokenizer cannot be read ({str(e).splitlines()[0]})")
+        self.bpe.no_padding()
+        self.bpe.no_truncation()
+        self.bpe.encode_special_tokens = True  # <|im_end|> in a question is ten characters of text, not the end of a turn
+        self.size = max(self.bpe.get_vocab(with_added_tokens=True).values()) + 1
+        template = str(config.get("chat_template") or "") + self.files.get("chat_template.jinja", b"").decode()
+        self.llama = self.bpe.token_to_id("<|im_start|>") is None and self.bpe.token_to_id("<|start_header_id|>") is not None
+        if not self.llama and self.bpe.token_to_id("<|im_start|>") is None:
+            raise UserError(f"{folder}: the tokenizer has neither <|im_start|> (ChatML) nor <|start_header_id|> (Llama 3), so no chat format fits it")
+        self.llama_dated = "Cutting Knowledge Date" in template  # Llama 3.1 and later
+        self.default_system = next((s for s in DEFAULT_SYSTEMS if s in template), None)
+        self.end_id = self.bpe.token_to_id("<|eot_id|>" if self.llama else "<|im_end|>")
+        eos = generation.get("eos_token_id") or []
+        named = config.get("eos_token")
+        named = self.bpe.token_to_id(named["content"] if isinstance(named, dict) else named) if named else None
+        self.stop_ids = sorted({self.end_id, *(eos if isinstance(eos, list) else [eos]), *([named] if named is not None else [])})
+        self.pad_id = self.end_id  # any id does: masks come from lengths
+
+    def encode(self, text):
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.bpe.decode(list(ids), skip_special_tokens=False)
+
+    def text(self, ids):
+        """The text of a completion: what `decode` gives, less the stop token at its end."""
+        return self.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
+
+    def chat(self, messages, prefill=""):
+        """Ids of a conversation, up to and with the opening of the assistant's turn and `prefill`.
+
+        chat([{"role": "user", "content": "Hi"}]) for ChatML without a default system turn:
+        <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
+        """
+        messages = list(messages)
+        if self.llama:
+            start, middle, end, after = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", ""
+            if self.llama_dated:  # the template always opens with these dates; the second is its fixed fallback
+                system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+                messages.insert(0, {"role": "system", "content": f"Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system.strip()}"})
+        else:
+            start, middle, end, after = "<|im_start|>", None, "<|im_end|>", "\n"
+            if self.default_system and messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": self.default_system})
+        special = self.bpe.token_to_id
+        ids = [special("<|begin_of_text|>")] if self.llama else []
+
+        def header(role, text):  # the role line and the text are encoded together, as one string between special tokens
+            if middle:
+                return [special(start), *self.encode(role), special(middle), *self.encode("\n\n" + text)]
+            return [special(start), *self.encode(f"{role}\n{text}")]
+
+        for i, m in enumerate(messages):
+            keep = not self.llama or i == 0 and self.llama_dated
+            ids += [*header(m["role"], m["content"] if keep else m["content"].strip()), special(end), *self.encode(after)]
+        return ids + header("assistant", "") + self.encode(prefill)
+
+
+# ---- the checkpoint folder -------------------------------------------------------------------------------------------
+
+def find(model):
+    """The local folder of a model: itself, or the hub's, fetched with huggingface_hub. The only code that uses the network."""
+    if Path(model).is_dir():
+        return Path(model)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"--model {model}: no such folder (a hub id looks like Qwen/Qwen2.5-1.5B-Instruct)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(model, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise UserError(f"--model {model}: no such folder here, and the hub did not give it ({str(e).strip().splitlines()[0]})")
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; --model must be a folder in Hugging Face format")
+    except (ValueError, UnicodeDecodeError):
+        raise UserError(f"{path}: not valid JSON")
+
+
+def read_weights(folder, device="cpu"):
+    """All tensors of a folder by name, from model.safetensors or from the shards that its index lists."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    elif index.is_file():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    else:
+        raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there (weights in other formats are not read)")
+    weights = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise UserError(f"{index}: the shard {shard!r} lies outside the folder; it is not read")
+        try:
+            with safe_open(folder / shard, "pt", device=str(device)) as f:
+                weights.update((name, f.get_tensor(name)) for name in f.keys())
+        except FileNotFoundError:
+            raise UserError(f"{folder / shard}: no such file, but the index lists it; fetch the folder again")
+        except SafetensorError as e:
+            raise UserError(f"{folder / shard}: truncated or damaged ({e}); fetch the file again")
+    return weights
+
+
+def load(model, device="auto", dtype="auto"):
+    """(Transformer, Tokenizer) of a Hugging Face folder or hub id. Raises UserError for anything wrong in the folder."""
+    device, dtype = place(device, dtype)
+    folder = find(model)
+    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    tokenizer = Tokenizer(folder)
+    if tokenizer.size > config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.size} ids but the model only {config.vocab_size}; the two do not belong together")
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    expected, weights = transformer.state_dict(), read_weights(folder, device)
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)  # some folders store the tied head twice
+    wrong = [f"{name} is missing" for name in expected if name not in weights]
+    wrong += [f"{name} is unexpected" for name in weights if name not in expected]
+    wrong += [f"{name} has shape {tuple(weights[name].shape)}, the config says {tuple(w.shape)}"
+              for name, w in expected.items() if name in weights and weights[name].shape != w.shape]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:3])}{more}")
+    transformer.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, strict=True, assign=True)
+    transformer.frequencies = transformer.frequencies.to(device)
+    transformer.ids = tokenizer.size
+    return transformer.requires_grad_(True), tokenizer
+
+
+def place(device="auto", dtype="auto"):
+    """The torch device and dtype that the flags --device and --dtype mean."""
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
+    except RuntimeError:
+        raise UserError(f"--device {device}: give cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch finds no GPU here; use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, dtype)
+
+
+SHARD_BYTES = 5 << 30
+
+
+def save(path, model, tokenizer):
+    """Write a Hugging Face folder that transformers and vLLM load unchanged. Each file appears whole or not at all."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for name, w in model.state_dict().items():
+        if size and size + w.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = w.detach().to("cpu").contiguous()
+        size += w.nbytes
+    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards):
+        save_tensors(path / name, shard)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(w.nbytes for s in shards for w in s.values())},
+                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+        write_whole(path / "model.safetensors.index.json", json.dumps(index, indent=2))
+    for name, content in tokenizer.files.items():
+        if name != "generation_config.json":
+            (path / name).write_bytes(content)
+    # Engines stop where generation_config.json says. A base model's ends a document, not a turn, so our stop ids go in.
+    generation = {**json.loads(tokenizer.files.get("generation_config.json", b"{}")), "eos_token_id": tokenizer.stop_ids}
+    write_whole(path / "generation_config.json", json.dumps(generation, indent=2))
+    config = {**model.config.source, "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    config.pop("dtype", None)  # transformers 5 writes this key; one of the two must go, or they could disagree
+    write_whole(path / "config.json", json.dumps(config, indent=2))
+
+
+def save_tensors(path, tensors, metadata=None):
+    """A safetensors file that is there whole or not at all. The metadata tells transformers that the tensors are PyTorch's."""
+    tmp = f"{path}.tmp"
+    try:
+        save_file(tensors, tmp, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as e:  # a full disk comes out as this
+        Path(tmp).unlink(missing_ok=True)
+        raise UserError(f"{path}: could not be written ({e})")
+    with open(tmp, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
