@@ -1,0 +1,281 @@
+"""What both trainers share: processes, token-budget batches, the optimizer, the run folder and how to resume it.
+
+Exact resuming needs no saved random state, because nothing here or in the loops draws from a running generator: the order of
+the data and every sampled token are functions of (seed, step, ...). A checkpoint is the float32 weights, AdamW's two
+moments and the number of the step.
+
+Left out: FSDP. The bfloat16 weights live whole on every process, so that the sampler sees each update with no copy and its
+graphs stay valid; what is sharded is the larger part, the float32 masters and moments (12 of 18 bytes a parameter).
+"""
+import json
+import math
+import os
+import shutil
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from cli import UserError, run_record, to_json, write_whole
+from model import Transformer, save, save_tensors
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes(device):
+    """Join the other processes, if torchrun started several: NCCL between GPUs, gloo between CPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if str(device).startswith("cuda") else "gloo")
+
+
+def total(values, device="cpu", op="SUM"):
+    """The sum (or MAX) over all processes of a list of numbers."""
+    if world() == 1:
+        return list(values)
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t, op=getattr(dist.ReduceOp, op))
+    return t.tolist()
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+def pack(lengths, budget):
+    """Group indices so that (rows x longest row) of a group is at most `budget`; one row may exceed it alone.
+
+    pack([5, 1, 4, 1], budget=8)  ->  [[1, 3], [2], [0]]: sorted by length, since rows are padded to the longest.
+    """
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def default_lr(asked, model, small, paper):
+    """The learning rate that --lr asks for; if none, the paper's, or `small` for a model of the miniature's size, which 1e-6
+    would leave where it is."""
+    return asked if asked is not None else small if sum(w.numel() for w in model.parameters()) < 10e6 else paper
+
+
+# ---- the optimizer ---------------------------------------------------------------------------------------------------
+
+class NonFinite(Exception):
+    """The gradient is inf or NaN; the weights were left as they are."""
+
+
+class Optimizer:
+    """AdamW on float32 masters (Loshchilov & Hutter 2019), sharded over the processes.
+
+    bfloat16 has 8 bits of mantissa: bf16(0.02) - 1e-5 == bf16(0.02), so a small step on bfloat16 weights is lost. The step is
+    taken on a float32 master and the weight becomes its rounding. Gradients are summed in float32 too, over micro-batches
+    and processes. Masters and moments of a tensor live on one process only, which broadcasts the new weight (ZeRO stage 1,
+    Rajbhandari et al. 2020, by whole tensors). For a float32 model the master is the weight itself.
+    """
+
+    def __init__(self, model: Transformer, weight_decay, betas=(0.9, 0.95), max_norm=1.0):
+        self.model, self.max_norm = model, max_norm
+        self.weights = dict(model.named_parameters())
+        load, self.owner = [0] * world(), {}
+        for name, w in sorted(self.weights.items(), key=lambda item: -item[1].numel()):
+            self.owner[name] = load.index(min(load))
+            load[self.owner[name]] += w.numel()
+        self.masters = {name: w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float())
+                        for name, w in self.weights.items() if self.owner[name] == rank()}
+        decayed = [m for m in self.masters.values() if m.ndim > 1]
+        others = [m for m in self.masters.values() if m.ndim == 1]
+        self.adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                       lr=0.0, betas=betas, eps=1e-8, fused=True) if self.masters else None
+        self.sums = {}  # name -> float32 gradient, for weights that are not float32
+        for name, w in self.weights.items():
+            if w.dtype != torch.float32:
+                w.register_post_accumulate_grad_hook(lambda w, name=name: self._collect(name, w))
+
+    def _collect(self, name, w):
+        """Runs when a backward pass has finished this weight's gradient: add it up in float32 and free it."""
+        if name in self.sums:
+            self.sums[name] += w.grad
+        else:
+            self.sums[name] = w.grad.float()
+        w.grad = None
+
+    def step(self, lr):
+        """Sum the gradients over the processes, clip, step. Returns the norm before clipping; raises NonFinite.
+
+        The loss of every micro-batch must already be divided by the count of the whole step, over all processes.
+        """
+        grads = {name: self.sums[name] if name in self.sums else w.grad if w.grad is not None else torch.zeros_like(w, dtype=torch.float32)
+                 for name, w in self.weights.items()}
+        if world() > 1:
+            for grad in grads.values():
+                dist.all_reduce(grad)
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()])).item()
+        if not math.isfinite(norm):
+            raise NonFinite
+        for name, master in self.masters.items():
+            master.grad = grads[name].mul_(min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0)
+        if self.adamw:
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+            self.adamw.step()
+        with torch.no_grad():
+            for name, w in self.weights.items():
+                if name in self.masters and self.masters[name] is not w:
+                    w.copy_(self.masters[name])
+                    self.masters[name].grad = None
+                if world() > 1:
+                    dist.broadcast(w.data, self.owner[name])
+                w.grad = None
+        self.sums.clear()
+        return norm
+
+    def state(self):
+        """This process's share: {name: tensor} with the prefixes master., first. and second. (moments)."""
+        out = {}
+        for name, master in self.masters.items():
+            moments = self.adamw.state[master]
+            out[f"master.{name}"] = master.detach()
+            if moments:
+                out[f"first.{name}"], out[f"second.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+        return out
+
+    def load(self, files, steps):
+        """Take masters and moments from the files of any number of processes; `steps` is how many steps AdamW has made."""
+        with torch.no_grad():
+            for path in files:
+                with safe_open(path, "pt", device=str(self.model.device)) as f:
+                    names = set(f.keys())
+                    for name, w in self.weights.items():
+                        if f"master.{name}" not in names:
+                            continue
+                        value = f.get_tensor(f"master.{name}")
+                        w.copy_(value)
+                        if name in self.masters:
+                            self.masters[name].copy_(value)
+                            if f"first.{name}" in names:
+                                self.adamw.state[self.masters[name]] = {"step": torch.tensor(float(steps), device=w.device if w.is_cuda else "cpu"),
+                                                                        "exp_avg": f.get_tensor(f"first.{name}"), "exp_avg_sq": f.get_tensor(f"second.{name}")}
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+
+FREE_TO_CHANGE = {"resume", "save_every", "device", "eval_every"}  # flags that a resumed run may give anew
+
+
+class Run:
+    """An output folder: a Hugging Face model folder, and beside it run.json, metrics.jsonl, rollouts.jsonl and state/.
+
+    `state/step-N` appears by one rename when all of it is written, and only then is the step before it removed. So a kill at
+    any moment leaves a whole checkpoint, and `--resume` cuts the logs back to its step.
+    """
+
+    def __init__(self, args):
+        self.out, self.save_every = Path(args.out), args.save_every
+        record, flags = self.out / "run.json", {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
+        if args.resume:
+            if not record.is_file():
+                raise UserError(f"--resume: {self.out} holds no run (no run.json); start it without --resume")
+            before = {k: v for k, v in json.loads(record.read_text())["flags"].items() if k not in FREE_TO_CHANGE}
+            for name in sorted(flags.keys() | before.keys()):
+                if flags.get(name) != before.get(name):
+                    raise UserError(f"--resume: {self.out} was started with --{name.replace('_', '-')} {before.get(name)}, not {flags.get(name)}; give the same flags")
+        elif self.out.exists():
+            raise UserError(f"--out {self.out} exists; go on with --resume, or give another --out")
+        barrier()  # no process may create the folder before all have looked
+        states = sorted((self.out / "state").glob("step-*[0-9]"))
+        self.state = states[-1] if states else None
+        self.info = json.loads((self.state / "state.json").read_text()) if self.state else {"step": 0, "updates": 0}
+        if rank() == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not args.resume:
+                write_whole(record, json.dumps(run_record(args), indent=2))
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
+                self._cut(self.out / name)
+        barrier()
+        if args.resume:
+            self.say(f"resuming {self.out} after step {self.info['step']}")
+
+    def _cut(self, path):
+        """Drop the lines of steps after the checkpoint, and a last line that a kill cut short."""
+        if path.is_file() and path.stat().st_size:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= self.info["step"]))
+
+    def restore(self, optimizer):
+        """Put the checkpoint, if there is one, into the optimizer and its model. Returns the step it was made after."""
+        if self.state:
+            optimizer.load(sorted(self.state.glob("*.safetensors")), self.info["updates"])
+        return self.info["step"]
+
+    def save(self, step, updates, model, tokenizer, optimizer):
+        """A checkpoint after `step`, in which the optimizer has made `updates` updates in all."""
+        final = self.out / "state" / f"step-{step:06d}"
+        tmp = final.with_suffix(".tmp")
+        if rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+        barrier()
+        save_tensors(tmp / f"rank{rank():03d}.safetensors", optimizer.state())
+        barrier()
+        if rank() == 0:
+            write_whole(tmp / "state.json", json.dumps({"step": step, "updates": updates, "processes": world()}))
+            os.replace(tmp, final)
+            save(self.out, model, tokenizer)
+            for other in final.parent.iterdir():
+                if other != final:
+                    shutil.rmtree(other)
+        barrier()
+
+    def due(self, step, last):
+        return step == last or self.save_every and step % self.save_every == 0
+
+    def log(self, row, name="metrics.jsonl"):
+        if rank() == 0:
+            with open(self.out / name, "a", encoding="utf-8") as f:
+                f.write(to_json(row) + "\n")
+
+    def say(self, text):
+        if rank() == 0:
+            print(text, flush=True)
+
+
+def stop_on_nonfinite(run, what):
+    return UserError(f"{what} is not finite, so the step was refused and the run stopped; the last good checkpoint is {run.out}. "
+                     "Lower --lr, or look at the data of this step; --resume goes on from there")
+
+
+@contextmanager
+def interruptible(device="cpu"):
+    """Yields a function that tells, the same on every process, whether somebody asked the run to stop (Ctrl-C, SIGTERM).
+    The loop then saves and leaves. A second Ctrl-C does not wait."""
+    asked = []
+
+    def handler(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping after this step (once more to stop now)", flush=True)
+
+    before = [(s, signal.signal(s, handler)) for s in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield lambda: total([len(asked)], device)[0] > 0
+    finally:
+        for s, old in before:
+            signal.signal(s, old)
