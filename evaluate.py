@@ -302,13 +302,14 @@ def main():
         plan.append((task, problems, samples, ks))
     out = Path(args.out)
     refuse_existing(out)
-    out.mkdir()
-    write_whole(out / "run.json", json.dumps(run_record(args), indent=2))
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     cells, results = [], {}
     for name, folder in args.models:
         model, tokenizer = load(folder, args.device, args.dtype)
         sampler = Sampler(model, tokenizer, args.slots)
+        if not out.exists():  # not before a model could be loaded: a mistake leaves no folder behind
+            out.mkdir()
+            write_whole(out / "run.json", json.dumps(run_record(args), indent=2))
         for task, problems, samples, ks in plan:
             rows = results[name, task.name] = run_cell(name, sampler, task, problems, samples, params, args)
             cells.append(summarise(rows, results[args.models[0][0], task.name], samples, ks))

@@ -293,8 +293,11 @@ class Tokenizer:
 
 def find(model):
     """The local folder of a model: itself, or the hub's, fetched with huggingface_hub. The only code that uses the network."""
+    if str(model) == "mini":  # the one that ships with the project, from whatever folder a command is started
+        return Path(__file__).parent / "mini"
     if Path(model).is_dir():
         return Path(model)
+    model = str(model)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"--model {model}: no such folder (a hub id looks like Qwen/Qwen2.5-1.5B-Instruct)")
     from huggingface_hub import snapshot_download
@@ -422,6 +425,7 @@ def save_tensors(path, tensors, metadata=None):
     except SafetensorError as e:  # a full disk comes out as this
         Path(tmp).unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written ({e})")
+    os.chmod(tmp, 0o644)  # the library makes it readable by its owner only
     with open(tmp, "rb") as f:
         os.fsync(f.fileno())
     os.replace(tmp, path)

@@ -55,17 +55,21 @@ def barrier():
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
-def pack(lengths, budget):
-    """Group indices so that (rows x longest row) of a group is at most `budget`; one row may exceed it alone.
+def pack(lengths, budget, waste=1.2):
+    """Group indices by similar length: rows x longest row of a group is at most `budget`, and at most `waste` times the real
+    tokens, since rows are padded to the longest. One row may exceed the budget alone.
 
-    pack([5, 1, 4, 1], budget=8)  ->  [[1, 3], [2], [0]]: sorted by length, since rows are padded to the longest.
+    pack([5, 1, 4, 1], budget=10)  ->  [[1, 3], [2, 0]]
     """
-    groups = []
+    groups, real = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
+        padded = (len(groups[-1]) + 1) * lengths[i] if groups else 0
+        if groups and padded <= budget and padded <= waste * (real + lengths[i]):
             groups[-1].append(i)
+            real += lengths[i]
         else:
             groups.append([i])
+            real = lengths[i]
     return groups
 
 

@@ -1,0 +1,239 @@
+import json
+from collections import Counter, deque
+
+import pytest
+import torch
+from conftest import FAMILIES, MINI, tiny
+
+import sample
+import tasks
+from cli import UserError
+from kernels import next_tokens, uniform
+from sample import Params, Request, Sampler
+
+PROMPTS = [[5, 9, 200, 31], [7], [100 + i for i in range(23)], [3, 3, 3, 3, 3, 3, 3]]
+
+
+def full_forward(model, prompt, n, stops):
+    """Greedy decoding the slow and sure way: the whole sequence through the model for every token."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + n and not (len(tokens) > len(prompt) and tokens[-1] in stops):
+        with torch.no_grad():
+            tokens.append(model.logits(model(torch.tensor([tokens]))[0, -1]).argmax().item())
+    return tokens[len(prompt):]
+
+
+# ---- the engine ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_cached_decoding_equals_the_full_forward(family, slots):
+    """Rule 2: ragged prompts, slots that are refilled and closed up (3 slots, 8 rows), prompts forked to several samples."""
+    model, tokenizer = tiny(family)
+    got = Sampler(model, tokenizer, slots).generate(PROMPTS, 2, Params(12, temperature=0))
+    for prompt, group in zip(PROMPTS, got):
+        want = full_forward(model, prompt, 12, tokenizer.stop_ids)
+        assert [c.tokens for c in group] == [want, want]
+
+
+@pytest.mark.parametrize("params", [Params(30), Params(30, 0.7, 20, 0.8), Params(30, 1.3, repetition_penalty=1.1), Params(30, 0)])
+def test_logprobs_equal_the_trainers(params):
+    """Rule 3, and the cuts and the penalty are not in the number."""
+    model, tokenizer = tiny("qwen3")
+    for prompt, group in zip(PROMPTS, Sampler(model, tokenizer, 5).generate(PROMPTS, 3, params)):
+        for c in group:
+            hidden = model(torch.tensor([prompt + c.tokens[:-1]]))[0, len(prompt) - 1:]
+            logp, _ = model.logprobs(hidden, torch.tensor(c.tokens), params.temperature or 1)
+            assert (logp - torch.tensor(c.logprobs)).abs().max() < 1e-4
+
+
+def test_a_completion_depends_on_its_key_only():
+    """Rule 4: not on slots, order, the other requests, or the number of samples (so not on processes, which split requests)."""
+    model, tokenizer = tiny()
+    reference = Sampler(model, tokenizer, 16).generate(PROMPTS, 4, Params(25), seed=3)
+    tokens = lambda groups: [[c.tokens for c in g] for g in groups]
+    assert tokens(Sampler(model, tokenizer, 2).generate(PROMPTS, 4, Params(25), seed=3)) == tokens(reference)
+    assert tokens(Sampler(model, tokenizer, 16).generate(PROMPTS[::-1], 4, Params(25), seed=3))[::-1] == tokens(reference)
+    assert tokens(Sampler(model, tokenizer, 7).generate(PROMPTS[2:3], 2, Params(25), seed=3)) == [tokens(reference)[2][:2]]
+    assert tokens(Sampler(model, tokenizer, 16).generate(PROMPTS, 4, Params(25), seed=4)) != tokens(reference)
+    assert len({tuple(t) for g in tokens(reference) for t in g}) == 16  # no two samples share their randomness
+
+
+def test_requests_may_join_while_others_run():
+    """The queue grows by a longer request: the cache is made anew for it and nothing that ran before is disturbed."""
+    model, tokenizer = tiny()
+    queue = deque([Request(PROMPTS[0], [0, 1], "a"), Request(PROMPTS[3], [0], "b")])
+    seen, added = {}, False
+    for request, index, c in Sampler(model, tokenizer, 2).stream(queue, Params(20), 0):
+        seen[request.key, index] = c.tokens
+        if not added:
+            added = True
+            queue.appendleft(Request([9] * 150, [0], "c"))
+    alone = Sampler(model, tokenizer, 4).generate([PROMPTS[0], PROMPTS[3], [9] * 150], 2, Params(20), 0, ["a", "b", "c"])
+    assert seen == {("a", 0): alone[0][0].tokens, ("a", 1): alone[0][1].tokens, ("b", 0): alone[1][0].tokens, ("c", 0): alone[2][0].tokens}
+
+
+def test_weights_are_shared_with_training():
+    model, tokenizer = tiny()
+    sampler = Sampler(model, tokenizer, 4)
+    before = sampler.generate(PROMPTS, 1, Params(10, 0))
+    with torch.no_grad():
+        for w in model.parameters():
+            w.mul_(1.3).add_(0.01)
+    after = sampler.generate(PROMPTS, 1, Params(10, 0))
+    assert [g[0].tokens for g in after] == [full_forward(model, p, 10, tokenizer.stop_ids) for p in PROMPTS] != [g[0].tokens for g in before]
+
+
+def test_ends():
+    """A stop token is part of the completion; a budget that runs out leaves none; the context is a budget too."""
+    model, tokenizer = tiny()
+    groups = Sampler(model, tokenizer, 8).generate(PROMPTS, 8, Params(300))
+    for prompt, group in zip(PROMPTS, groups):
+        for c in group:
+            inside = set(c.tokens[:-1] if c.finish == "stop" else c.tokens) & set(tokenizer.stop_ids)
+            assert not inside and (c.finish == "stop") == (c.tokens[-1] in tokenizer.stop_ids)
+            assert c.finish == "stop" or len(prompt) + len(c.tokens) == 256
+    assert {c.finish for g in groups for c in g} == {"stop", "length"}
+    with pytest.raises(UserError, match="does not fit the model's context of 256"):
+        Sampler(model, tokenizer).generate([[5] * 256], 1, Params(5))
+
+
+def test_padded_ids_are_never_sampled():
+    """Rule 5: padding rows of the vocabulary with the largest logits of all."""
+    model, tokenizer = tiny(padding=9)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.size:] = 50 * model.model.embed_tokens.weight[:9]
+    groups = Sampler(model, tokenizer, 32).generate(PROMPTS, 8, Params(20, temperature=5.0))
+    assert max(t for g in groups for c in g for t in c.tokens) < tokenizer.size
+
+
+def test_memory_decides_slots_and_is_refused_in_one_line(monkeypatch):
+    model, tokenizer = tiny()
+    each = 64 * sample.KVCache.bytes_per_token(model.config, torch.float32)
+    monkeypatch.setattr(sample, "free_memory", lambda device: 3 * each / 0.6 + 100)
+    made, real = [], sample.KVCache.__init__
+    monkeypatch.setattr(sample.KVCache, "__init__", lambda self, config, slots, *a: made.append(slots) or real(self, config, slots, *a))
+    Sampler(model, tokenizer).generate(PROMPTS, 4, Params(20))
+    assert made[0] == 3
+    with pytest.raises(UserError, match="lower --slots or --max-new-tokens"):
+        Sampler(model, tokenizer, slots=8).generate(PROMPTS, 4, Params(20))
+
+
+# ---- the choice of a token -------------------------------------------------------------------------------------------
+
+def test_uniform_is_splitmix64():
+    """Against Python's unbounded integers; and the numbers are spread evenly."""
+    def splitmix(key, position):
+        mask = 2**64 - 1
+        x = (key + (position + 1) * 0x9E3779B97F4A7C15) & mask
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+        return ((x ^ x >> 31) >> 40) / 2**24
+    keys, positions = torch.tensor([0, 1, -1, 2**62, -(2**63), 987654321]), torch.tensor([0, 5, 7, 4096, 1, 100_000])
+    assert uniform(keys, positions).tolist() == [splitmix(k, p) for k, p in zip(keys.tolist(), positions.tolist())]
+    u = uniform(torch.full((100_000,), 42), torch.arange(100_000))
+    assert abs(u.mean() - 0.5) < 0.005 and (u.histc(10, 0, 1) / 10_000 - 1).abs().max() < 0.05
+
+
+def kept(logits, temperature, top_k, top_p, min_p):
+    """The distribution after the cuts, by sorting and loops, as vLLM orders them."""
+    p = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(-1)
+    p = torch.where(p >= min_p * p.max(), p, 0)
+    order = p.argsort(descending=True).tolist()
+    if top_k:
+        order = order[:top_k]
+    total, mass, out = sum(p[i] for i in order) if top_k else 1.0, 0.0, torch.zeros(len(logits), dtype=torch.float64)
+    for i in order:
+        if mass < top_p * total or top_p == 1:
+            out[i] = p[i]
+        mass += p[i]
+    return out / out.sum()
+
+
+@pytest.mark.parametrize("cuts", [(1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (0.7, 20, 0.8, 0.0), (1.5, 0, 1.0, 0.1), (1.0, 3, 0.5, 0.05)])
+@pytest.mark.parametrize("V", [40, 3000])
+def test_next_tokens_follow_the_distribution(cuts, V):
+    """Inverting the distribution on an even grid of u must give each token its share, to within one grid step."""
+    logits = 2 * torch.randn(V, generator=torch.Generator().manual_seed(V))
+    N = 4000
+    u = (torch.arange(N) + 0.5) / N
+    tokens, logp = next_tokens(logits.repeat(N, 1), u, *cuts)
+    want = kept(logits.tolist(), *cuts)
+    share = torch.bincount(tokens, minlength=V) / N
+    assert (share - want).abs().max() < 1.5 / N + 1e-4
+    assert not (share > 0)[want == 0].any()
+    assert torch.allclose(logp, (logits / cuts[0]).log_softmax(-1)[tokens], atol=1e-5)
+
+
+def test_extreme_u_and_logits():
+    """u just below 1 must not fall off the end, nor onto a token of probability 0."""
+    logits = torch.full((2, 30), -1e4)
+    logits[:, [3, 17]] = 0.0
+    assert next_tokens(logits.clone(), torch.tensor([0.0, 1 - 2**-24]))[0].tolist() == [3, 17]
+    assert next_tokens(logits.clone(), torch.tensor([0.0, 1 - 2**-24]), top_k=7, top_p=0.9)[0].tolist() in ([3, 17], [17, 3])
+
+
+def test_repetition_penalty_is_vllms():
+    """Positive logits of seen tokens are divided, negative ones multiplied, for prompt and output: greedy by hand."""
+    model, tokenizer = tiny()
+    got = Sampler(model, tokenizer, 2).generate(PROMPTS, 1, Params(15, 0, repetition_penalty=1.8))
+    for prompt, (c,) in zip(PROMPTS, got):
+        tokens = list(prompt)
+        for t in c.tokens:
+            with torch.no_grad():
+                z = model.logits(model(torch.tensor([tokens]))[0, -1])
+            for i in set(tokens):
+                z[i] = z[i] / 1.8 if z[i] > 0 else z[i] * 1.8
+            assert z.argmax() == t
+            tokens.append(t)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+ARGS = ("--model", MINI, "--questions", "3", "--n", "2", "--max-new-tokens", "60", "--slots", "5", "--device", "cpu")
+
+
+def test_command_writes_and_resumes(cmd, tmp_path):
+    """Cut the file anywhere, even within a line: the same command adds what is missing, and nothing twice."""
+    status, out, _ = cmd(sample, *ARGS)
+    whole = (tmp_path / "samples.jsonl").read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert status == 0 and len(rows) == 3 * 4 * 2
+    assert Counter(r["style"] for r in rows) == dict.fromkeys(["plain", "plan", "alternatives", "rephrase"], 6)
+    task = tasks.find("countdown-3-small")
+    for row in rows:
+        grade = task.grade(tasks.Problem(row["id"], row["task"], row["question"], row["problem"]), row["solution"])
+        assert (grade.correct, grade.answer, grade.reason) == (row["correct"], row["answer"], row["reason"])
+        assert len(row["reflections"]) == (2 if row["finish"] == "stop" else 0)
+        assert all(r["verdict"] == tasks.verdict(r["text"]) for r in row["reflections"])
+        assert (row["system"] is None) == (row["style"] == "plain")
+    for cut in (len(whole) // 2, len(whole) - 1, 3):
+        (tmp_path / "samples.jsonl").write_text(whole[:cut])
+        assert cmd(sample, *ARGS)[0] == 0
+        again = (tmp_path / "samples.jsonl").read_text()
+        assert sorted(again.splitlines()) == sorted(whole.splitlines())
+        assert again.startswith(whole[:whole[:cut].rfind("\n") + 1])
+    assert "sampling 0 attempts" in cmd(sample, *ARGS)[1]
+    assert "--n 2, not 3" in cmd(sample, *ARGS, "--n", "3")[2]
+
+
+def test_same_seed_same_bytes_and_shards_cover(cmd, tmp_path):
+    cmd(sample, *ARGS, "--out", "a.jsonl")
+    cmd(sample, *ARGS, "--out", "b.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    for i in range(2):
+        cmd(sample, *ARGS, "--out", f"shard{i}.jsonl", "--shard", f"{i}/2")
+    shards = (tmp_path / "shard0.jsonl").read_text() + (tmp_path / "shard1.jsonl").read_text()
+    assert sorted(shards.splitlines()) == sorted((tmp_path / "a.jsonl").read_text().splitlines())
+
+
+def test_hints_are_for_attempts_only(cmd, tmp_path):
+    cmd(sample, *ARGS, "--hint", "--styles", "plain")
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert Counter(r["style"] for r in rows) == {"plain": 6, "plain-hint": 6}
+    assert all("Hint" not in r["question"] for r in rows)  # the reflection prompt is made of the question
+
+
+def test_prompt_by_hand(cmd):
+    status, out, _ = cmd(sample, "--model", MINI, "--prompt", "What is 7 * 8?", "--n", "2", "--device", "cpu", "--max-new-tokens", "40")
+    assert status == 0 and out.count("---") == 2
