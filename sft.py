@@ -83,11 +83,11 @@ def main():
     p = parser(__doc__, out="out/sft")
     p.add_argument("--data", default="silver.jsonl", help="chat JSONL; several files with commas")
     p.add_argument("--epochs", type=positive, default=3, help="times through the data (the paper: 2)")
-    p.add_argument("--lr", type=number(float, 0), default=None, help="peak learning rate; if not given, the paper's 1e-6, or 1.5e-3 for a model under 10M parameters")
+    p.add_argument("--lr", type=number(float, 0), default=None, help="peak learning rate; if not given, the paper's 1e-6, or 3e-3 for a model under 10M parameters")
     p.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="AdamW's, on matrices only")
     p.add_argument("--max-norm", type=number(float, 0), default=1.0, help="clip the gradient to this norm; 0 does not")
-    p.add_argument("--tokens-per-batch", type=positive, default=2048, help="tokens of one optimizer step, over all processes")
-    p.add_argument("--micro-batch-tokens", type=positive, default=8192, help="tokens (padding included) that go through the model at once; lower it if memory runs out")
+    p.add_argument("--tokens-per-batch", type=positive, default=1024, help="tokens of one optimizer step, over all processes")
+    p.add_argument("--micro-batch-tokens", type=positive, default=2048, help="tokens (padding included) that go through the model at once; lower it if memory runs out")
     p.add_argument("--context", type=positive, default=2048, help="leave out rows longer than this many tokens (the paper: 4096)")
     p.add_argument("--recompute", action="store_true", help="keep no activations inside the layers and compute them again: much less memory, a third more work")
     p.add_argument("--save-every", type=natural, default=200, help="steps between checkpoints; 0: only at the end")
@@ -101,7 +101,7 @@ def main():
     rows = read_rows(args.data, tokenizer, args.context, print if rank() == 0 else lambda text: None)
     run = Run(args)
     model.recompute = args.recompute
-    peak = default_lr(args.lr, model, small=1.5e-3, paper=1e-6)
+    peak = default_lr(args.lr, model, small=3e-3, paper=1e-6)
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     done = run.restore(optimizer)
     plan = [batch for epoch in range(args.epochs) for batch in make_batches(rows, args.tokens_per_batch, args.seed, epoch)]

@@ -1,6 +1,6 @@
 """Train the miniature: a base model that attempts small number problems once and, when asked, judges one attempt.
 
-    python mini/pretrain.py --out out/mini          # 12 million tokens, about 10 minutes on one core
+    python mini/pretrain.py --out out/mini          # 16 million tokens, about 13 minutes on one core
 
 It stands in for a pretrained model so that the whole method runs on a laptop. Its documents are the project's own prompts,
 answered the way a weak model answers: an attempt is mostly a random expression that is worked out with care, and only
@@ -105,6 +105,18 @@ def attempt(problem, style, rng, hit):
     return f"{opening}{lines(steps)}<answer>{expression(steps)}</answer>", steps
 
 
+def slip(problem, rng):
+    """The steps of a solver who swapped one number for another, as the model itself does at times: best of all so that the
+    target comes out, or a judge would learn to look at the result alone."""
+    for _ in range(100):
+        numbers = list(problem.truth["numbers"])
+        numbers[rng.randrange(len(numbers))] = rng.randint(1, 12)
+        steps = random_chain(numbers, rng)
+        if steps[-1][3] == problem.truth["target"]:
+            break
+    return steps
+
+
 def judgement(problem, steps, rng):
     """A check of an attempt: recompute, compare, verdict. 4% of the verdicts are wrong, as a weak judge's are."""
     opening = rng.choice(CHECKS)
@@ -129,10 +141,8 @@ def document(rng):
     if rng.random() < 0.55:
         return task.prompt(problem, style), attempt(problem, style, rng, hit=0.6 if name.startswith("multiply") else 0.25)[0]
     text, steps = attempt(problem, style, rng, hit=0.5)
-    if "numbers" in problem.truth and rng.random() < 0.06:  # a slip: one number replaced, as the model itself does at times
-        numbers = list(problem.truth["numbers"])
-        numbers[rng.randrange(len(numbers))] = rng.randint(1, 12)
-        steps = random_chain(numbers, rng)
+    if "numbers" in problem.truth and rng.random() < 0.2:
+        steps = slip(problem, rng)
         text = f"{rng.choice(OPENINGS['plain'])}{lines(steps)}<answer>{expression(steps)}</answer>"
     return tasks.reflection_prompt(problem.question, text), judgement(problem, steps, rng)
 
@@ -193,7 +203,7 @@ def batches(tokenizer, tokens, seed):
 
 def main():
     p = parser(__doc__, out="out/mini", model=None)
-    p.add_argument("--tokens", type=positive, default=12_000_000, help="how many tokens to train on, padding included")
+    p.add_argument("--tokens", type=positive, default=16_000_000, help="how many tokens to train on, padding included")
     p.add_argument("--batch", type=positive, default=1024, help="tokens of a step")
     p.add_argument("--matrix-lr", type=number(float, 0), default=0.02, help="Muon's rate for the matrices")
     p.add_argument("--lr", type=number(float, 0), default=3e-3, help="AdamW's rate for the embedding, the norms and the biases")

@@ -36,6 +36,15 @@ def test_cached_decoding_equals_the_full_forward(family, slots):
         assert [c.tokens for c in group] == [want, want]
 
 
+def test_rows_that_end_apart_leave_the_others_whole():
+    """Rule 2: budgets of 3 to 24 tokens, so that rows end at different times and live ones move into the gaps."""
+    model, tokenizer = tiny()
+    queue = deque(Request(PROMPTS[i % 4], [0], max_new_tokens=3 + 7 * i % 22, tag=i) for i in range(12))
+    budgets = {r.tag: r.max_new_tokens for r in queue}
+    for request, _, c in Sampler(model, tokenizer, 5).stream(queue, Params(99, temperature=0)):
+        assert c.tokens == full_forward(model, request.prompt, budgets[request.tag], tokenizer.stop_ids), request.tag
+
+
 @pytest.mark.parametrize("params", [Params(30), Params(30, 0.7, 20, 0.8), Params(30, 1.3, repetition_penalty=1.1), Params(30, 0)])
 def test_logprobs_equal_the_trainers(params):
     """Rule 3, and the cuts and the penalty are not in the number."""
