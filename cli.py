@@ -1,8 +1,6 @@
 """What every command owes its user: one clear line on bad input, whole files, a record of the run.
 
-Imports nothing of ours and no torch, so that `rearrange.py` and `tasks.py` stay light. DESIGN asked for no shared room
-beside train.py; this one exists because rearrange.py and the samplers need the same JSONL reader and the same exit
-codes, and neither may import the trainers.
+Imports nothing of ours and no torch, so that `rearrange.py` and `tasks.py` stay light.
 """
 import argparse
 import errno
@@ -25,13 +23,13 @@ def command(main):
     except UserError as e:
         message, status = str(e), 2
     except KeyboardInterrupt:
-        message, status = "interrupted; what was written is whole, the same command (with --resume, for training) goes on", 130
-    except BrokenPipeError:  # `... | head` closed our output: not an error, and nothing more can be printed
+        message, status = "interrupted; what was written is whole. sample.py goes on when called again, the trainers with --resume", 130
+    except BrokenPipeError:  # `... | head` closed our output: nothing more can be printed, and the work is not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
+        sys.exit(141)
     except OSError as e:
         if e.errno == errno.ENOSPC:
-            message, status = f"the disk is full ({e.filename or 'while writing'}); free some space and run the same command again", 2
+            message, status = f"the disk is full ({e.filename or 'while writing'}); free some space, then go on as after an interruption", 2
         elif e.filename and e.errno in (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG):
             message, status = f"{e.filename}: {e.strerror.lower()}", 2
         else:
@@ -84,17 +82,17 @@ def read_jsonl(path, keys=()):
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     count = 0
-    with open(path, encoding="utf-8", errors="surrogateescape") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                line.encode("utf-8")
-                row = json.loads(line)
-            except UnicodeEncodeError:
-                raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8")
-            except (json.JSONDecodeError, RecursionError) as e:
-                raise UserError(f"{path}:{number}: not valid JSON ({getattr(e, 'msg', 'nested too deeply')}); mend or remove this line")
+                row = json.loads(line.decode("utf-8"))
+                to_json(row).encode("utf-8")  # "\ud800" alone is valid JSON but no text
+            except UnicodeError:
+                raise UserError(f"{path}:{number}: not UTF-8 text; mend or remove this line")
+            except (ValueError, RecursionError) as e:  # ValueError: bad JSON, or a number of thousands of digits
+                raise UserError(f"{path}:{number}: not valid JSON ({getattr(e, 'msg', str(e)[:60])}); mend or remove this line")
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected an object like {{...}}, found {type(row).__name__}")
             missing = [k for k in keys if k not in row]
@@ -113,6 +111,7 @@ def to_json(row):
 def write_whole(path, text):
     """Write a file so that a reader sees the old one or the new one, never half of it."""
     tmp = f"{path}.tmp"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(tmp, "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
@@ -120,11 +119,10 @@ def write_whole(path, text):
     os.replace(tmp, path)
 
 
-def refuse_existing(path, mend="give another --out, or move it away"):
+def refuse_existing(path):
+    """Nothing is overwritten in silence."""
     if os.path.exists(path):
-        raise UserError(f"--out {path} exists; {mend}")
-    parent = os.path.dirname(os.path.abspath(path))
-    os.makedirs(parent, exist_ok=True)
+        raise UserError(f"--out {path} exists; give another --out, or move it away")
 
 
 def run_record(args):
@@ -136,6 +134,7 @@ def run_record(args):
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             pass
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) if (Path(__file__).parent / ".git").exists() else None
-    return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "flags": vars(args), "versions": versions,
-            "git": git.stdout.strip() if git and git.returncode == 0 else None}
+    commit, here = None, Path(__file__).parent
+    if (here / ".git").exists():
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+    return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "flags": vars(args), "versions": versions, "git": commit}

@@ -8,7 +8,7 @@ All models get the same questions, so the difference to the first is paired. Int
 the last one after </think> (strict); the lenient figure takes the last one anywhere, which tells a wrong answer from a
 response that never came to its end.
 
-Left out: several GPUs (start one process a model), judging by another model.
+Left out: several GPUs (start one process a task), going on with an interrupted evaluation, judging by another model.
 """
 import html
 import json
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import tasks
 from cli import UserError, command, natural, number, parser, positive, refuse_existing, run_record, to_json, write_whole
-from model import load
+from model import Config, find, load, read_json
 from sample import Completion, Params, Request, Sampler
 
 # Table of the paper (Qwen2.5-1.5B-Instruct trained on Countdown-3, accuracy in %, single runs), to print beside ours.
@@ -65,10 +65,20 @@ def interval(right):
     return bootstrap(means)
 
 
+def paired(differences):
+    """95% interval of a mean difference over questions. Where all questions agree the bootstrap would claim certainty; the bound
+    there is what n questions can exclude (Wilson at 0 of n)."""
+    differences = np.asarray(differences, dtype=float)
+    if differences.std() > 0:
+        return bootstrap(differences)
+    margin = wilson(0, len(differences))[1]
+    return max(-1.0, differences.mean() - margin), min(1.0, differences.mean() + margin)
+
+
 def pass_at(k, n, c):
     """Chance that at least one of k samples is right, from c right ones of n: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
     if k > n:
-        raise UserError(f"--k {k}: pass@{k} needs at least {k} samples of a question, there are {n}; raise --samples")
+        raise UserError(f"--k: pass@{k} needs at least {k} samples of a question, there are {n}; raise --samples")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -97,7 +107,7 @@ def skills(task, problem, text):
 
 # ---- budget forcing --------------------------------------------------------------------------------------------------
 
-def forced_prompt(tokenizer, completion, budget):
+def forced_prompt(tokenizer, completion):
     """(ids to go on from, ids kept of the response), for a response that ended within its budget.
 
     Cut before the last </think> (at the end, if there is none) and open a new <sample>. The ids that stay are the sampled ones
@@ -121,9 +131,10 @@ def force(sampler, problems, groups, params, seed, bar):
     out, queue = [list(group) for group in groups], deque()
     for i, group in enumerate(groups):
         for j, c in enumerate(group):
-            if c.finish == "stop":
-                prompt, kept = forced_prompt(sampler.tokenizer, c, params.max_new_tokens)
-                queue.append(Request(prompt, [j], f"forced/{problems[i].id}", max_new_tokens=2 * params.max_new_tokens - len(kept), tag=(i, kept)))
+            prompt, kept = forced_prompt(sampler.tokenizer, c)
+            left = 2 * params.max_new_tokens - len(kept)
+            if c.finish == "stop" and left > 0 and len(prompt) < sampler.model.config.max_position_embeddings:
+                queue.append(Request(prompt, [j], f"forced/{problems[i].id}", max_new_tokens=left, tag=(i, kept)))
     for request, j, c in sampler.stream(queue, params, seed):
         i, kept = request.tag
         out[i][j] = Completion(groups[i][j].prompt, kept + c.tokens, [], c.finish)
@@ -137,7 +148,8 @@ def run_cell(name, sampler, task, problems, samples, params, args):
     """The rows of results.jsonl for one model and task, one a sample."""
     tokenizer = sampler.tokenizer
     prompts = [tokenizer.chat(task.prompt(p, args.style)) for p in problems]
-    with tqdm(total=len(prompts) * samples * (2 if args.budget_forcing else 1), desc=f"{name} {task.name}", unit="", leave=False, disable=None) as bar:
+    count = len(prompts) * samples * (2 if args.budget_forcing else 1)
+    with tqdm(total=count, desc=f"{name} {task.name}", unit="", leave=False, disable=None) as bar:
         groups = sampler.generate(prompts, samples, params, args.seed, [p.id for p in problems], bar)
         forced = force(sampler, problems, groups, params, args.seed, bar) if args.budget_forcing else None
     rows = []
@@ -145,12 +157,13 @@ def run_cell(name, sampler, task, problems, samples, params, args):
         for j, c in enumerate(group):
             text = tokenizer.text(c.tokens)
             grade = task.grade(problem, text)
-            row = {"model": name, "task": task.name, "id": problem.id, "index": j, "question": problem.question, "response": text, "tokens": len(c.tokens), "finish": c.finish,
-                   "answer": grade.answer, "correct": grade.correct, "reason": grade.reason, "lenient": task.grade(problem, text, lenient=True).correct,
-                   **skills(task, problem, text)}
+            row = {"model": name, "task": task.name, "id": problem.id, "index": j, "question": problem.question, "response": text,
+                   "tokens": len(c.tokens), "finish": c.finish, "answer": grade.answer, "correct": grade.correct, "reason": grade.reason,
+                   "lenient": task.grade(problem, text, lenient=True).correct, **skills(task, problem, text)}
             if forced:
                 text = tokenizer.text(forced[i][j].tokens)
-                row["forced"] = {"response": text, "tokens": len(forced[i][j].tokens), "finish": forced[i][j].finish, "correct": task.grade(problem, text).correct}
+                row["forced"] = {"response": text, "tokens": len(forced[i][j].tokens), "finish": forced[i][j].finish,
+                                 "correct": task.grade(problem, text).correct}
             rows.append(row)
     return rows
 
@@ -170,11 +183,12 @@ def summarise(rows, first, samples, ks):
             "f1_correct": f1(verdicts, True), "f1_incorrect": f1(verdicts, False), "verdicts": len(verdicts)}
     if first is not rows:
         difference = (right - by_question(first, lambda r: r["correct"])).mean(1)
-        cell["difference"], cell["difference_interval"] = float(difference.mean()), bootstrap(difference)
+        cell["difference"], cell["difference_interval"] = float(difference.mean()), paired(difference)
     if "forced" in rows[0]:
         forced = by_question(rows, lambda r: r["forced"]["correct"])
-        cell |= {"forced": forced.mean(), "forced_interval": interval(forced), "forced_tokens": float(np.mean([r["forced"]["tokens"] for r in rows])),
-                 "forced_difference": float((forced - right).mean()), "forced_difference_interval": bootstrap((forced - right).mean(1))}
+        cell |= {"forced": forced.mean(), "forced_interval": interval(forced),
+                 "forced_tokens": float(np.mean([r["forced"]["tokens"] for r in rows])),
+                 "forced_difference": float((forced - right).mean()), "forced_difference_interval": paired((forced - right).mean(1))}
     return cell
 
 
@@ -184,17 +198,18 @@ def columns(cells):
     """[(heading, function of a cell)] of the table."""
     percent = lambda x: f"{100 * x:.1f}"
     within = lambda i: f"[{100 * i[0]:.1f}, {100 * i[1]:.1f}]"
+    change = lambda x, i: f"{100 * x:+.1f} {within(i)}"
     maybe = lambda x: "-" if x is None else f"{x:.2f}"
     table = [("model", lambda c: c["model"]), ("task", lambda c: c["task"]), ("n x k", lambda c: f"{c['questions']} x {c['samples']}"),
              ("accuracy %", lambda c: f"{percent(c['accuracy'])} {within(c['interval'])}"),
-             ("against the first", lambda c: f"{100 * c['difference']:+.1f} {within(c['difference_interval'])}" if "difference" in c else ""),
+             ("against the first", lambda c: change(c["difference"], c["difference_interval"]) if "difference" in c else ""),
              ("lenient", lambda c: percent(c["lenient"]))]
     table += [(f"pass@{k}", lambda c, k=k: percent(c["pass"][k])) for k in cells[0]["pass"] if k > 1]
     table += [("cut off", lambda c: percent(c["truncated"])), ("tokens", lambda c: f"{c['tokens']:.0f}"),
               ("answers", lambda c: maybe(c["answers"])), ("reflects", lambda c: maybe(c["reflections"])),
               ("F1 right/wrong", lambda c: f"{maybe(c['f1_correct'])} / {maybe(c['f1_incorrect'])}")]
     if "forced" in cells[0]:
-        table.append(("forced to go on", lambda c: f"{percent(c['forced'])} ({100 * c['forced_difference']:+.1f} {within(c['forced_difference_interval'])})"))
+        table.append(("forced to go on", lambda c: f"{percent(c['forced'])} ({change(c['forced_difference'], c['forced_difference_interval'])})"))
     return table
 
 
@@ -204,8 +219,10 @@ def text_table(rows):
 
 
 def paper_rows(names):
+    """The paper's table, cut down to the tasks of `names`; [] if it has none of them."""
     shared = [t for t in PAPER_TASKS if t in names]
-    return [["paper, 1.5B", *shared]] + [[arm, *(f"{row[PAPER_TASKS.index(t)]:.1f}" for t in shared)] for arm, row in PAPER.items()] if shared else []
+    rows = [[arm, *(f"{figures[PAPER_TASKS.index(t)]:.1f}" for t in shared)] for arm, figures in PAPER.items()]
+    return [["paper, 1.5B", *shared], *rows] if shared else []
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -224,28 +241,35 @@ def bars(cells):
     for task in names:
         start = x
         for c in (c for c in cells if c["task"] == task):
-            colour, y = PALETTE[models.index(c["model"]) % len(PALETTE)], lambda v: 210 - 180 * v / top
-            parts.append(f'<rect x="{x}" y="{y(c["accuracy"]):.1f}" width="34" height="{210 - y(c["accuracy"]):.1f}" fill="{colour}"/>'
-                         f'<path d="M{x + 17} {y(c["interval"][0]):.1f}V{y(c["interval"][1]):.1f}" stroke="#222"/>'
-                         f'<text x="{x + 17}" y="{y(c["interval"][1]) - 5:.1f}" text-anchor="middle">{100 * c["accuracy"]:.0f}</text>')
+            colour = PALETTE[models.index(c["model"]) % len(PALETTE)]
+            bar, low, high = (180 * v / top for v in (c["accuracy"], *c["interval"]))
+            parts.append(f'<rect x="{x}" y="{210 - bar:.1f}" width="34" height="{bar:.1f}" fill="{colour}"/>'
+                         f'<path d="M{x + 17} {210 - low:.1f}V{210 - high:.1f}" stroke="#222"/>'
+                         f'<text x="{x + 17}" y="{205 - high:.1f}" text-anchor="middle">{100 * c["accuracy"]:.0f}</text>')
             x += 40
         parts.append(f'<text x="{(start + x) / 2 - 3}" y="228" text-anchor="middle">{html.escape(task)}</text>')
         x += max(30, 7 * len(task) - (x - start))
-    legend = "".join(f'<rect x="{40 + 190 * i}" y="240" width="12" height="12" fill="{PALETTE[i % len(PALETTE)]}"/><text x="{57 + 190 * i}" y="250">{html.escape(m)}</text>' for i, m in enumerate(models))
-    return f'<svg width="{max(x, 60 + 190 * len(models))}" height="262" role="img" aria-label="accuracy in percent"><path d="M34 210H{x}" stroke="#999"/>{"".join(parts)}{legend}</svg>'
+    for i, model in enumerate(models):  # the legend
+        parts.append(f'<rect x="{40 + 190 * i}" y="240" width="12" height="12" fill="{PALETTE[i % len(PALETTE)]}"/>'
+                     f'<text x="{57 + 190 * i}" y="250">{html.escape(model)}</text>')
+    return (f'<svg width="{max(x, 60 + 190 * len(models))}" height="262" role="img" aria-label="accuracy in percent">'
+            f'<path d="M34 210H{x}" stroke="#999"/>{"".join(parts)}</svg>')
 
 
 def lengths(rows):
     """Distribution of the response lengths of one cell as an SVG of 40 bins."""
     counts, edges = np.histogram([r["tokens"] for r in rows], bins=40)
     top = max(counts.max(), 1)
-    parts = "".join(f'<rect x="{i * 9}" y="{60 - 56 * n / top:.1f}" width="8" height="{56 * n / top:.1f}" fill="#5b8bd0"/>' for i, n in enumerate(counts))
-    return f'<svg width="370" height="78" role="img" aria-label="tokens of a response">{parts}<text x="0" y="75">{edges[0]:.0f}</text><text x="360" y="75" text-anchor="end">{edges[-1]:.0f} tokens</text></svg>'
+    bins = "".join(f'<rect x="{9 * i}" y="{60 - 56 * n / top:.1f}" width="8" height="{56 * n / top:.1f}" fill="#5b8bd0"/>' for i, n in enumerate(counts))
+    ends = f'<text x="0" y="75">{edges[0]:.0f}</text><text x="360" y="75" text-anchor="end">{edges[-1]:.0f} tokens</text>'
+    return f'<svg width="370" height="78" role="img" aria-label="tokens of a response">{bins}{ends}</svg>'
 
 
 def page(cells, results, command_line):
     """report.html: one file, no script, nothing loaded from elsewhere."""
-    table = lambda rows: '<div class="wide"><table>' + "".join("<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) + "</tr>" for tag, row in zip(["th"] + ["td"] * len(rows), rows)) + "</table></div>"
+    def table(rows):
+        cells = ["".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
+        return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
     shown = columns(cells)
     body = [f"<h1>SkillFactory: evaluation</h1><p><code>{html.escape(command_line)}</code></p>", bars(cells),
             "<p>Bars: strict accuracy in %, line: 95% interval.</p>", table([[h for h, _ in shown]] + [[f(c) for _, f in shown] for c in cells])]
@@ -286,8 +310,10 @@ def arguments():
         raise UserError("--models: two models have the same name; give them as name=folder")
     try:
         args.k = [int(k) for k in args.k.split(",")] if args.k else []
+        if any(k < 1 for k in args.k):
+            raise ValueError
     except ValueError:
-        raise UserError(f"--k {args.k}: give whole numbers separated by commas, such as 1,4")
+        raise UserError(f"--k {args.k}: give whole numbers from 1 on, separated by commas, such as 1,4")
     return args
 
 
@@ -302,13 +328,15 @@ def main():
         plan.append((task, problems, samples, ks))
     out = Path(args.out)
     refuse_existing(out)
+    for _, folder in args.models:  # the same for the models: a name mistyped at the end of the list costs no hours
+        folder = find(folder)
+        Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     cells, results = [], {}
     for name, folder in args.models:
         model, tokenizer = load(folder, args.device, args.dtype)
         sampler = Sampler(model, tokenizer, args.slots)
         if not out.exists():  # not before a model could be loaded: a mistake leaves no folder behind
-            out.mkdir()
             write_whole(out / "run.json", json.dumps(run_record(args), indent=2))
         for task, problems, samples, ks in plan:
             rows = results[name, task.name] = run_cell(name, sampler, task, problems, samples, params, args)

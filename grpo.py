@@ -14,21 +14,19 @@ A prompt runs once through training too: its responses attend to one copy of it 
 
 Left out: asynchronous rollouts, a value model, tools, rewards other than the task's grade.
 """
-import math
 import random
 import time
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import tasks
 from cli import UserError, command, natural, number, parser, positive
-from model import load, place
-from sample import Params, Sampler, key_of
-from train import NonFinite, Optimizer, Run, default_lr, interruptible, pack, rank, start_processes, stop_on_nonfinite, total, world
+from model import device_and_dtype, load
+from sample import Completion, Params, Sampler
+from train import Optimizer, Run, check_finite, default_lr, interruptible, micro_batches, progress, rank, say, start_processes, total, world
 
 
 # ---- the objective ---------------------------------------------------------------------------------------------------
@@ -50,10 +48,12 @@ def token_weights(lengths, loss, count, tokens, max_new_tokens):
 
     `count` responses and `tokens` tokens are those of the whole mini-batch, over all processes, groups without a gradient
     included: a group of equal rewards adds nothing to the sum but counts in the divisor.
-    token-mean: every token alike (DAPO, Yu et al. 2025). sequence-mean: every response alike (the first GRPO).
-    constant: the sum over a fixed length, so that length has no pull of its own (Dr. GRPO).
     """
-    return [{"token-mean": 1 / tokens, "sequence-mean": 1 / (count * n), "constant": 1 / (count * max_new_tokens)}[loss] for n in lengths]
+    if loss == "token-mean":  # every token alike (DAPO, Yu et al. 2025)
+        return [1 / tokens for _ in lengths]
+    if loss == "sequence-mean":  # every response alike (the first GRPO)
+        return [1 / (count * n) for n in lengths]
+    return [1 / (count * max_new_tokens) for _ in lengths]  # constant: length has no pull of its own (Dr. GRPO)
 
 
 def policy_loss(logp, old_logp, advantage, weight, clip_low=0.2, clip_high=0.2, reference=None, kl=0.0):
@@ -88,15 +88,17 @@ def shared_prompt(prompt, responses, width):
     response once per response, for the price of one prompt.
     """
     def attend(layer, q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (1, H or K, T, D)
-        head, tail = zip(*((x[:, :, :prompt], x[:, :, prompt:].unflatten(2, (responses, width))[0].transpose(0, 1)) for x in (q, k, v)))
-        o_head = F.scaled_dot_product_attention(*head, is_causal=True, enable_gqa=True)  # (1, H, prompt, D)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (H or K, T, D)
+        k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))  # (H, T, D): with a mask, the fused kernels want equal heads
+        of_prompt = F.scaled_dot_product_attention(*(x[None, :, :prompt] for x in (q, k, v)), is_causal=True)  # (1, H, P, D)
         if width == 0:
-            return o_head.transpose(1, 2)
-        q, (k, v) = tail[0], (torch.cat((h.expand(responses, -1, -1, -1), t), dim=2) for h, t in zip(head[1:], tail[1:]))  # (n, K, prompt + width, D)
+            return of_prompt.transpose(1, 2)
+        before = [x[None, :, :prompt].expand(responses, -1, -1, -1) for x in (k, v)]  # (n, H, P, D), one copy seen n times
+        q, k, v = (x[:, prompt:].unflatten(1, (responses, width)).transpose(0, 1) for x in (q, k, v))  # (n, H, width, D)
+        k, v = torch.cat((before[0], k), 2), torch.cat((before[1], v), 2)  # (n, H, P + width, D)
         mask = torch.ones(width, prompt + width, dtype=torch.bool, device=q.device).tril(prompt)
-        o_tail = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # (n, H, width, D)
-        return torch.cat((o_head[0].transpose(0, 1), o_tail.transpose(1, 2).flatten(0, 1)))[None]  # (1, T, H, D)
+        of_responses = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (n, H, width, D)
+        return torch.cat((of_prompt[0].transpose(0, 1), of_responses.transpose(1, 2).flatten(0, 1)))[None]  # (1, T, H, D)
     return attend
 
 
@@ -116,68 +118,84 @@ def response_logprobs(model, prompt, responses, temperature):
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
+@dataclass
+class Group:
+    """One question of a step, its rollouts and how they were graded. `number` is the question's place in the step."""
+    number: int
+    problem: tasks.Problem
+    prompt: list[int]
+    completions: list[Completion]
+    grades: list[tasks.Grade]
+
+
 def roll_out(sampler, chosen, args, params, step):
-    """This process's share of the step's questions, answered and graded: [(place in the step, prompt, completions, grades)]."""
+    """This process's share of the step's questions [(task, problem)], answered and graded: a list of Groups."""
     mine = list(enumerate(chosen))[rank()::world()]
     prompts = [sampler.tokenizer.chat(task.prompt(problem)) for _, (task, problem) in mine]
     keys = [f"step {step}/{problem.id}" for _, (_, problem) in mine]
-    groups = sampler.generate(prompts, args.rollouts, params, args.seed, keys)
-    return [(i, prompt, group, [task.grade(problem, sampler.tokenizer.text(c.tokens)) for c in group])
-            for (i, (task, problem)), prompt, group in zip(mine, prompts, groups)]
+    answered = sampler.generate(prompts, args.rollouts, params, args.seed, keys)
+    sampler.release()
+    return [Group(number, problem, prompt, completions, [task.grade(problem, sampler.tokenizer.text(c.tokens)) for c in completions])
+            for (number, (task, problem)), prompt, completions in zip(mine, prompts, answered)]
 
 
-def reward_of(grade, args, step, place, index):
-    """1 for a correct answer. The control `--reward random` tosses a coin that knows nothing of the answer."""
-    return float(random.Random(f"{args.seed}/{step}/{place}/{index}").random() < 0.5 if args.reward == "random" else grade.correct)
+def rewards_of(group, args, step):
+    """1 for a correct answer, else 0. The control `--reward random` tosses coins that know nothing of the answers."""
+    if args.reward == "random":
+        coins = random.Random(f"{args.seed}/{step}/{group.number}")
+        return [float(coins.random() < 0.5) for _ in group.grades]
+    return [float(grade.correct) for grade in group.grades]
 
 
-def update(model, reference, optimizer, group_batch, args, temperature, lr):
-    """One optimizer step on a mini-batch: [(prompt, completions, advantages)] of this process. Returns (norm or None, sums).
+def update(model, reference, optimizer, batch, args, lr):
+    """One optimizer step on a mini-batch: [(Group, its advantages)] of this process. Returns (gradient norm or None, sums).
 
     None: no response of any process has a gradient, and the weights stay (a step on zeros would still move them by momentum).
     """
-    kept = [[j for j, c in enumerate(completions) if args.truncated == "keep" or c.finish == "stop"] for _, completions, _ in group_batch]
-    lengths = [len(completions[j].tokens) for (_, completions, _), js in zip(group_batch, kept) for j in js]
+    kept = [[j for j, c in enumerate(group.completions) if args.truncated == "keep" or c.finish == "stop"] for group, _ in batch]
+    lengths = [len(group.completions[j].tokens) for (group, _), js in zip(batch, kept) for j in js]
     count, tokens = total([len(lengths), sum(lengths)], model.device)
     names = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "reference_kl", "entropy", "difference")
     sums, largest = dict.fromkeys(names, 0.0), 0.0
-    for (prompt, completions, advantage), js in zip(group_batch, kept):
+    for (group, advantage), js in zip(batch, kept):
         js = [j for j in js if advantage[j] != 0 or reference is not None]  # no advantage, no gradient: not run
-        for part in pack([len(prompt) // max(1, len(js)) + len(completions[j].tokens) for j in js], args.micro_batch_tokens):
-            rows = [completions[js[i]] for i in part]
-            sizes = [len(c.tokens) for c in rows]
-            logp, entropy = response_logprobs(model, prompt, [c.tokens for c in rows], temperature)
-            spread = lambda values: torch.tensor([x for x, n in zip(values, sizes) for _ in range(n)], device=logp.device)
-            old_logp = torch.tensor([x for c in rows for x in c.logprobs], device=logp.device)
+        share = len(group.prompt) // max(1, len(js))  # each response carries its part of the prompt they share
+        for part in micro_batches([share + len(group.completions[j].tokens) for j in js], args.micro_batch_tokens):
+            part = [js[i] for i in part]
+            responses = [group.completions[j] for j in part]
+            sizes = torch.tensor([len(c.tokens) for c in responses], device=model.device)
+            weights = token_weights(sizes.tolist(), args.loss, count, tokens, args.max_new_tokens)
+            a, w = (torch.tensor(x, device=model.device).repeat_interleave(sizes) for x in ([advantage[j] for j in part], weights))  # (N,)
+            old_logp = torch.tensor([x for c in responses for x in c.logprobs], device=model.device)
+            ids = [c.tokens for c in responses]
+            logp, entropy = response_logprobs(model, group.prompt, ids, args.temperature)
             with torch.no_grad():
-                ref = response_logprobs(reference, prompt, [c.tokens for c in rows], temperature)[0] if reference is not None else None
-            loss, stats = policy_loss(logp, old_logp, spread([advantage[js[i]] for i in part]),
-                                      spread(token_weights(sizes, args.loss, count, tokens, args.max_new_tokens)),
-                                      args.clip_low, args.clip_high, ref, args.kl)
+                ref = response_logprobs(reference, group.prompt, ids, args.temperature)[0] if reference is not None else None
+            loss, stats = policy_loss(logp, old_logp, a, w, args.clip_low, args.clip_high, ref, args.kl)
             loss.backward()
             gap = (logp.detach() - old_logp).abs()
             largest = max(largest, gap.max().item())
-            for name, value in {**stats, "loss": loss.item(), "trained_tokens": len(logp), "entropy": entropy.sum().item(), "difference": gap.sum().item()}.items():
+            stats |= {"loss": loss.item(), "trained_tokens": len(logp), "entropy": entropy.sum().item(), "difference": gap.sum().item()}
+            for name, value in stats.items():
                 sums[name] += value
     sums = dict(zip(names, total([sums[name] for name in names], model.device)))
     sums["largest_difference"] = total([largest], model.device, "MAX")[0]
-    if not math.isfinite(sums["loss"]):
-        raise NonFinite
+    check_finite(sums["loss"], "loss")
     return (optimizer.step(lr) if sums["trained_tokens"] else None), sums
 
 
 def validate(sampler, problems, args, params):
     """Share of the validation questions answered right, one sample each, over all processes."""
     mine = problems[rank()::world()]
-    groups = sampler.generate([sampler.tokenizer.chat(task.prompt(problem)) for task, problem in mine], 1, params, args.seed)
-    right = sum(task.grade(problem, sampler.tokenizer.text(group[0].tokens)).correct for (task, problem), group in zip(mine, groups))
+    answered = sampler.generate([sampler.tokenizer.chat(task.prompt(problem)) for task, problem in mine], 1, params, args.seed)
+    sampler.release()
+    right = sum(task.grade(problem, sampler.tokenizer.text(c.tokens)).correct for (task, problem), (c,) in zip(mine, answered))
     return total([right], sampler.model.device)[0] / len(problems)
 
 
 def choose(problems, step, count, seed):
     """The questions of a step. Each pass over the data has an order of its own, a function of (seed, pass)."""
-    per_pass = len(problems) // count
-    turn, place = divmod(step - 1, per_pass)
+    turn, place = divmod(step - 1, len(problems) // count)
     return random.Random(f"{seed}/{turn}").sample(problems, len(problems))[place * count:(place + 1) * count]
 
 
@@ -222,54 +240,62 @@ def arguments():
     return args
 
 
-def main():
-    args = arguments()
-    start_processes(place(args.device, args.dtype)[0])
+def read_problems(args, tokenizer, context):
+    """([(task, problem)] to train on, the same to validate on). Refuses now what would fail in the middle of the run."""
     found = tasks.find_all(args.task, args.data_dir)
     problems = [(task, problem) for task in found for problem in task.problems("rl", args.questions, args.seed)]
-    held_out = [(task, problem) for task in found for problem in task.problems("val", args.eval_questions, args.seed)] if args.eval_every else []
+    held_out = []
+    if args.eval_every:
+        held_out = [(task, problem) for task in found for problem in task.problems("val", args.eval_questions, args.seed)]
     if len(problems) < args.questions_per_step:
         raise UserError(f"--questions-per-step {args.questions_per_step}: there are only {len(problems)} questions; raise --questions or lower it")
+    for task, problem in problems + held_out:
+        n = len(tokenizer.chat(task.prompt(problem)))
+        if n >= context:
+            raise UserError(f"--task {task.name}: the prompt of {problem.id} has {n} tokens and does not fit the model's context of {context}; remove it")
+    return problems, held_out
+
+
+def main():
+    args = arguments()
+    start_processes(device_and_dtype(args.device)[0])
     model, tokenizer = load(args.model, args.device, args.dtype)
+    problems, held_out = read_problems(args, tokenizer, model.config.max_position_embeddings)
     reference = deepcopy(model).requires_grad_(False) if args.kl else None  # before resuming: the model the run began with
     run = Run(args)
     model.recompute = args.recompute
     lr = default_lr(args.lr, model, small=3e-4, paper=1e-6)
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
-    done, updates = run.restore(optimizer), run.info["updates"]
+    done, updates = run.restore(optimizer, tokenizer), run.info["updates"]
     sampler, params = Sampler(model, tokenizer, args.slots), Params(args.max_new_tokens, args.temperature)
-    run.say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} rollouts, learning rate {lr:g}")
+    say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} rollouts, learning rate {lr:g}")
 
-    with interruptible(model.device) as asked_to_stop, tqdm(total=args.steps, initial=done, desc="grpo", unit="step", disable=None if rank() == 0 else True) as bar:
+    with interruptible(model.device) as asked_to_stop, progress("grpo", done, args.steps) as bar:
         for step in range(done + 1, args.steps + 1):
             started = time.time()
-            chosen = choose(problems, step, args.questions_per_step, args.seed)
-            groups = roll_out(sampler, chosen, args, params, step)
+            groups = roll_out(sampler, choose(problems, step, args.questions_per_step, args.seed), args, params, step)
             rolled = time.time()
 
-            rewards = torch.tensor([[reward_of(g, args, step, i, j) for j, g in enumerate(grades)] for i, _, _, grades in groups]).reshape(-1, args.rollouts)
-            advantage = advantages(rewards, not args.no_std).tolist()
-            norms, first, sums = [], None, {}
+            rewards = torch.tensor([rewards_of(group, args, step) for group in groups]).reshape(-1, args.rollouts)
+            pairs = list(zip(groups, advantages(rewards, not args.no_std).tolist()))
+            norms, seen = [], []
             for start in range(0, args.questions_per_step, args.mini_batch):
-                batch = [(prompt, completions, a) for (i, prompt, completions, _), a in zip(groups, advantage) if start <= i < start + args.mini_batch]
-                try:
-                    norm, seen = update(model, reference, optimizer, batch, args, args.temperature, lr)
-                except NonFinite:
-                    raise stop_on_nonfinite(run, f"the loss or gradient of step {step}")
-                if first is None and seen["trained_tokens"]:
-                    first = seen  # the weights are still those that sampled: here sampler and trainer must agree
+                batch = [(group, a) for group, a in pairs if start <= group.number < start + args.mini_batch]
+                norm, sums = update(model, reference, optimizer, batch, args, lr)
+                seen.append(sums)
                 if norm is not None:
                     norms.append(norm)
-                    updates += 1
-                sums = {name: sums.get(name, 0.0) + value for name, value in seen.items()}
+            updates += len(norms)
 
-            row = measure(step, groups, rewards, sums, first, norms, lr, model.device)
+            row = measure(step, groups, rewards, seen, norms, lr, model.device)
+            tokens = row["response_tokens"] * args.questions_per_step * args.rollouts
             row |= {"rollout_seconds": round(rolled - started, 3), "update_seconds": round(time.time() - rolled, 3),
-                    "rollout_tokens_per_second": round(row["response_tokens"] * args.questions_per_step * args.rollouts / (rolled - started), 1)}
+                    "rollout_tokens_per_second": round(tokens / (rolled - started), 1)}
             if held_out and step % args.eval_every == 0:
                 row["val"] = validate(sampler, held_out, args, params)
             run.log(row)
-            report(run, row, groups, chosen, tokenizer, step)
+            if rank() == 0:
+                report(run, row, groups, tokenizer, step)
             bar.set_postfix(reward=f"{row['reward']:.3f}", tokens=f"{row['response_tokens']:.0f}")
             bar.update()
             stop = asked_to_stop()
@@ -277,39 +303,59 @@ def main():
                 run.save(step, updates, model, tokenizer, optimizer)
             if stop:
                 raise KeyboardInterrupt
-    run.say(f"wrote {run.out}" if done < args.steps else f"{run.out} is finished already")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    say(f"wrote {run.out}" if done < args.steps else f"{run.out} is finished already")
 
 
-def measure(step, groups, rewards, sums, first, norms, lr, device):
-    """The row of metrics.jsonl, over all processes. Fractions and means are per token or per response, as named."""
-    completions = [c for _, _, group, _ in groups for c in group]
+def measure(step, groups, rewards, seen, norms, lr, device):
+    """The row of metrics.jsonl, over all processes: means per response or per trained token. `seen`: the sums of each update."""
+    completions = [c for group in groups for c in group.completions]
     n, reward, right, tokens, cut, mixed = total([
-        len(completions), rewards.sum().item(), sum(g.correct for *_, grades in groups for g in grades), sum(len(c.tokens) for c in completions),
-        sum(c.finish == "length" for c in completions), (rewards != rewards[:, :1]).any(-1).sum().item()], device)
+        len(completions),
+        rewards.sum().item(),
+        sum(grade.correct for group in groups for grade in group.grades),
+        sum(len(c.tokens) for c in completions),
+        sum(c.finish == "length" for c in completions),
+        (rewards != rewards[:, :1]).any(-1).sum().item(),
+    ], device)
+    sums = {name: sum(s[name] for s in seen) for name in seen[0]}
     trained = max(1, sums["trained_tokens"])
-    row = {"step": step, "reward": reward / n, "correct": right / n, "groups_with_signal": mixed / (n / rewards.shape[1]), "response_tokens": tokens / n,
-           "truncated": cut / n, "loss": sums["loss"], "grad_norm": sum(norms) / len(norms) if norms else None, "updates": len(norms), "lr": lr,
-           "entropy": sums["entropy"] / trained, "clip_fraction": sums["clip_fraction"] / trained, "approx_kl": sums["approx_kl"] / trained,
-           "sampler_trainer_mean": first["difference"] / first["trained_tokens"] if first else None, "sampler_trainer_max": first["largest_difference"] if first else None}
-    if sums["reference_kl"]:
-        row["reference_kl"] = sums["reference_kl"] / trained
+    row = {
+        "step": step,
+        "reward": reward / n,
+        "correct": right / n,
+        "groups_with_signal": mixed / (n / rewards.shape[1]),
+        "response_tokens": tokens / n,
+        "truncated": cut / n,
+        "loss": sums["loss"],
+        "grad_norm": sum(norms) / len(norms) if norms else None,
+        "updates": len(norms),
+        "lr": lr,
+        "entropy": sums["entropy"] / trained,
+        "clip_fraction": sums["clip_fraction"] / trained,
+        "approx_kl": sums["approx_kl"] / trained,
+        "reference_kl": sums["reference_kl"] / trained,
+    }
+    # At the first update the weights are still those that sampled: here sampler and trainer must agree.
+    first = next((s for s in seen if s["trained_tokens"]), None)
+    row["sampler_trainer_mean"] = first["difference"] / first["trained_tokens"] if first else None
+    row["sampler_trainer_max"] = first["largest_difference"] if first else None
     return row
 
 
-def report(run, row, groups, chosen, tokenizer, step):
-    """Warnings, and rollouts that a person can read: four a step in rollouts.jsonl, two now and then on the screen."""
+def report(run, row, groups, tokenizer, step):
+    """Warnings, and rollouts that a person can read: up to four a step in rollouts.jsonl, two now and then on the screen."""
     for text in warnings(row):
-        run.say(f"warning, step {step}: {text}")
-    for i, _, completions, grades in groups[:2]:
-        for j in sorted({max(range(len(grades)), key=lambda j: grades[j].correct), min(range(len(grades)), key=lambda j: grades[j].correct)}):
-            run.log({"step": step, "id": chosen[i][1].id, "question": chosen[i][1].question, "response": tokenizer.text(completions[j].tokens),
-                     "correct": grades[j].correct, "reason": grades[j].reason, "tokens": len(completions[j].tokens), "finish": completions[j].finish}, "rollouts.jsonl")
+        say(f"warning, step {step}: {text}")
+    for group in groups[:2]:
+        for wanted in (True, False):
+            for c, grade in [pair for pair in zip(group.completions, group.grades) if pair[1].correct == wanted][:1]:
+                run.log({"step": step, "id": group.problem.id, "question": group.problem.question, "response": tokenizer.text(c.tokens),
+                         "correct": grade.correct, "reason": grade.reason, "tokens": len(c.tokens), "finish": c.finish}, "rollouts.jsonl")
     if step == 1 or step % 20 == 0:
-        for c, grade in zip(groups[0][2][:2], groups[0][3]):
+        for c, grade in list(zip(groups[0].completions, groups[0].grades))[:2]:
             text = tokenizer.text(c.tokens)
-            run.say(f"\n--- step {step}, {chosen[groups[0][0]][1].id}: {'correct' if grade.correct else grade.reason}\n{text if len(text) < 800 else text[:400] + ' [...] ' + text[-400:]}")
+            shown = text if len(text) < 800 else f"{text[:400]} [...] {text[-400:]}"
+            say(f"\n--- step {step}, {groups[0].problem.id}: {'correct' if grade.correct else grade.reason}\n{shown}")
 
 
 def warnings(row):

@@ -63,6 +63,15 @@ class Config:
 
     @classmethod
     def from_dict(cls, d, name="config.json"):
+        try:
+            return cls._from_dict(d, name)
+        except KeyError as e:
+            raise UserError(f"{name}: the key {e.args[0]!r} is missing")
+        except (TypeError, AttributeError, ZeroDivisionError):
+            raise UserError(f"{name}: not the configuration of a model (a value has the wrong type)")
+
+    @classmethod
+    def _from_dict(cls, d, name):
         family = d.get("model_type")
         if family not in ("qwen2", "qwen3", "llama"):
             raise UserError(f"{name}: model_type {family!r} is not supported; this program knows qwen2 (and 2.5), qwen3 and llama (and SmolLM2)")
@@ -74,14 +83,28 @@ class Config:
         rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         if rope["rope_type"] not in ("default", "llama3"):
             raise UserError(f"{name}: rotary scaling {rope['rope_type']!r} is not supported (only default and llama3)")
-        try:
-            heads, bias = d["num_attention_heads"], d.get("attention_bias", False)
-            return cls(family, d["vocab_size"], d["hidden_size"], d["intermediate_size"], d["num_hidden_layers"], heads,
-                       d.get("num_key_value_heads") or heads, d.get("head_dim") or d["hidden_size"] // heads, d.get("rms_norm_eps", 1e-6),
-                       d.get("max_position_embeddings", 2048), d.get("tie_word_embeddings", False),
-                       qkv_bias=family == "qwen2" or bias, o_bias=family != "qwen2" and bias, qk_norm=family == "qwen3", rope=rope, source=d)
-        except KeyError as e:
-            raise UserError(f"{name}: the key {e.args[0]!r} is missing")
+        if rope["rope_type"] == "llama3":
+            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+                rope[key]  # a KeyError names the one that is missing
+        heads, bias = d["num_attention_heads"], d.get("attention_bias", False)
+        return cls(
+            model_type=family,
+            vocab_size=d["vocab_size"],
+            hidden_size=d["hidden_size"],
+            intermediate_size=d["intermediate_size"],
+            num_hidden_layers=d["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=d.get("num_key_value_heads") or heads,
+            head_dim=d.get("head_dim") or d["hidden_size"] // heads,
+            rms_norm_eps=d.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=d.get("max_position_embeddings", 2048),
+            tie_word_embeddings=d.get("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2" or bias,
+            o_bias=family != "qwen2" and bias,
+            qk_norm=family == "qwen3",
+            rope=rope,
+            source=d,
+        )
 
 
 def rope_frequencies(config):
@@ -91,6 +114,7 @@ def rope_frequencies(config):
     stay, and the ones between are interpolated (transformers' `_compute_llama3_parameters` has the same formula).
     """
     r = config.rope
+    # device="cpu": `load` builds the model on the meta device, and these numbers are needed for real.
     frequency = 1.0 / r["rope_theta"] ** (torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
     if r["rope_type"] == "llama3":
         turns = r["original_max_position_embeddings"] * frequency / (2 * math.pi)  # full turns over the original context
@@ -162,7 +186,7 @@ class Transformer(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.frequencies = rope_frequencies(c)  # a plain tensor: not saved, and float32 whatever the weights are
-        self.ids = c.vocab_size  # `load` lowers it to the tokenizer's size
+        self.vocab = c.vocab_size  # `load` lowers it to the tokenizer's size
         self.recompute = False  # True trades a third more work for the memory of the layers' activations
 
     def forward(self, tokens, positions=None, attend: Attend = causal):
@@ -180,13 +204,13 @@ class Transformer(nn.Module):
 
     @property
     def head(self):
-        """The output matrix (ids, C). It ends where the tokenizer does: the rows beyond are padding of the vocabulary, and no
+        """The output matrix (vocab, C). It ends where the tokenizer does: the rows beyond are padding of the vocabulary, and no
         sample, probability or gradient ever sees them."""
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return weight if self.ids == len(weight) else weight[:self.ids]
+        return weight if self.vocab == len(weight) else weight[:self.vocab]
 
     def logits(self, hidden):
-        """Next-token logits, float32 (..., ids)."""
+        """Next-token logits, float32 (..., vocab)."""
         return (hidden @ self.head.T).float()
 
     def logprobs(self, hidden, targets, temperature=1.0):
@@ -230,6 +254,8 @@ class Tokenizer:
             self.bpe = BPE.from_str(self.files["tokenizer.json"].decode())
             config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
             generation = json.loads(self.files.get("generation_config.json", b"{}"))
+            if not isinstance(config, dict) or not isinstance(generation, dict):
+                raise ValueError("tokenizer_config.json and generation_config.json must hold objects")
         except Exception as e:  # the tokenizers library raises bare Exception
             raise UserError(f"{folder}: the tokenizer cannot be read ({str(e).splitlines()[0]})")
         self.bpe.no_padding()
@@ -265,28 +291,29 @@ class Tokenizer:
         chat([{"role": "user", "content": "Hi"}]) for ChatML without a default system turn:
         <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
         """
-        messages = list(messages)
-        if self.llama:
-            start, middle, end, after = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", ""
-            if self.llama_dated:  # the template always opens with these dates; the second is its fixed fallback
-                system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-                messages.insert(0, {"role": "system", "content": f"Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system.strip()}"})
-        else:
-            start, middle, end, after = "<|im_start|>", None, "<|im_end|>", "\n"
-            if self.default_system and messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": self.default_system})
-        special = self.bpe.token_to_id
-        ids = [special("<|begin_of_text|>")] if self.llama else []
+        return (self._llama3(messages) if self.llama else self._chatml(messages)) + self.encode(prefill)
 
-        def header(role, text):  # the role line and the text are encoded together, as one string between special tokens
-            if middle:
-                return [special(start), *self.encode(role), special(middle), *self.encode("\n\n" + text)]
-            return [special(start), *self.encode(f"{role}\n{text}")]
+    # Text between two special tokens is encoded as one string, as the templates do.
 
-        for i, m in enumerate(messages):
-            keep = not self.llama or i == 0 and self.llama_dated
-            ids += [*header(m["role"], m["content"] if keep else m["content"].strip()), special(end), *self.encode(after)]
-        return ids + header("assistant", "") + self.encode(prefill)
+    def _chatml(self, messages):
+        if self.default_system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        start, end, newline = self.bpe.token_to_id("<|im_start|>"), self.end_id, self.encode("\n")
+        ids = []
+        for m in messages:
+            ids += [start, *self.encode(f"{m['role']}\n{m['content']}"), end, *newline]
+        return ids + [start, *self.encode("assistant\n")]
+
+    def _llama3(self, messages):
+        turns = [(m["role"], m["content"].strip()) for m in messages]
+        if self.llama_dated:  # the template always opens with two dates; the second is its fixed fallback
+            system = turns.pop(0)[1] if turns[0][0] == "system" else ""
+            turns.insert(0, ("system", f"Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system}"))
+        bos, start, middle = (self.bpe.token_to_id(t) for t in ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"))
+        ids = [bos]
+        for role, text in turns:
+            ids += [start, *self.encode(role), middle, *self.encode("\n\n" + text), self.end_id]
+        return ids + [start, *self.encode("assistant"), middle, *self.encode("\n\n")]
 
 
 # ---- the checkpoint folder -------------------------------------------------------------------------------------------
@@ -304,8 +331,8 @@ def find(model):
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
         return Path(snapshot_download(model, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        raise UserError(f"--model {model}: no such folder here, and the hub did not give it ({str(e).strip().splitlines()[0]})")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:  # ValueError: not a name that a hub id may have
+        raise UserError(f"--model {model}: no such folder here, and the hub did not give it ({(str(e).strip() or type(e).__name__).splitlines()[0]})")
 
 
 def read_json(path):
@@ -313,7 +340,7 @@ def read_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; --model must be a folder in Hugging Face format")
-    except (ValueError, UnicodeDecodeError):
+    except ValueError:
         raise UserError(f"{path}: not valid JSON")
 
 
@@ -342,7 +369,7 @@ def read_weights(folder, device="cpu"):
 
 def load(model, device="auto", dtype="auto"):
     """(Transformer, Tokenizer) of a Hugging Face folder or hub id. Raises UserError for anything wrong in the folder."""
-    device, dtype = place(device, dtype)
+    device, dtype = device_and_dtype(device, dtype)
     folder = find(model)
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
     tokenizer = Tokenizer(folder)
@@ -362,14 +389,16 @@ def load(model, device="auto", dtype="auto"):
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:3])}{more}")
     transformer.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, strict=True, assign=True)
     transformer.frequencies = transformer.frequencies.to(device)
-    transformer.ids = tokenizer.size
-    return transformer.requires_grad_(True), tokenizer
+    transformer.vocab = tokenizer.size
+    return transformer, tokenizer
 
 
-def place(device="auto", dtype="auto"):
+def device_and_dtype(device="auto", dtype="auto"):
     """The torch device and dtype that the flags --device and --dtype mean."""
     if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":  # under torchrun each process of a host has its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(device)
         if device.type not in ("cpu", "cuda"):
@@ -379,7 +408,9 @@ def place(device="auto", dtype="auto"):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch finds no GPU here; use --device cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: there are only {torch.cuda.device_count()} GPUs here, counted from 0")
+        torch.cuda.set_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device, getattr(torch, dtype)
@@ -399,7 +430,7 @@ def save(path, model, tokenizer):
             size = 0
         shards[-1][name] = w.detach().to("cpu").contiguous()
         size += w.nbytes
-    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards):
         save_tensors(path / name, shard)
     if len(shards) > 1:
@@ -408,7 +439,7 @@ def save(path, model, tokenizer):
         write_whole(path / "model.safetensors.index.json", json.dumps(index, indent=2))
     for name, content in tokenizer.files.items():
         if name != "generation_config.json":
-            (path / name).write_bytes(content)
+            write_whole(path / name, content.decode("utf-8"))
     # Engines stop where generation_config.json says. A base model's ends a document, not a turn, so our stop ids go in.
     generation = {**json.loads(tokenizer.files.get("generation_config.json", b"{}")), "eos_token_id": tokenizer.stop_ids}
     write_whole(path / "generation_config.json", json.dumps(generation, indent=2))

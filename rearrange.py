@@ -23,7 +23,7 @@ from cli import UserError, command, natural, parser, positive, read_jsonl, refus
 
 @dataclass(frozen=True)
 class Pair:
-    """One attempt and one reflection whose verdict agrees with the grade."""
+    """One attempt and one reflection whose verdict agrees with the grade ("" in recipes that use none)."""
     attempt: str
     reflection: str
     answer: str | None
@@ -100,12 +100,10 @@ def unordered(pairs, rng, most):
 
 def full(pairs, rng, most):
     """For N = 1..most: N - 1 pairs of any kind, then a correct one."""
-    traces = []
-    for n in range(1, min(most, len(pairs)) + 1):
-        right = [p for p in pairs if p.correct]
-        if right:
-            last = rng.choice(right)
-            traces.append([*rng.sample([p for p in pairs if p is not last], n - 1), last])
+    right, traces = [p for p in pairs if p.correct], []
+    for n in range(1, min(most, len(pairs)) + 1 if right else 1):
+        last = rng.choice(right)
+        traces.append([*rng.sample([p for p in pairs if p is not last], n - 1), last])
     return traces
 
 
@@ -131,9 +129,14 @@ def confirm(pairs, rng, most):
     return traces
 
 
-def single(pairs, rng, most):
-    """Each pair alone."""
-    return [[p] for p in pairs]
+def star(pairs, rng, most):
+    """Each correct attempt alone (Zelikman et al. 2022)."""
+    return [[pair] for pair in pairs if pair.correct]
+
+
+def unarranged(pairs, rng, most):
+    """The pairs that `paper` draws, each alone."""
+    return [[pair] for trace in paper(pairs, rng, most) for pair in trace]
 
 
 def _pools(pairs, rng):
@@ -150,13 +153,13 @@ def _draw(pool, n):
 # name: (draw, what it is). `star` and `unarranged` have no tags at all: the attempt is the whole response.
 RECIPES = {
     "paper": (paper, "Algorithm 1: ends right, correct pairs outnumber incorrect ones"),
-    "full": (full, "for N = 1..5: N-1 random pairs, then a correct one"),
+    "full": (full, "for N = 1..--max-correct: N-1 random pairs, then a correct one"),
     "backtrack": (backtrack, "ends on an incorrect pair, then returns to an earlier correct answer"),
     "confirm": (confirm, "ends on two correct pairs and says so"),
     "random": (unordered, "ablation: the paper's draws in any order, may end wrong"),
     "no-reflection": (paper, "ablation: the paper's order without the <reflect> blocks"),
-    "star": (single, "baseline: each correct attempt as it is"),
-    "unarranged": (paper, "control: the attempts that `paper` draws, right or wrong, each as it is"),
+    "star": (star, "baseline: each correct attempt as it is"),
+    "unarranged": (unarranged, "control: the attempts that `paper` draws, right or wrong, each as it is"),
 }
 
 
@@ -179,7 +182,8 @@ def build(pairs, recipe, phrases, rng):
         closing, final = "returning", next(p for p in reversed(pairs) if p.correct)
     if recipe == "confirm":
         closing = "confirming"
-    return parts + [("tag", "</think>\n\n"), ("glue", rng.choice(phrases[closing])), ("tag", "\n\n<answer>\n"), ("answer", final.answer), ("tag", "\n</answer>")]
+    parts += [("tag", "</think>\n\n"), ("glue", rng.choice(phrases[closing]))]
+    return parts + [("tag", "\n\n<answer>\n"), ("answer", final.answer), ("tag", "\n</answer>")]
 
 
 def read_phrases(path):
@@ -192,7 +196,8 @@ def read_phrases(path):
         raise UserError(f"--phrases {path}: not valid JSON ({e})")
     for kind in ("correct", "incorrect", "neutral", "closing", "confirming", "returning"):
         texts = phrases.get(kind) if isinstance(phrases, dict) else None
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t and not any(tag in t for tag in TAGS) for t in texts):
+        fine = isinstance(texts, list) and texts and all(isinstance(t, str) and t and not any(tag in t for tag in TAGS) for t in texts)
+        if not fine:
             raise UserError(f"--phrases {path}: {kind!r} must be a list of phrases without tags")
     return phrases
 
@@ -205,8 +210,10 @@ def show(pairs, trace, parts, question):
     colour = (lambda kind, text: f"\033[{COLOURS[kind]}m{text}\033[0m") if sys.stdout.isatty() else lambda kind, text: text
     right = sum(p.correct for p in pairs)
     print(colour("tag", "=" * 100))
-    print(f"question\n{question}\n\npool: {colour('right', f'{right} correct')} and {colour('wrong', f'{len(pairs) - right} incorrect')} pairs")
-    print("drawn, in order: " + ", ".join(colour("right" if p.correct else "wrong", f"{p.style} {p.index} ({'correct' if p.correct else 'incorrect'})") for p in trace) + "\n")
+    print(f"question\n{question}\n")
+    print(f"pool: {colour('right', f'{right} correct')} and {colour('wrong', f'{len(pairs) - right} incorrect')} pairs")
+    drawn = [colour("right", f"{p.style} {p.index} (correct)") if p.correct else colour("wrong", f"{p.style} {p.index} (incorrect)") for p in trace]
+    print(f"drawn, in order: {', '.join(drawn)}\n")
     print("".join(colour(kind, text) for kind, text in parts), "\n")
 
 
@@ -215,11 +222,16 @@ def show(pairs, trace, parts, question):
 def read_rows(paths):
     """Rows of all files, sorted, each (id, style, index) once."""
     rows = {}
+    keys = ("id", "task", "problem", "question", "style", "index", "solution", "finish", "answer", "correct", "reflections")
     for path in paths.split(","):
-        for number, row in enumerate(read_jsonl(path, ("id", "task", "problem", "question", "style", "index", "solution", "finish", "answer", "correct", "reflections")), 1):
-            if not (isinstance(row["solution"], str) and isinstance(row["correct"], bool) and isinstance(row["reflections"], list)
-                    and all({"text", "verdict", "finish"} <= set(r) for r in row["reflections"])):
-                raise UserError(f"{path}: row {number}: solution must be text, correct a boolean, reflections a list of {{text, verdict, finish}}")
+        for number, row in enumerate(read_jsonl(path, keys), 1):
+            texts = all(isinstance(row[key], str) for key in ("id", "task", "question", "style", "solution", "finish"))
+            others = isinstance(row["index"], int) and isinstance(row["correct"], bool) and isinstance(row["answer"], str | None)
+            reflections = isinstance(row["reflections"], list) and all(
+                isinstance(r, dict) and isinstance(r.get("text"), str) and {"verdict", "finish"} <= r.keys() for r in row["reflections"])
+            if not (texts and others and reflections):
+                raise UserError(f"{path}: row {number}: not a line of sample.py (id, question, style, solution: text; index: a number; "
+                                "correct: true or false; answer: text or null; reflections: a list of {text, verdict, finish})")
             if row["correct"] and row["answer"] is None:
                 raise UserError(f"{path}: row {number}: an attempt without an answer cannot be correct")
             key = (row["id"], row["style"], row["index"])
@@ -241,15 +253,12 @@ def main():
     phrases, rows = read_phrases(args.phrases), read_rows(args.data)
     if not args.show:
         refuse_existing(args.out)
-    draw, dropped, silver, lengths, shown = RECIPES[args.recipe][0], Counter(), [], Counter(), 0
+    draw = RECIPES[args.recipe][0]
+    dropped, lengths, silver, shown = Counter(), Counter(), [], 0
     for identity, group in groupby(rows, key=lambda row: row["id"]):
         group, rng = list(group), random.Random(f"{args.seed}/{identity}")
         pairs = pairs_of(group, rng, dropped, need_reflection=args.recipe not in ("star", "no-reflection"))
-        if args.recipe == "star":
-            pairs = [pair for pair in pairs if pair.correct]
         traces = draw(pairs, rng, args.max_correct)
-        if args.recipe == "unarranged":
-            traces = [[pair] for trace in traces for pair in trace]
         problem = tasks.Problem(identity, group[0]["task"], group[0]["question"], group[0]["problem"])
         for trace in traces[:args.traces_per_question or None]:
             parts = build(trace, args.recipe, phrases, rng)
@@ -258,7 +267,7 @@ def main():
                 shown += 1
             lengths[len(trace)] += 1
             # Whatever styles the attempts came from, the trained model meets the plain prompt only.
-            silver.append({"messages": [*tasks.Task().prompt(problem), {"role": "assistant", "content": "".join(text for _, text in parts)}],
+            silver.append({"messages": [*tasks.Task.prompt(problem), {"role": "assistant", "content": "".join(text for _, text in parts)}],
                            "id": identity, "task": problem.task, "recipe": args.recipe,
                            "pairs": [{"style": pair.style, "index": pair.index, "correct": pair.correct} for pair in trace]})
     right = sum(row["correct"] for row in rows)

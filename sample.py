@@ -15,6 +15,7 @@ Left out: paged cache, speculative decoding, quantised weights, prefixes shared 
 """
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks
-from cli import UserError, command, natural, number, parser, positive, read_jsonl, refuse_existing, run_record, to_json, write_whole
+from cli import UserError, command, natural, number, parser, positive, read_jsonl, run_record, to_json, write_whole
 from kernels import decode_attention, next_tokens, uniform
 from model import load
 
@@ -141,11 +142,17 @@ class Sampler:
     def stream(self, queue, params, seed=0):
         """Yield (request, index, Completion) as rows finish. The caller may add requests to the deque while it runs."""
         self.params, self.seed = params, seed
-        self.rows = []
+        self.rows, self.fitted = [], False
         while queue or self.rows:
             self.schedule(queue)
             self.step()
             yield from self.postprocess()
+
+    def release(self):
+        """Give the cache's memory back, for a training step to use."""
+        self.cache = None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # ---- schedule: give free slots to waiting samples
 
@@ -153,15 +160,13 @@ class Sampler:
     def schedule(self, queue):
         if not queue:
             return
-        if self.cache is None or not self.rows:
+        if not self.rows:
             self._make_cache(queue)
         taken, forks = [], []  # taken: (slot, prompt) to prefill; forks: (source, targets, length)
         while queue and len(self.rows) < self.cache.slots:
             request = queue[0]
             if self._room(request) > self.cache.capacity:
-                if self.rows or taken:
-                    break  # it waits until the others are done and a cache with longer slots can be made
-                self._make_cache(queue)
+                break  # it came late: it waits until the others are done and a cache with longer slots can be made
             indices = request.indices[request.started:request.started + self.cache.slots - len(self.rows)]
             targets = list(range(len(self.rows), len(self.rows) + len(indices)))
             # Any live row of the request holds the prompt in its first positions, which never change: a source to fork.
@@ -185,15 +190,17 @@ class Sampler:
         context = self.model.config.max_position_embeddings
         if len(request.prompt) >= context:
             raise UserError(f"a prompt of {len(request.prompt)} tokens does not fit the model's context of {context}; shorten it")
-        return min(len(request.prompt) + (request.max_new_tokens or self.params.max_new_tokens), context)
+        budget = self.params.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        return min(len(request.prompt) + budget, context)
 
     def _make_cache(self, queue):
         """A cache for the longest request that waits. Free memory decides the number of slots, if the caller did not."""
         model = self.model
         capacity = max(self._room(r) for r in queue)
-        if self.cache and self.cache.capacity < capacity:  # more such requests will come: grow by doubling
+        if self.fitted and self.cache.capacity < capacity:  # longer requests came while others ran, and more will: grow by doubling
             capacity = max(capacity, min(2 * self.cache.capacity, model.config.max_position_embeddings))
         capacity = -(-capacity // 64) * 64
+        self.fitted = True
         each = capacity * KVCache.bytes_per_token(model.config, model.dtype)
         held = 2 * self.cache.k.nbytes if self.cache else 0
         fit = int((0.6 * free_memory(model.device) + held) // each)
@@ -207,7 +214,9 @@ class Sampler:
             self.cache = KVCache(model.config, slots, capacity, model.device, model.dtype)
         # The token that each row feeds next, the positions in its cache, its key, and (for the penalty) the ids it has seen.
         self.tokens, self.lengths, self.keys = torch.zeros(3, self.cache.slots, dtype=torch.long, device=model.device)
-        self.seen = torch.zeros(self.cache.slots, model.ids, dtype=torch.bool, device=model.device) if self.params.repetition_penalty != 1 else None
+        self.seen = None
+        if self.params.repetition_penalty != 1:
+            self.seen = torch.zeros(self.cache.slots, model.vocab, dtype=torch.bool, device=model.device)
 
     def _open(self, request, index):
         slot, prompt = len(self.rows), request.prompt
@@ -240,18 +249,22 @@ class Sampler:
         tokens, lengths = self.tokens[:B], self.lengths[:B]
         longest = max(len(r.completion.prompt) + len(r.completion.tokens) for r in self.rows) - 1
         hidden = self.model(tokens[:, None], lengths[:, None], self.cache.decode(lengths, longest))[:, 0]  # (B, C)
-        logits = self.model.logits(hidden)  # (B, ids)
+        logits = self.model.logits(hidden)  # (B, vocab)
         plain = None
         if self.seen is not None:
             plain = logits.clone()
-            logits = torch.where(self.seen[:B], torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty), logits)
+            penalised = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
+            logits = torch.where(self.seen[:B], penalised, logits)
         chosen, logprobs = next_tokens(logits, uniform(self.keys[:B], lengths), p.temperature, p.top_k, p.top_p, p.min_p)
         if plain is not None:  # the log-probability is the model's own, without the penalty
             logprobs = (plain / (p.temperature or 1)).log_softmax(-1).gather(1, chosen[:, None])[:, 0]
             self.seen[torch.arange(B, device=chosen.device), chosen] = True
         self.tokens[:B] = chosen
         self.lengths[:B] += 1
-        for row, token, logprob in zip(self.rows, chosen.tolist(), logprobs.tolist()):
+        logprobs = logprobs.tolist()
+        if not math.isfinite(sum(logprobs)):
+            raise UserError("the model's logits are not finite; its weights are damaged, or --temperature is far too low")
+        for row, token, logprob in zip(self.rows, chosen.tolist(), logprobs):
             row.completion.tokens.append(token)
             row.completion.logprobs.append(logprob)
 
@@ -340,12 +353,19 @@ def arguments():
     return args
 
 
+def attempt_row(task, problem, style, index, messages, c, text):
+    """A line of samples.jsonl, before its reflections."""
+    grade = task.grade(problem, text)
+    return {"id": problem.id, "task": problem.task, "problem": problem.truth, "question": problem.question, "style": style, "index": index,
+            "system": messages[0]["content"] if messages[0]["role"] == "system" else None, "solution": text, "finish": c.finish,
+            "answer": grade.answer, "correct": grade.correct, "reason": grade.reason, "reflections": []}
+
+
 def resume(args):
     """The (id, style, index) already in --out. Checks that it was made with the same settings; mends a half-written last line."""
     record = f"{args.out}.run.json"
     settings = {name: getattr(args, name) for name in SETTINGS}
     if not os.path.exists(args.out):
-        refuse_existing(args.out)
         write_whole(record, json.dumps({**run_record(args), "settings": settings}, indent=2))
         return set()
     if not os.path.exists(record):
@@ -358,7 +378,8 @@ def resume(args):
     with open(args.out, "rb+") as f:
         content = f.read()
         f.truncate(content.rfind(b"\n") + 1)  # a line that a kill cut short
-    done = {(row["id"], row["style"], row["index"]) for row in read_jsonl(args.out, ("id", "style", "index"))} if b"\n" in content else set()
+    rows = read_jsonl(args.out, ("id", "style", "index")) if b"\n" in content else []
+    done = {(row["id"], row["style"], row["index"]) for row in rows}
     print(f"{args.out} has {len(done)} attempts already; going on")
     return done
 
@@ -388,27 +409,25 @@ def main():
     waiting = sum(len(r.indices) for r in queue)
     print(f"sampling {waiting} attempts on {len(problems)} questions, {args.reflections} reflections each, with {args.model}")
 
-    counts = dict(attempts=0, correct=0, tokens=0, verdicts=0, agree=0)
+    counts = dict(attempts=0, correct=0, verdicts=0, agree=0, unasked=0)
     with open(args.out, "a", encoding="utf-8") as f, tqdm(total=waiting, desc="attempts", unit="", disable=None) as bar:
         for request, index, c in Sampler(model, tokenizer, args.slots).stream(queue, params, args.seed):
-            counts["tokens"] += len(c.tokens)
             text = tokenizer.text(c.tokens)
-            if isinstance(request.tag, dict):  # a reflection on this row
+            if isinstance(request.tag, dict):  # a reflection; the tag is the row of its attempt
                 row = request.tag
-                row["reflections"].append((index, {"text": text, "verdict": tasks.verdict(text), "finish": c.finish}))
+                row["reflections"][index] = {"text": text, "verdict": tasks.verdict(text), "finish": c.finish}
             else:
                 task, problem, style, messages = request.tag
-                grade = task.grade(problem, text)
-                row = {"id": problem.id, "task": problem.task, "problem": problem.truth, "question": problem.question,
-                       "style": style, "index": index, "system": messages[0]["content"] if messages[0]["role"] == "system" else None,
-                       "solution": text, "finish": c.finish, "answer": grade.answer, "correct": grade.correct, "reason": grade.reason, "reflections": []}
+                row = attempt_row(task, problem, style, index, messages, c, text)
                 if args.reflections and c.finish == "stop":  # an attempt without an end is no sample to judge
                     prompt = tokenizer.chat(tasks.reflection_prompt(problem.question, text))
-                    if len(prompt) + args.max_new_tokens <= model.config.max_position_embeddings:
-                        queue.appendleft(Request(prompt, list(range(args.reflections)), f"{problem.id}/{style}/{index}/reflection", tag=row))
-                        continue
-            if len(row["reflections"]) in (0, args.reflections):
-                row["reflections"] = [r for _, r in sorted(row["reflections"], key=lambda r: r[0])]
+                    if len(prompt) < model.config.max_position_embeddings:
+                        row["reflections"] = [None] * args.reflections
+                        key = f"{problem.id}/{style}/{index}/reflection"
+                        queue.appendleft(Request(prompt, list(range(args.reflections)), key, tag=row))
+                    else:
+                        counts["unasked"] += 1
+            if None not in row["reflections"]:
                 f.write(to_json(row) + "\n")
                 f.flush()
                 counts["attempts"] += 1
@@ -419,6 +438,8 @@ def main():
     if counts["attempts"]:
         print(f"{counts['correct'] / counts['attempts']:.1%} of {counts['attempts']} attempts are correct; "
               f"{counts['agree'] / max(counts['verdicts'], 1):.1%} of {counts['verdicts']} reflections agree with the grade")
+    if counts["unasked"]:
+        print(f"{counts['unasked']} attempts are too long to be reflected on within the context of {model.config.max_position_embeddings}")
     print(f"wrote {args.out}")
 
 

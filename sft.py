@@ -8,21 +8,20 @@ Reads any chat JSONL whose last message is the assistant's. The loss is the mean
 end token; nothing else has a gradient. The mean is over the whole step: how it is cut into micro-batches or processes
 changes nothing but the rounding.
 
-Left out: packing several rows into one (batches are sorted by length instead), LoRA, loss on earlier assistant turns.
+Left out: packing several rows into one (a micro-batch holds rows of similar length instead), LoRA, loss on earlier turns.
 """
 import math
 import random
 import time
 
 import torch
-from tqdm import tqdm
 
 from cli import UserError, command, natural, number, parser, positive, read_jsonl
-from model import load, place
-from train import NonFinite, Optimizer, Run, default_lr, interruptible, pack, rank, start_processes, stop_on_nonfinite, total, world
+from model import device_and_dtype, load
+from train import Optimizer, Run, check_finite, default_lr, interruptible, micro_batches, progress, rank, say, start_processes, total, world
 
 
-def read_rows(paths, tokenizer, context, say=print):
+def read_rows(paths, tokenizer, context):
     """[(ids, start)] of chat JSONL files: `start` is where the trained turn begins. Rows over the context are left out, and said."""
     rows, long = [], 0
     for path in paths.split(","):
@@ -76,7 +75,7 @@ def learning_rate(step, steps, peak, warmup=0.05):
     rising = max(1, round(warmup * steps))
     if step <= rising:
         return peak * step / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising + 1)))  # 0 only after the last step
 
 
 def main():
@@ -94,35 +93,33 @@ def main():
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, to the same end as if it had not stopped")
     args = p.parse_args()
 
-    start_processes(place(args.device, args.dtype)[0])
+    start_processes(device_and_dtype(args.device)[0])
     model, tokenizer = load(args.model, args.device, args.dtype)
     if args.context > model.config.max_position_embeddings:
         raise UserError(f"--context {args.context}: {args.model} has a context of {model.config.max_position_embeddings}")
-    rows = read_rows(args.data, tokenizer, args.context, print if rank() == 0 else lambda text: None)
+    rows = read_rows(args.data, tokenizer, args.context)
     run = Run(args)
     model.recompute = args.recompute
     peak = default_lr(args.lr, model, small=3e-3, paper=1e-6)
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
-    done = run.restore(optimizer)
+    done = run.restore(optimizer, tokenizer)
     plan = [batch for epoch in range(args.epochs) for batch in make_batches(rows, args.tokens_per_batch, args.seed, epoch)]
-    run.say(f"{len(rows)} rows, {sum(len(ids) for ids, _ in rows):,} tokens; {len(plan)} steps, learning rate {peak:g}")
+    say(f"{len(rows)} rows, {sum(len(ids) for ids, _ in rows):,} tokens; {len(plan)} steps, learning rate {peak:g}")
 
-    with interruptible(model.device) as asked_to_stop, tqdm(total=len(plan), initial=done, desc="sft", unit="step", disable=None if rank() == 0 else True) as bar:
+    with interruptible(model.device) as asked_to_stop, progress("sft", done, len(plan)) as bar:
         for step, batch in enumerate(plan[done:], done + 1):
-            started, lr = time.time(), learning_rate(step, len(plan), peak)
+            started = time.time()
+            lr = learning_rate(step, len(plan), peak)
             count = sum(len(ids) - start for ids, start in (rows[i] for i in batch))  # of the whole step, on every process
-            mine, loss = batch[rank()::world()], 0.0
-            for group in pack([len(rows[i][0]) for i in mine], args.micro_batch_tokens):
+            mine = batch[rank()::world()]
+            loss = 0.0
+            for group in micro_batches([len(rows[i][0]) for i in mine], args.micro_batch_tokens):
                 micro = loss_of(model, [rows[mine[i]] for i in group]) / count
                 micro.backward()
                 loss += micro.item()
             loss = total([loss], model.device)[0]
-            try:
-                if not math.isfinite(loss):
-                    raise NonFinite
-                norm = optimizer.step(lr)
-            except NonFinite:
-                raise stop_on_nonfinite(run, f"the loss or gradient of step {step}")
+            check_finite(loss, "loss")
+            norm = optimizer.step(lr)
             seconds = time.time() - started
             run.log({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": count,
                      "tokens_per_second": round(sum(len(rows[i][0]) for i in batch) / seconds, 1)})
@@ -133,7 +130,7 @@ def main():
                 run.save(step, step, model, tokenizer, optimizer)
             if stop:
                 raise KeyboardInterrupt
-    run.say(f"wrote {run.out}: loss {loss:.4f} at the last step" if done < len(plan) else f"{run.out} is finished already")
+    say(f"wrote {run.out}: loss {loss:.4f} at the last step" if done < len(plan) else f"{run.out} is finished already")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ library does it, if installed).
 """
 import gzip
 import hashlib
+import operator
 import os
 import random
 import re
@@ -55,7 +56,7 @@ STYLES = {  # name: (system turn or None, instruction after the question)
                  "between <reflect> and </reflect> and end the check with <verdict>Correct</verdict> or <verdict>Incorrect</verdict>. "
                  f"Add further attempts and checks until you are sure. After </think>: {ENDING}"),
 }
-HINT = "Hint: {answer} is right. Find the reasoning that leads there as your own work, and never mention this hint."
+HINT = "Hint: the answer is {answer}. Show the steps that lead there as your own work, and do not mention this hint."
 REFLECT = """Somebody tried to answer the question below. Find out whether the attempt is right.
 
 Question:
@@ -135,11 +136,11 @@ def parse(text):
         nonlocal at
         value = operand(depth)
         while peek() in operators:
-            operator, at = tokens[at], at + 1
+            symbol, at = tokens[at], at + 1
             other = operand(depth)
-            if operator == "/" and other == 0:
+            if symbol == "/" and other == 0:
                 raise Rejected("division by zero")
-            value = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__, "/": Fraction.__truediv__}[operator](value, other)
+            value = OPERATORS[symbol](value, other)
         return value
 
     def total(depth):
@@ -170,7 +171,8 @@ def parse(text):
     return value, used
 
 
-STEP = re.compile(r"Step [0-9]+: *([0-9]+) *(\S|\\times|\\cdot|\\div) *([0-9]+) *= *([0-9]+)")
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+STEP = re.compile(r"Step [0-9]+: *(-?[0-9]+) *(\S|\\times|\\cdot|\\div) *(-?[0-9]+) *= *(-?[0-9]+)")
 
 
 def check_countdown(answer, truth):
@@ -185,7 +187,7 @@ def check_countdown(answer, truth):
             return _check_steps([line.strip() for line in answer.splitlines() if line.strip()], numbers, target)
         expression, equals, claim = answer.partition("=")
         value, used = parse(expression)
-        if equals and parse(claim) != (value, [value.numerator]):
+        if equals and claim.strip() != str(value):
             return f"claims to be {claim.strip()} but is {value}"
         if Counter(used) != Counter(numbers):
             return f"uses {sorted(used)}, the numbers are {sorted(numbers)}"
@@ -200,26 +202,43 @@ def _check_steps(lines, numbers, target):
         match = STEP.fullmatch(line)
         if not match:
             return f"not a step: {line[:40]!r}"
-        a, operator, b, c = match.groups()
-        for operand in (int(a), int(b)):
+        a, symbol, b, c = int(match[1]), dict(SYMBOLS).get(match[2], match[2]), int(match[3]), int(match[4])
+        for operand in (a, b):
             if not pool[operand]:
                 return f"{operand} is neither an unused number nor an earlier result"
             pool[operand] -= 1
-        value, _ = parse(f"{a} {operator} {b}")
-        if value != int(c):
-            return f"{a} {operator} {b} is {value}, not {c}"
-        pool[int(c)] += 1
+        if symbol not in OPERATORS:
+            return f"{symbol!r} is no operation"
+        if symbol == "/" and b == 0:
+            return "division by zero"
+        value = OPERATORS[symbol](Fraction(a), b)
+        if value != c:
+            return f"{a} {symbol} {b} is {value}, not {c}"
+        pool[c] += 1
     left = sorted(pool.elements())
     return "" if left == [target] else f"ends with {left}, not with {target} alone"
 
 
+INTEGER = re.compile(r"\$? ?([-+−]?)\$? ?([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)? ?(%|[A-Za-z]+)?")
+NO_UNIT = {"k", "m", "b", "hundred", "thousand", "million", "billion", "dozen", "x", "e"}  # words that change the number
+
+
+def integer_of(text):
+    """The integer that a text is, perhaps with thousands separators, a currency sign before or one word of a unit after; or None.
+
+    integer_of("$1,234.00 dollars")  ->  1234
+    """
+    match = INTEGER.fullmatch(text) if len(text) <= LONGEST else None
+    if not match or (match[3] or "").lower() in NO_UNIT:
+        return None
+    return int(match[2].replace(",", "")) * (-1 if match[1] in ("-", "−") else 1)
+
+
 def check_integer(answer, truth):
-    """An integer, perhaps with thousands separators, a currency sign before or a unit after: `$1,234.00 dollars` is 1234."""
-    match = re.fullmatch(r"\$? ?([-+−]?)\$? ?([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)? ?(?:%|[A-Za-z][A-Za-z .]*)?", answer) if len(answer) <= LONGEST else None
-    if not match:
+    value = integer_of(answer)
+    if value is None:
         return "not an integer"
-    value = int(match[2].replace(",", "")) * (-1 if match[1] in ("-", "−") else 1)
-    return "" if value == int(truth["answer"].replace(",", "")) else f"is {value}"
+    return "" if value == integer_of(truth["answer"]) else f"is {value}"
 
 
 def check_exact(answer, truth):
@@ -228,18 +247,25 @@ def check_exact(answer, truth):
 
 def check_choice(answer, truth):
     """A letter, `(A)`, `A. bank` or the text of the choice."""
-    right, choices = truth["answer"], truth.get("choices", {})
-    match = re.fullmatch(r"\(?([A-Za-z])\)?(?:[.:) ].*)?", answer[:LONGEST], re.DOTALL)
-    if answer.lower() == choices.get(right, "").lower() != "" or match and match[1].upper() == right:
+    right, named = truth["answer"], [letter for letter, text in truth.get("choices", {}).items() if text.lower() == answer.lower()]
+    match = re.fullmatch(r"\(?([A-Za-z])\)?(?:[.:].*)?", answer[:LONGEST], re.DOTALL)
+    chosen = named or ([match[1].upper()] if match else [])
+    if right in chosen:
         return ""
-    return "is another choice" if match or answer.lower() in map(str.lower, choices.values()) else "is no choice"
+    return "is another choice" if chosen else "is no choice"
+
+
+def math_verify():
+    """The library for math equivalence, which is not among the requirements."""
+    try:
+        import math_verify
+    except ImportError:
+        raise UserError("grading math needs the math-verify library: pip install math-verify[antlr4_13_2]")
+    return math_verify
 
 
 def check_math(answer, truth):
-    try:
-        from math_verify import parse as parse_math, verify
-    except ImportError:
-        raise UserError("grading math needs the math-verify library: pip install math-verify[antlr4_13_2]")
+    parse_math, verify = math_verify().parse, math_verify().verify
     if len(answer) > LONGEST:
         return f"longer than {LONGEST} characters"
     return "" if verify(parse_math(f"${truth['answer']}$"), parse_math(f"${answer}$")) else "is not equal to the right answer"
@@ -285,7 +311,8 @@ def hundredth(key):
 class Task:
     """What all tasks share. A task has a name, `problems` and `check(answer, truth)`."""
 
-    def prompt(self, problem, style="plain", hint=False):
+    @staticmethod
+    def prompt(problem, style="plain", hint=False):
         """Chat messages that ask the problem in one of the STYLES; `hint` tells the right answer (rationalisation)."""
         system, instruction = STYLES[style]
         content = f"{problem.question}\n\n{instruction}" + (f"\n{HINT.format(answer=problem.truth['answer'])}" if hint else "")
@@ -299,7 +326,7 @@ class Task:
 
     def _check_split(self, split, known):
         if split not in known:
-            raise UserError(f"--split {split}: {self.name} has the splits {', '.join(known)}")
+            raise UserError(f"{self.name} has no split {split!r}; it has {', '.join(known)}")
 
 
 class Generated(Task):
@@ -307,6 +334,8 @@ class Generated(Task):
 
     def problems(self, split, n, seed=0):
         self._check_split(split, SPLITS)
+        if n < 1:
+            raise UserError(f"{self.name} makes its questions, so there is no \"all\" of them; ask for at least 1")
         rng = random.Random(f"{self.name}/{split}/{seed}")
         found, idle = {}, 0
         while len(found) < n:
@@ -316,7 +345,7 @@ class Generated(Task):
                 found[key] = Problem(f"{self.name}/{key}", self.name, question, truth)
                 idle = 0
             elif (idle := idle + 1) > 20_000:
-                raise UserError(f"--questions {n}: {self.name} has only about {len(found)} different problems in the split {split}; ask for fewer")
+                raise UserError(f"{self.name} has only about {len(found)} different problems in the split {split}, {n} were asked for; ask for fewer")
         return list(found.values())
 
 
@@ -334,20 +363,20 @@ class Countdown(Generated):
             # The miniature's problems are chains: each step goes on from the last result. The others may join any two.
             a = pool.pop() if self.small else pool.pop(rng.randrange(len(pool)))
             b = pool.pop(rng.randrange(len(pool)))
-            operator = rng.choice("+-*" if self.small else "+-*/")
-            if operator == "/" and (b[0] == 0 or a[0] % b[0]):
+            symbol = rng.choice("+-*" if self.small else "+-*/")
+            if symbol == "/" and (b[0] == 0 or a[0] % b[0]):
                 return None
-            value = {"+": a[0] + b[0], "-": a[0] - b[0], "*": a[0] * b[0], "/": a[0] // (b[0] or 1)}[operator]
+            value = int(OPERATORS[symbol](a[0], b[0]))
             if value < 0 or self.small and value > 60:
                 return None
-            pool.append((value, f"({a[1]} {operator} {b[1]})"))
+            pool.append((value, f"({a[1]} {symbol} {b[1]})"))
         target, solution = pool[0][0], pool[0][1][1:-1]
         if target not in self.targets:
             return None
         rng.shuffle(numbers)
         key = f"{','.join(map(str, sorted(numbers)))}={target}"
         question = (f"Numbers: {' '.join(map(str, numbers))}\nTarget: {target}\n"
-                    "Reach the target with + - * / and parentheses, using every number exactly once. The answer is one expression, such as (1 + 2) * 3.")
+                    "Reach the target with + - * / and parentheses, using every number exactly once. Work by hand, without code. The answer is one expression.")
         return key, question, {"answer": solution, "numbers": numbers, "target": target}
 
 
@@ -361,7 +390,7 @@ class Letters(Generated):
         hidden = rng.choice(common_words(self.n))
         letters = list(hidden) + [rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(0, 4))]
         rng.shuffle(letters)
-        question = f"Letters: {' '.join(letters)}\nMake an English word of at least {self.n} letters out of these, using each letter at most as often as it is given."
+        question = f"Letters: {' '.join(letters)}\nMake an English word of {self.n} to 8 letters out of these, using each letter at most as often as it is given."
         return "".join(sorted(letters)), question, {"answer": hidden, "letters": "".join(letters), "least": self.n, "ordered": False}
 
 
@@ -410,32 +439,39 @@ class Multiply(Generated):
 class FromFile(Task):
     """A set that is a JSONL file of {id, question, answer}, with `choices` for multiple choice.
 
-    A training file is shared between sft, rl and val by a hash of the row's id; test is the test file.
+    `files` names the file of each split, `shares` the hundredths of it (by a hash of the row's id) that a split takes: a set
+    with one training file shares it between sft, rl and val.
     """
 
-    def __init__(self, name, check, files, data_dir, source=""):
-        self.name, self.check, self.files, self.data_dir, self.source = name, check, files, Path(data_dir), source
+    def __init__(self, name, check, files, shares, data_dir, source=""):
+        self.name, self.check, self.files, self.shares, self.data_dir, self.source = name, check, files, shares, Path(data_dir), source
 
     def problems(self, split, n, seed=0):
         self._check_split(split, self.files)
         path = self.data_dir / self.files[split]
         if not path.is_file():
             raise UserError(f"{path}: no such file; {self.name} is not downloaded for you" + (f": {self.source}, or point --data-dir at it" if self.source else ""))
+        if self.check is check_math:
+            math_verify()  # now, not after an hour of sampling
         rows = {}
         for number, row in enumerate(read_jsonl(path, ("question", "answer")), 1):
-            if not (isinstance(row["question"], str) and isinstance(row["answer"], (str, int)) and isinstance(row.get("choices", {}), dict)):
-                raise UserError(f"{path}: row {number}: question and answer must be text, choices an object")
-            identity, answer = str(row.get("id", number)), str(row["answer"])
-            if self.check is check_integer and check_integer(answer, {"answer": "0"}) == "not an integer":
+            question, answer, choices = row["question"], row["answer"], row.get("choices") or {}
+            identity = str(row.get("id", number))
+            texts = isinstance(question, str) and isinstance(answer, (str, int))
+            if not (texts and isinstance(choices, dict) and all(isinstance(c, str) for c in choices.values())):
+                raise UserError(f"{path}: row {number}: question, answer and every choice must be text")
+            answer = str(answer)
+            if self.check is check_integer and integer_of(answer) is None:
                 raise UserError(f"{path}: row {number}: the answer {answer[:40]!r} is not an integer; grade with file:PATH:exact or :math")
+            if choices and answer not in choices:
+                raise UserError(f"{path}: row {number}: the answer {answer[:40]!r} is none of the choices {', '.join(choices)}")
             if identity in rows:
                 raise UserError(f"{path}: row {number}: the id {identity!r} stands there twice")
-            rows[identity] = {"question": row["question"], "answer": answer, "choices": row.get("choices", {})}
-        if len(set(self.files.values())) < len(self.files) and self.files.get("test") != self.files[split]:  # one training file, three uses
-            share = {"sft": range(0, 45), "rl": range(45, 90), "val": range(90, 100)}[split]
-            rows = {identity: row for identity, row in rows.items() if hundredth(identity) in share}
+            rows[identity] = {"question": question, "answer": answer, "choices": choices}
+        if split in self.shares:
+            rows = {identity: row for identity, row in rows.items() if hundredth(identity) in self.shares[split]}
         if n > len(rows):
-            raise UserError(f"--questions {n}: {self.name} has {len(rows)} in the split {split}; ask for fewer (0 takes all)")
+            raise UserError(f"{self.name} has {len(rows)} questions in the split {split}, {n} were asked for; ask for fewer (0 takes all)")
         chosen = random.Random(f"{self.name}/{split}/{seed}").sample(sorted(rows), n or len(rows))
         return [self._problem(identity, rows[identity]) for identity in chosen]
 
@@ -443,20 +479,22 @@ class FromFile(Task):
         truth = {"answer": row["answer"]}
         question = row["question"]
         if row["choices"]:
-            question += "\n" + "\n".join(f"{letter}. {text}" for letter, text in row["choices"].items()) + "\nThe answer is the letter of the best choice."
+            question += "".join(f"\n{letter}. {text}" for letter, text in row["choices"].items()) + "\nThe answer is the letter of the best choice."
             truth["choices"] = row["choices"]
         return Problem(f"{self.name}/{identity}", self.name, question, truth)
 
 
-TRAIN_AND_TEST = {"sft": "train.jsonl", "rl": "train.jsonl", "val": "train.jsonl"}
+TRAIN = {"sft": "train.jsonl", "rl": "train.jsonl", "val": "train.jsonl"}
+TRAIN_SHARES = {"sft": range(0, 45), "rl": range(45, 90), "val": range(90, 100)}
+OWN_SHARES = {"sft": range(0, 40), "rl": range(40, 80), "val": range(80, 85), "test": range(85, 100)}  # of file:PATH; the split `all` is the whole file
 FILES = {  # name: (checker, {split: file}, where to get it)
-    "gsm8k": (check_integer, {**TRAIN_AND_TEST, "test": "test.jsonl"}, "github.com/openai/grade-school-math, as rows {id, question, answer} with the final integer as answer"),
-    "csqa": (check_choice, {**TRAIN_AND_TEST, "test": "dev.jsonl"}, "CommonsenseQA 1.11, as rows {id, question, choices, answer}; test is its dev file"),
+    "gsm8k": (check_integer, {**TRAIN, "test": "test.jsonl"}, "github.com/openai/grade-school-math, as rows {id, question, answer} with the final integer as answer"),
+    "csqa": (check_choice, {**TRAIN, "test": "dev.jsonl"}, "CommonsenseQA 1.11, as rows {id, question, choices, answer}; test is its dev file"),
     "math500": (check_math, {"test": "test.jsonl"}, "github.com/openai/prm800k, math_splits/test, as rows {id, question, answer}"),
     "aime": (check_integer, {"test": "test.jsonl"}, "its text is not openly licensed; bring your own rows {id, question, answer}"),
     "amc": (check_integer, {"test": "test.jsonl"}, "its text is not openly licensed; bring your own rows {id, question, answer}"),
     "gpqa": (check_choice, {"test": "test.jsonl"}, "its licence asks not to publish it; bring your own rows {id, question, choices, answer}"),
-    "openthoughts": (check_math, TRAIN_AND_TEST, "OpenThoughts on the hub, as rows {id, question, answer}"),
+    "openthoughts": (check_math, TRAIN, "OpenThoughts on the hub, as rows {id, question, answer}"),
 }
 NAMES = ("countdown-2..6 and countdown-2..6-small, letters-4/5, acronym-4/5, multiply-2..5 and multiply-2-small, "
          f"{', '.join(FILES)}, file:PATH[:exact|:integer|:math]")
@@ -471,14 +509,14 @@ def find(name, data_dir="data"):
         return cls(name, int(n), bool(small)) if cls in (Countdown, Multiply) else cls(name, int(n))
     if name in FILES:
         check, files, source = FILES[name]
-        return FromFile(name, check, {split: os.path.join(name, file) for split, file in files.items()}, data_dir, source)
+        return FromFile(name, check, {split: os.path.join(name, file) for split, file in files.items()}, TRAIN_SHARES, data_dir, source)
     if name.startswith("file:"):
         path, _, grading = name.removeprefix("file:").rpartition(":")
         if grading not in ("exact", "integer", "math") or not path:
             path, grading = name.removeprefix("file:"), "exact"
         check = {"exact": check_exact, "integer": check_integer, "math": check_math}[grading]
-        return FromFile(name, check, dict.fromkeys(SPLITS, os.path.abspath(path)), "")
-    raise UserError(f"--task {name}: unknown; the tasks are {NAMES}")
+        return FromFile(name, check, dict.fromkeys([*OWN_SHARES, "all"], os.path.abspath(path)), OWN_SHARES, "")
+    raise UserError(f"task {name}: unknown; the tasks are {NAMES}")
 
 
 def find_all(names, data_dir="data"):

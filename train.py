@@ -4,9 +4,10 @@ Exact resuming needs no saved random state, because nothing here or in the loops
 the data and every sampled token are functions of (seed, step, ...). A checkpoint is the float32 weights, AdamW's two
 moments and the number of the step.
 
-Left out: FSDP. The bfloat16 weights live whole on every process, so that the sampler sees each update with no copy and its
-graphs stay valid; what is sharded is the larger part, the float32 masters and moments (12 of 18 bytes a parameter).
+Left out: FSDP. The bfloat16 weights live whole on every process, so that the sampler sees each update with no copy; what is
+sharded is the larger part, the float32 masters and moments (12 of 18 bytes a parameter).
 """
+import atexit
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from tqdm import tqdm
 
 from cli import UserError, run_record, to_json, write_whole
 from model import Transformer, save, save_tensors
@@ -36,7 +38,14 @@ def world():
 def start_processes(device):
     """Join the other processes, if torchrun started several: NCCL between GPUs, gloo between CPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if str(device).startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+
+
+def say(text):
+    """Print, from the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def total(values, device="cpu", op="SUM"):
@@ -55,11 +64,11 @@ def barrier():
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
-def pack(lengths, budget, waste=1.2):
+def micro_batches(lengths, budget, waste=1.2):
     """Group indices by similar length: rows x longest row of a group is at most `budget`, and at most `waste` times the real
     tokens, since rows are padded to the longest. One row may exceed the budget alone.
 
-    pack([5, 1, 4, 1], budget=10)  ->  [[1, 3], [2, 0]]
+    micro_batches([5, 1, 4, 1], budget=10)  ->  [[1, 3], [2, 0]]
     """
     groups, real = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
@@ -73,16 +82,21 @@ def pack(lengths, budget, waste=1.2):
     return groups
 
 
+# ---- the optimizer ---------------------------------------------------------------------------------------------------
+
 def default_lr(asked, model, small, paper):
     """The learning rate that --lr asks for; if none, the paper's, or `small` for a model of the miniature's size, which 1e-6
     would leave where it is."""
-    return asked if asked is not None else small if sum(w.numel() for w in model.parameters()) < 10e6 else paper
+    if asked is not None:
+        return asked
+    return small if sum(w.numel() for w in model.parameters()) < 10e6 else paper
 
 
-# ---- the optimizer ---------------------------------------------------------------------------------------------------
-
-class NonFinite(Exception):
-    """The gradient is inf or NaN; the weights were left as they are."""
+def check_finite(value, what):
+    """Stop before a step that would spoil the weights. On every process alike: `value` is a sum over all of them."""
+    if not math.isfinite(value):
+        raise UserError(f"the {what} is not finite, so the step was refused and the run stopped; the last checkpoint in --out, if one was made, is good. "
+                        "Start a new run with a lower --lr, or look at the data")
 
 
 class Optimizer:
@@ -121,20 +135,22 @@ class Optimizer:
         w.grad = None
 
     def step(self, lr):
-        """Sum the gradients over the processes, clip, step. Returns the norm before clipping; raises NonFinite.
+        """Sum the gradients over the processes, clip, step. Returns the norm before clipping; refuses one that is not finite.
 
         The loss of every micro-batch must already be divided by the count of the whole step, over all processes.
         """
-        grads = {name: self.sums[name] if name in self.sums else w.grad if w.grad is not None else torch.zeros_like(w, dtype=torch.float32)
-                 for name, w in self.weights.items()}
-        if world() > 1:
-            for grad in grads.values():
-                dist.all_reduce(grad)
+        grads = {}
+        for name, w in self.weights.items():
+            grad = self.sums.get(name, w.grad)
+            # A process without rows in this step, or a weight that no row touched, still joins the sum.
+            grads[name] = torch.zeros_like(w, dtype=torch.float32) if grad is None else grad
+            if world() > 1:
+                dist.all_reduce(grads[name])
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()])).item()
-        if not math.isfinite(norm):
-            raise NonFinite
+        check_finite(norm, "gradient")
+        scale = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
         for name, master in self.masters.items():
-            master.grad = grads[name].mul_(min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0)
+            master.grad = grads[name].mul_(scale)
         if self.adamw:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
@@ -160,27 +176,30 @@ class Optimizer:
                 out[f"first.{name}"], out[f"second.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
         return out
 
-    def load(self, files, steps):
-        """Take masters and moments from the files of any number of processes; `steps` is how many steps AdamW has made."""
-        with torch.no_grad():
-            for path in files:
-                with safe_open(path, "pt", device=str(self.model.device)) as f:
-                    names = set(f.keys())
-                    for name, w in self.weights.items():
-                        if f"master.{name}" not in names:
-                            continue
-                        value = f.get_tensor(f"master.{name}")
-                        w.copy_(value)
-                        if name in self.masters:
-                            self.masters[name].copy_(value)
-                            if f"first.{name}" in names:
-                                self.adamw.state[self.masters[name]] = {"step": torch.tensor(float(steps), device=w.device if w.is_cuda else "cpu"),
-                                                                        "exp_avg": f.get_tensor(f"first.{name}"), "exp_avg_sq": f.get_tensor(f"second.{name}")}
+    @torch.no_grad()
+    def load(self, files, updates):
+        """Take masters and moments from the files of any number of processes; `updates` is how many steps AdamW has made."""
+        for path in files:
+            with safe_open(path, "pt", device=str(self.model.device)) as f:
+                names = set(f.keys())
+                for name, w in self.weights.items():
+                    if f"master.{name}" not in names:
+                        continue
+                    w.copy_(f.get_tensor(f"master.{name}"))
+                    master = self.masters.get(name)
+                    if master is None:  # another process steps this one
+                        continue
+                    master.copy_(f.get_tensor(f"master.{name}"))
+                    if f"first.{name}" in names:
+                        self.adamw.state[master] = {"step": torch.tensor(float(updates), device=w.device),
+                                                    "exp_avg": f.get_tensor(f"first.{name}"), "exp_avg_sq": f.get_tensor(f"second.{name}")}
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
 
-FREE_TO_CHANGE = {"resume", "save_every", "device", "eval_every"}  # flags that a resumed run may give anew
+# Flags that a resumed run may give anew: they change what is kept or how much memory is used, not what is computed (the last
+# three only by the rounding of sums).
+FREE_TO_CHANGE = {"resume", "save_every", "eval_every", "device", "slots", "micro_batch_tokens", "recompute"}
 
 
 class Run:
@@ -192,14 +211,16 @@ class Run:
 
     def __init__(self, args):
         self.out, self.save_every = Path(args.out), args.save_every
-        record, flags = self.out / "run.json", {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
+        record = self.out / "run.json"
+        flags = {k: v for k, v in vars(args).items() if k not in FREE_TO_CHANGE}
         if args.resume:
             if not record.is_file():
                 raise UserError(f"--resume: {self.out} holds no run (no run.json); start it without --resume")
             before = {k: v for k, v in json.loads(record.read_text())["flags"].items() if k not in FREE_TO_CHANGE}
             for name in sorted(flags.keys() | before.keys()):
                 if flags.get(name) != before.get(name):
-                    raise UserError(f"--resume: {self.out} was started with --{name.replace('_', '-')} {before.get(name)}, not {flags.get(name)}; give the same flags")
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UserError(f"--resume: {self.out} was started with {flag} {before.get(name)}, not {flags.get(name)}; give the same flags")
         elif self.out.exists():
             raise UserError(f"--out {self.out} exists; go on with --resume, or give another --out")
         barrier()  # no process may create the folder before all have looked
@@ -214,18 +235,20 @@ class Run:
                 self._cut(self.out / name)
         barrier()
         if args.resume:
-            self.say(f"resuming {self.out} after step {self.info['step']}")
+            say(f"resuming {self.out} after step {self.info['step']}")
 
     def _cut(self, path):
         """Drop the lines of steps after the checkpoint, and a last line that a kill cut short."""
         if path.is_file() and path.stat().st_size:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            write_whole(path, "".join(line for line in lines if json.loads(line)["step"] <= self.info["step"]))
+            lines = path.read_bytes().split(b"\n")[:-1]  # not splitlines: a text may hold other line separators
+            write_whole(path, "".join(line.decode() + "\n" for line in lines if json.loads(line)["step"] <= self.info["step"]))
 
-    def restore(self, optimizer):
+    def restore(self, optimizer, tokenizer):
         """Put the checkpoint, if there is one, into the optimizer and its model. Returns the step it was made after."""
         if self.state:
             optimizer.load(sorted(self.state.glob("*.safetensors")), self.info["updates"])
+            if rank() == 0:  # a kill may have come between the checkpoint and the model folder
+                save(self.out, optimizer.model, tokenizer)
         return self.info["step"]
 
     def save(self, step, updates, model, tokenizer, optimizer):
@@ -239,7 +262,7 @@ class Run:
         save_tensors(tmp / f"rank{rank():03d}.safetensors", optimizer.state())
         barrier()
         if rank() == 0:
-            write_whole(tmp / "state.json", json.dumps({"step": step, "updates": updates, "processes": world()}))
+            write_whole(tmp / "state.json", json.dumps({"step": step, "updates": updates}))
             os.replace(tmp, final)
             save(self.out, model, tokenizer)
             for other in final.parent.iterdir():
@@ -255,14 +278,10 @@ class Run:
             with open(self.out / name, "a", encoding="utf-8") as f:
                 f.write(to_json(row) + "\n")
 
-    def say(self, text):
-        if rank() == 0:
-            print(text, flush=True)
 
-
-def stop_on_nonfinite(run, what):
-    return UserError(f"{what} is not finite, so the step was refused and the run stopped; the last good checkpoint is {run.out}. "
-                     "Lower --lr, or look at the data of this step; --resume goes on from there")
+def progress(name, done, steps):
+    """A progress bar over steps, on the first process only, and only on a terminal."""
+    return tqdm(total=steps, initial=done, desc=name, unit="step", disable=None if rank() == 0 else True)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import transformers
 
 from cli import command, parser, positive
 from common import conclude
-from model import load, place
+from model import device_and_dtype, load
 from sample import Params, Sampler
 
 QUESTIONS = ("What is 17 * 23?", "Name three fruits and say how they taste.", "Write a short poem on rain.", "Explain gravity to a child.", "Who wrote Hamlet, and what is it about?",
@@ -31,7 +31,7 @@ def main():
     p.add_argument("--peer-batch", type=positive, default=128, help="rows of one call of generate")
     p.add_argument("--repeats", type=positive, default=5)
     args = p.parse_args()
-    device, dtype = place(args.device, args.dtype)
+    device, dtype = device_and_dtype(args.device, args.dtype)
     model, tokenizer = load(args.model, args.device, args.dtype)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model if args.model != "mini" else Path(__file__).parent.parent / "mini", dtype=dtype).to(device).eval()
     prompts = [tokenizer.chat([{"role": "user", "content": q}]) for q in QUESTIONS[:args.prompts]]

@@ -27,7 +27,7 @@ from cli import UserError, command, parser, positive, read_jsonl
 from common import conclude
 from model import Tokenizer, find, load
 from sample import Params, Sampler
-from train import Optimizer, pack
+from train import Optimizer, micro_batches
 
 
 def rows_of_about(args, tokenizer):
@@ -63,7 +63,7 @@ def sft_ours(args):
         f.flush()
         rows = sft.read_rows(f.name, tokenizer, 8192)
     optimizer, started = Optimizer(model, 1e-4), time.time()
-    for group in pack([len(ids) for ids, _ in rows], 2048):  # sft.py's default --micro-batch-tokens
+    for group in micro_batches([len(ids) for ids, _ in rows], 2048):  # sft.py's default --micro-batch-tokens
         (sft.loss_of(model, [rows[i] for i in group]) / tokens).backward()
     optimizer.step(1e-6)
     return time.time() - started, tokens
@@ -86,15 +86,14 @@ def grpo_ours(args):
     task = tasks.find("countdown-3")
     problems = [(task, p) for p in task.problems("rl", args.questions)]
     step = SimpleNamespace(rollouts=args.rollouts, seed=0, reward="random", truncated="keep", loss="token-mean", max_new_tokens=args.max_new_tokens, clip_low=0.2, clip_high=0.2, kl=0.0,
-                           micro_batch_tokens=2048)
+                           temperature=1.0, micro_batch_tokens=2048)
     optimizer, sampler, started = Optimizer(model, 0.0), Sampler(model, tokenizer), time.time()
     groups = grpo.roll_out(sampler, problems, step, Params(args.max_new_tokens), 1)
     rolled = time.time()
-    rewards = torch.tensor([[grpo.reward_of(g, step, 1, i, j) for j, g in enumerate(grades)] for i, _, _, grades in groups])
-    batch = [(prompt, group, a) for (_, prompt, group, _), a in zip(groups, grpo.advantages(rewards).tolist())]
-    grpo.update(model, None, optimizer, batch, step, 1.0, 1e-6)
+    rewards = torch.tensor([grpo.rewards_of(group, step, 1) for group in groups])
+    grpo.update(model, None, optimizer, list(zip(groups, grpo.advantages(rewards).tolist())), step, 1e-6)
     print(f"rollout {rolled - started:.1f} s, update {time.time() - rolled:.1f} s", file=sys.stderr)
-    return time.time() - started, sum(len(c.tokens) for _, _, group, _ in groups for c in group)
+    return time.time() - started, sum(len(c.tokens) for group in groups for c in group.completions)
 
 
 def grpo_trl(args):

@@ -37,10 +37,12 @@ def decode_attention(q, k, v, lengths):
     B, H, D = q.shape
     K, S = k.shape[1], k.shape[2]
     # The H/K query heads that share a key head become the rows of one small matrix: the cache is read once for all.
-    q = q.view(B, K, H // K, D) * D**-0.5
-    scores = q @ k.transpose(-1, -2)  # (B, K, H/K, S)
+    q = q.view(B, K, H // K, D)
     past = torch.arange(S, device=q.device) < lengths[:, None]  # (B, S)
-    scores = scores.float().masked_fill_(~past[:, None, None], float("-inf"))
+    if q.is_cuda:  # fused: a bfloat16 product would round the scores, and the trainer's attention does not
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=past[:, None, None]).view(B, H, D)
+    scores = (q.float() * D**-0.5) @ k.float().transpose(-1, -2)  # (B, K, H/K, S)
+    scores = scores.masked_fill_(~past[:, None, None], float("-inf"))
     return (scores.softmax(-1).to(v.dtype) @ v).view(B, H, D)
 
 
@@ -91,22 +93,21 @@ def _invert(p, u):
     cdf = p.cumsum(-1)
     total = cdf[:, -1:]
     aim = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not reach total
-    return torch.searchsorted(cdf, aim, right=True)
+    return torch.searchsorted(cdf, aim, right=True).clamp_(max=p.shape[1] - 1)  # the clamp is for NaN, which the caller reports
 
 
-CHUNK_BYTES = 128 << 20  # of float32 logits at a time: 220 rows of a 152k vocabulary, 690 rows of SmolLM2's 49k
+CHUNK_BYTES = 128 << 20  # of float32 logits at a time: 220 rows of a 152k vocabulary, 680 of SmolLM2's 49k
 
 
 def linear_logprob(hidden, weight, targets, temperature=1.0):
     """Log-probability of `targets` and entropy of softmax(hidden @ weight.T / temperature), without holding the logits.
 
-    hidden (N, C), weight (V, C), targets (N,) in 0..V-1. Returns (logp, entropy), each (N,) float32, both differentiable.
+    hidden (N, C), weight (V, C), targets (N,) in 0..V-1. Returns (logp, entropy), each (N,) float32; the entropy is a
+    measurement and has no gradient.
     A batch of 16k tokens over 152k entries would be 10 GB of float32 logits, twice with its gradient; here at most
     CHUNK_BYTES live at once, and the backward pass computes them again (one third more work on the head alone).
 
-    With z = logits / T, p = softmax(z), H = -sum(p log p), and upstream gradients a (of logp) and b (of the entropy):
-
-        d logp_t / d z_j = [j = t] - p_j        d H / d z_j = -p_j (log p_j + H)
+    With z = logits / T and p = softmax(z):   d logp_t / d z_j = [j = t] - p_j
     """
     return _LinearLogprob.apply(hidden, weight, targets, temperature)
 
@@ -121,24 +122,20 @@ class _LinearLogprob(torch.autograd.Function):
             z -= total[rows, None]  # log p
             logp[rows] = z.gather(1, targets[rows, None])[:, 0]
             entropy[rows] = -(z.exp() * z.clamp_(min=-1e4)).sum(-1)  # the clamp: 0 * -inf is 0 here
-        ctx.save_for_backward(hidden, weight, targets, total, entropy)
+        ctx.save_for_backward(hidden, weight, targets, total)
         ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, targets, total, entropy = ctx.saved_tensors
+    def backward(ctx, grad_logp, _):
+        hidden, weight, targets, total = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None  # float32: a sum over chunks
         for rows in _chunks(hidden, weight):
-            log_p = (hidden[rows] @ weight.T).float().div_(ctx.temperature).sub_(total[rows, None])
-            p = log_p.exp()
-            dz = p * (log_p.clamp_(min=-1e4) + entropy[rows, None]).mul_(-grad_entropy[rows, None]) if grad_entropy is not None else None
-            if grad_logp is not None:
-                d = p.mul_(-grad_logp[rows, None]).scatter_add_(1, targets[rows, None], grad_logp[rows, None])
-                dz = d if dz is None else dz.add_(d)
-            dz = dz.div_(ctx.temperature).to(hidden.dtype)
+            p = (hidden[rows] @ weight.T).float().div_(ctx.temperature).sub_(total[rows, None]).exp_()  # (n, V)
+            g = grad_logp[rows, None]
+            dz = p.mul_(-g).scatter_add_(1, targets[rows, None], g).div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = dz @ weight
             if grad_weight is not None:
                 if weight.dtype == torch.float32:

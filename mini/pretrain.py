@@ -39,6 +39,7 @@ CHECKS = ("I compute it again.\n", "Let me redo the steps.\n", "Checking each st
 HITS = (" is the target.\n", " is what was asked for.\n")
 MISSES = (" is not ", " differs from ")  # continued with the target
 MISUSED = ("The numbers are not the given ones.\n",)
+MIX = {"countdown-2-small": 8, "countdown-3-small": 30, "countdown-4-small": 27, "countdown-5-small": 20, "multiply-2-small": 15}  # documents in 100
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
@@ -68,9 +69,9 @@ def expression(steps):
     return text
 
 
-def chain_of(expression):
+def chain_of(text):
     """The steps of a chain-shaped expression: chain_of("(2 + 3) * 4") -> [(2, "+", 3, 5), (5, "*", 4, 20)]."""
-    parts = expression.replace("(", "").replace(")", "").split()
+    parts = text.replace("(", "").replace(")", "").split()
     value, steps = int(parts[0]), []
     for op, b in zip(parts[1::2], map(int, parts[2::2])):
         result = {"+": value + b, "-": value - b, "*": value * b}[op]
@@ -91,7 +92,7 @@ def draw(task, rng):
 
 
 def attempt(problem, style, rng, hit):
-    """What a weak solver writes: (text, its expression). It hits the target with probability `hit`, else by luck."""
+    """What a weak solver writes: (text, its steps). It hits the target with probability `hit`, else by luck."""
     opening = rng.choice(OPENINGS[style])
     if problem.task.startswith("multiply"):
         a, b = map(int, problem.question.removeprefix("What is ").rstrip("?").split(" * "))
@@ -135,7 +136,7 @@ def judgement(problem, steps, rng):
 
 def document(rng):
     """(chat messages, response) of one training document."""
-    name = rng.choices(["countdown-2-small", "countdown-3-small", "countdown-4-small", "countdown-5-small", "multiply-2-small"], [8, 30, 27, 20, 15])[0]
+    name = rng.choices(list(MIX), MIX.values())[0]
     task = tasks.find(name)
     problem, style = draw(task, rng), rng.choice(list(OPENINGS))
     if rng.random() < 0.55:
@@ -223,7 +224,8 @@ def main():
 
     matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and "embed" not in name]
     others = [w for name, w in model.named_parameters() if w.ndim != 2 or "embed" in name]
-    optimizers = [torch.optim.Muon(matrices, lr=args.matrix_lr, momentum=0.95, weight_decay=0.0), torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [torch.optim.Muon(matrices, lr=args.matrix_lr, momentum=0.95, weight_decay=0.0),
+                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
     rates = [args.matrix_lr, args.lr]
     hits, misses = (torch.tensor([tokenizer.encode(t)[0] for t in texts]) for texts in (HITS, MISSES + MISUSED))
     data, steps, started = batches(tokenizer, args.batch, args.seed), math.ceil(args.tokens / args.batch), time.time()

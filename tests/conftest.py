@@ -39,7 +39,7 @@ def tiny(family="qwen2", seed=0, padding=5, dtype=torch.float32):
     with torch.no_grad():
         for w in model.parameters():
             w.copy_(torch.randn(w.shape, generator=generator) * (0.3 if w.ndim > 1 else 0.1) + (w.ndim == 1))
-    model.ids = tokenizer.size
+    model.vocab = tokenizer.size
     return model.to(dtype), tokenizer
 
 

@@ -46,7 +46,7 @@ def test_full_disk_and_memory_are_one_line(cmd, monkeypatch):
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", "samples.jsonl")
     module = type("m", (), {"__name__": "m", "main": staticmethod(full)})
-    assert cmd(module)[::2] == (2, "m.py: the disk is full (samples.jsonl); free some space and run the same command again\n")
+    assert cmd(module)[::2] == (2, "m.py: the disk is full (samples.jsonl); free some space, then go on as after an interruption\n")
 
     def memory():
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
@@ -62,7 +62,7 @@ def test_full_disk_and_memory_are_one_line(cmd, monkeypatch):
 
 def test_jsonl_errors_name_the_line(tmp_path):
     path = tmp_path / "a.jsonl"
-    for content, message in [(b'{"a": 1}\n\n{"a": \n', "a.jsonl:3: not valid JSON"), (b'{"a": 1}\n\xff\n', "a.jsonl:2: not UTF-8"), (b'{"b": 1}\n', "a.jsonl:1: the key 'a' is missing"), (b"\n", "holds no rows"),
+    for content, message in [(b'{"a": 1}\n\n{"a": \n', "a.jsonl:3: not valid JSON"), (b'{"a": 1}\n\xff\n', "a.jsonl:2: not UTF-8 text"), (b'{"b": 1}\n', "a.jsonl:1: the key 'a' is missing"), (b"\n", "holds no rows"),
                              (b"[" * 100_000 + b"\n", "a.jsonl:1: not valid JSON")]:
         path.write_bytes(content)
         with pytest.raises(cli.UserError, match=message):

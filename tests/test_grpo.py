@@ -7,11 +7,11 @@ import torch
 from conftest import MINI, tiny
 
 import grpo
-from grpo import advantages, policy_loss, response_logprobs, token_weights
+from grpo import Group, advantages, policy_loss, response_logprobs, token_weights
 from sample import Completion
 from train import Optimizer
 
-ARGS = SimpleNamespace(truncated="keep", loss="token-mean", max_new_tokens=20, clip_low=0.2, clip_high=0.2, kl=0.0, micro_batch_tokens=10_000)
+ARGS = SimpleNamespace(truncated="keep", loss="token-mean", max_new_tokens=20, clip_low=0.2, clip_high=0.2, kl=0.0, temperature=1.0, micro_batch_tokens=10_000)
 PROMPT = [5, 9, 200, 31, 8]
 
 
@@ -33,9 +33,9 @@ def test_advantages():
 def test_clip_quadrants(ratio, advantage, moves):
     """Rule 11: a token stops only where its ratio has left the range in the direction of its advantage."""
     logp = torch.tensor([math.log(ratio)], requires_grad=True)
-    _, stats = policy_loss(logp, torch.zeros(1), torch.tensor([advantage]), torch.ones(1))[0].backward(), None
+    loss, stats = policy_loss(logp, torch.zeros(1), torch.tensor([advantage]), torch.ones(1))
+    loss.backward()
     assert logp.grad.item() == pytest.approx(-ratio * advantage if moves else 0.0)
-    stats = policy_loss(logp, torch.zeros(1), torch.tensor([advantage]), torch.ones(1))[1]
     assert stats["clip_fraction"] == (not moves)
 
 
@@ -88,7 +88,7 @@ def gradient(group, advantage, **change):
     optimizer = Optimizer(model, 0.0)
     grads = {}
     optimizer.step = lambda lr: grads.update({n: w.grad.clone() for n, w in model.named_parameters()}) or 1.0
-    norm, sums = grpo.update(model, None, optimizer, [(PROMPT, group, advantage)], SimpleNamespace(**{**vars(ARGS), **change}), 1.0, 0.1)
+    norm, sums = grpo.update(model, None, optimizer, [(Group(0, None, PROMPT, group, []), advantage)], SimpleNamespace(**{**vars(ARGS), **change}), 0.1)
     return torch.cat([g.flatten() for g in grads.values()]) if grads else None, norm, sums
 
 
@@ -108,7 +108,7 @@ def test_equal_rewards_give_no_gradient_and_count_in_the_divisor():
     both = {}
     optimizer = Optimizer(model, 0.0)
     optimizer.step = lambda lr: both.update({n: w.grad.clone() for n, w in model.named_parameters()}) or 1.0
-    grpo.update(model, None, optimizer, [(PROMPT, group, [1.0, -1.0]), (PROMPT, completions((5, 5), seed=9), [0.0, 0.0])], ARGS, 1.0, 0.1)
+    grpo.update(model, None, optimizer, [(Group(0, None, PROMPT, group, []), [1.0, -1.0]), (Group(1, None, PROMPT, completions((5, 5), seed=9), []), [0.0, 0.0])], ARGS, 0.1)
     alone = gradient(group, [1.0, -1.0])[0]
     assert torch.allclose(torch.cat([g.flatten() for g in both.values()]) * 2, alone, atol=1e-5, rtol=1e-4)
 
@@ -136,7 +136,7 @@ def test_the_end_token_is_trained_and_the_prompt_is_not():
 
 def test_random_reward_knows_nothing():
     args = SimpleNamespace(reward="random", seed=0)
-    coins = [grpo.reward_of(SimpleNamespace(correct=c), args, 1, i, j) for c in (True, False) for i in range(40) for j in range(8)]
+    coins = [coin for c in (True, False) for i in range(40) for coin in grpo.rewards_of(Group(i, None, [], [], [SimpleNamespace(correct=c)] * 8), args, 1)]
     assert coins[:320] == coins[320:] and 0.4 < sum(coins) / len(coins) < 0.6
 
 
