@@ -65,8 +65,16 @@ Question:
 Attempt:
 {attempt}
 
-Work it out again yourself and compare; do not take any step on trust. End with <verdict>Correct</verdict> or <verdict>Incorrect</verdict>.
-For example, an attempt that names Sydney as the capital of Australia deserves: The capital is Canberra. <verdict>Incorrect</verdict>"""
+Two examples of a check. Of an attempt that names Sydney as the capital of Australia:
+The capital of Australia is Canberra, so the attempt is wrong.
+<verdict>Incorrect</verdict>
+Of an attempt that names Canberra:
+Canberra is the capital of Australia, so the attempt is right.
+<verdict>Correct</verdict>
+
+Now check the attempt above: work it out again, take nothing on trust, and compare. Be brief. Your reply must end with one of these two lines:
+<verdict>Incorrect</verdict>
+<verdict>Correct</verdict>"""
 REFLECT_LEAKS = ("Canberra", "Sydney")  # words of the prompt's worked example: a reflection that has one copied it
 
 

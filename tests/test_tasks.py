@@ -190,5 +190,5 @@ def test_math_equivalence():
 def test_verdicts():
     assert tasks.verdict("x <verdict>Incorrect</verdict> <verdict> correct </verdict>") is True
     assert tasks.verdict("<verdict>Incorrect</verdict>") is False and tasks.verdict("<verdict>Maybe</verdict>") is None
-    assert tasks.verdict(tasks.reflection_prompt("q", "a")[0]["content"]) is False  # the worked example ends with one
+    assert tasks.verdict(tasks.reflection_prompt("q", "a")[0]["content"]) is True  # the worked examples end with one
     assert all(word in tasks.REFLECT for word in tasks.REFLECT_LEAKS)
