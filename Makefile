@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 SHELL = /bin/bash
-RUN = . .venv/bin/activate && set -euo pipefail && export OMP_NUM_THREADS=1
+RUN = set -euo pipefail; . .venv/bin/activate; export OMP_NUM_THREADS=1;
 
 # How much the demo does. CI makes it smaller: make demo QUESTIONS=60 EPOCHS=1 STEPS=3 RL_STEPS=3 EVAL=20
 QUESTIONS = 450
@@ -30,17 +30,18 @@ test: .venv/installed
 demo: .venv/installed
 	@rm -rf $(DEMO) && mkdir -p $(DEMO)
 	@echo "== 1. sample: the base model attempts problems and judges its attempts (two processes, half of the questions each)"
-	@$(RUN) && for i in 0 1; do \
-	  python sample.py --task $(SIZES) --questions $(QUESTIONS) --n 6 --reflections 1 --shard $$i/2 --max-new-tokens 100 \
-	    --temperature 1 --top-p 1 --top-k 0 --repetition-penalty 1 --out $(DEMO)/samples$$i.jsonl & jobs[$$i]=$$!; done; wait $${jobs[0]}; wait $${jobs[1]}
+	@$(RUN) sample="python sample.py --task $(SIZES) --questions $(QUESTIONS) --n 6 --reflections 1 --max-new-tokens 100 \
+	    --temperature 1 --top-p 1 --top-k 0 --repetition-penalty 1"; \
+	  $$sample --shard 0/2 --out $(DEMO)/samples0.jsonl & other=$$!; \
+	  $$sample --shard 1/2 --out $(DEMO)/samples1.jsonl; wait $$other
 	@echo "== 2. rearrange: its text becomes traces; here is one, as it is built"
-	@$(RUN) && python rearrange.py --data $(DEMO)/samples0.jsonl,$(DEMO)/samples1.jsonl --show 1
-	@$(RUN) && python rearrange.py --data $(DEMO)/samples0.jsonl,$(DEMO)/samples1.jsonl --out $(DEMO)/silver.jsonl
+	@$(RUN) python rearrange.py --data $(DEMO)/samples0.jsonl,$(DEMO)/samples1.jsonl --show 1
+	@$(RUN) python rearrange.py --data $(DEMO)/samples0.jsonl,$(DEMO)/samples1.jsonl --out $(DEMO)/silver.jsonl
 	@echo "== 3. sft on the traces, then grpo from there; beside it grpo from the base (RL only), its screen in $(DEMO)/rl.log"
-	@$(RUN) && python grpo.py --lr 1e-4 --steps $(RL_STEPS) --max-new-tokens 100 --out $(DEMO)/rl > $(DEMO)/rl.log 2>&1 & rl=$$!; \
-	  $(RUN) && python sft.py --data $(DEMO)/silver.jsonl --epochs $(EPOCHS) --out $(DEMO)/sft \
-	  && python grpo.py --model $(DEMO)/sft --steps $(STEPS) --max-new-tokens 400 --out $(DEMO)/grpo; wait $$rl
+	@$(RUN) python grpo.py --lr 1e-4 --steps $(RL_STEPS) --max-new-tokens 100 --out $(DEMO)/rl > $(DEMO)/rl.log 2>&1 & other=$$!; \
+	  python sft.py --data $(DEMO)/silver.jsonl --epochs $(EPOCHS) --out $(DEMO)/sft; \
+	  python grpo.py --model $(DEMO)/sft --steps $(STEPS) --max-new-tokens 400 --out $(DEMO)/grpo; wait $$other
 	@echo "== 4. evaluate on problems that nothing was trained on"
-	@$(RUN) && python evaluate.py --models base=mini,rl-only=$(DEMO)/rl,sft=$(DEMO)/sft,sft+grpo=$(DEMO)/grpo --tasks $(SIZES) \
+	@$(RUN) python evaluate.py --models base=mini,rl-only=$(DEMO)/rl,sft=$(DEMO)/sft,sft+grpo=$(DEMO)/grpo --tasks $(SIZES) \
 	  --questions $(EVAL) --samples 4 --out $(DEMO)/evaluate
 	@echo "open $(DEMO)/evaluate/report.html"
