@@ -206,9 +206,9 @@ class Sampler:
         fit = int((0.6 * free_memory(model.device) + held) // each)
         wanted = self.wanted_slots or min(MOST_SLOTS[model.device.type], max(fit, 1))
         slots = min(wanted, sum(len(r.indices) for r in queue))
-        if fit < 1 or self.wanted_slots > fit:
-            raise UserError(f"{self.wanted_slots or 1} slots of {capacity} tokens need {max(self.wanted_slots, 1) * each / 2**30:.1f} GiB of cache, "
-                            f"{fit} fit in memory; lower --slots or --max-new-tokens")
+        if slots > fit:
+            raise UserError(f"{slots} slots of {capacity} tokens need {slots * each / 2**30:.1f} GiB of cache, {fit} fit in memory; "
+                            "lower --slots or --max-new-tokens")
         if not self.cache or slots > self.cache.slots or not capacity <= self.cache.capacity <= 4 * capacity:
             self.cache = None  # let go of the old one first
             self.cache = KVCache(model.config, slots, capacity, model.device, model.dtype)
