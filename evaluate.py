@@ -227,7 +227,7 @@ def paper_rows(names):
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;margin:1rem 0}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}pre{background:#f6f6f4;padding:1rem;white-space:pre-wrap}
 .wide{overflow-x:auto}.right{color:#197a3e}.wrong{color:#b3261e}svg text{font:12px system-ui,sans-serif}summary{cursor:pointer}"""
 PALETTE = ("#9aa5b1", "#d08c3c", "#5b8bd0", "#3b9c6b", "#a05195", "#c0504d")
@@ -270,6 +270,7 @@ def page(cells, results, command_line):
     def table(rows):
         cells = ["".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in row) for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
         return f'<div class="wide"><table>{"".join(f"<tr>{row}</tr>" for row in cells)}</table></div>'
+    cells = sorted(cells, key=lambda c: [x["task"] for x in cells].index(c["task"]))  # the models of one task together
     shown = columns(cells)
     body = [f"<h1>SkillFactory: evaluation</h1><p><code>{html.escape(command_line)}</code></p>", bars(cells),
             "<p>Bars: strict accuracy in %, line: 95% interval.</p>", table([[h for h, _ in shown]] + [[f(c) for _, f in shown] for c in cells])]

@@ -68,24 +68,25 @@ def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """
     if temperature not in (0, 1):
         logits.div_(temperature)
-    total = logits.logsumexp(-1, keepdim=True)
+    p = logits.softmax(-1)
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     elif not top_k and top_p == 1 and not min_p:
-        tokens = _invert((logits - total).exp_(), u)
+        tokens = _invert(p, u)
     else:
-        V = logits.shape[1]
+        V = p.shape[1]
         # Sorting a whole vocabulary is slow. The largest 1,024 nearly always hold all that the cuts keep; if not, sort.
         for k in (min(top_k or 1024, V), V):
-            values, order = logits.topk(k, dim=-1)  # descending
-            p = values.softmax(-1) if top_k else (values - total).exp()
-            kept = p.cumsum(-1)
-            if top_k or k == V or bool(((kept[:, -1] >= top_p) & (top_p < 1) | (p[:, -1] < min_p * p[:, 0])).all()):
+            head, order = p.topk(k, dim=-1)  # descending
+            if top_k:
+                head = head / head.sum(-1, keepdim=True)
+            mass = head.cumsum(-1)
+            if top_k or k == V or bool(((mass[:, -1] >= top_p) & (top_p < 1) | (head[:, -1] < min_p * head[:, 0])).all()):
                 break
         # min-p compares with the likeliest token; top-p keeps the shortest head whose mass reaches top_p.
-        p = p * ((kept - p < top_p) & (p >= min_p * p[:, :1]))
-        tokens = order.gather(1, _invert(p, u))
-    return tokens[:, 0], (logits.gather(1, tokens) - total)[:, 0]
+        head = head * ((mass - head < top_p) & (head >= min_p * head[:, :1]))
+        tokens = order.gather(1, _invert(head, u))
+    return tokens[:, 0], p.gather(1, tokens).log()[:, 0]
 
 
 def _invert(p, u):
