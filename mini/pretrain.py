@@ -1,6 +1,6 @@
 """Train the miniature: a base model that attempts small number problems once and, when asked, judges one attempt.
 
-    python mini/pretrain.py --out out/mini          # 16 million tokens, about 13 minutes on one core
+    python mini/pretrain.py --out out/mini          # 16 million tokens, about 15 minutes on one core
 
 It stands in for a pretrained model so that the whole method runs on a laptop. Its documents are the project's own prompts,
 answered the way a weak model answers: an attempt is mostly a random expression that is worked out with care, and only
