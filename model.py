@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cli import UserError, write_whole
-from kernels import linear_logprob, rms_norm, rotate, swiglu
+from kernels import add_norm, linear_float32, linear_logprob, rotate, swiglu
 
 # (layer, q (B, T, H, D), k (B, T, K, D), v (B, T, K, D)) -> o (B, T, H, D): H query heads share K key/value heads.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -128,8 +128,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x, delta=None):
+        """(x + delta, its norm): the residual stream and what the next layer reads."""
+        return add_norm(x, delta, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -141,12 +142,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, K * D, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, K * D, bias=c.qkv_bias)
         self.o_proj = nn.Linear(H * D, c.hidden_size, bias=c.o_bias)
-        self.q_norm = RMSNorm(D, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(D, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(D, c.rms_norm_eps) if c.qk_norm else None
+        self.eps = c.rms_norm_eps
 
     def forward(self, x, cos, sin, attend: Attend):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H or K, D)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = rotate(q, k, cos, sin, (self.q_norm.weight, self.k_norm.weight) if self.q_norm else None, self.eps)
         return self.o_proj(attend(self.layer, q, k, v).flatten(-2))  # (B, T, H, D) -> (B, T, H*D) -> (B, T, C)
 
 
@@ -169,9 +171,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, delta, cos, sin, attend):
+        """`delta` is what the layer before adds to x: the sum is left to the norm, which reads x anyway."""
+        x, h = self.input_layernorm(x, delta)
+        x, h = self.post_attention_layernorm(x, self.self_attn(h, cos, sin, attend))
+        return x, self.mlp(h)
 
 
 class Transformer(nn.Module):
@@ -195,30 +199,29 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         angle = positions[..., None, None] * self.frequencies  # (B or 1, T, 1, D/2)
         cos, sin = angle.cos(), angle.sin()
-        x = self.model.embed_tokens(tokens)  # (B, T, C)
+        x, delta = self.model.embed_tokens(tokens), None  # (B, T, C)
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, cos, sin, attend)
-        return self.model.norm(x)
+            x, delta = block(x, delta, cos, sin, attend)
+        return self.model.norm(x, delta)[1]
 
     @property
     def head(self):
-        """The output matrix (vocab, C). It ends where the tokenizer does: the rows beyond are padding of the vocabulary, and no
-        sample, probability or gradient ever sees them."""
-        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return weight if self.vocab == len(weight) else weight[:self.vocab]
+        """The output matrix (vocabulary with its padding, C). The rows beyond the tokenizer's `vocab` are padding, and no sample,
+        probability or gradient ever sees them."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def logits(self, hidden):
-        """Next-token logits, float32 (..., vocab)."""
-        return (hidden @ self.head.T).float()
+        """Next-token logits, float32 (..., vocab): a view, since a product of the padded width, a round number, is the faster one."""
+        return linear_float32(hidden, self.head)[..., :self.vocab]
 
     def logprobs(self, hidden, targets, temperature=1.0):
         """Log-probability of `targets` (N,) after `hidden` (N, C), and the entropy there: two float32 tensors (N,).
 
         This one number is the loss of SFT, the ratio of GRPO and the check of the sampler. The logits are never held at once.
         """
-        return linear_logprob(hidden, self.head, targets, temperature)
+        return linear_logprob(hidden, self.head[:self.vocab], targets, temperature)
 
     @property
     def device(self):

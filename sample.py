@@ -4,8 +4,9 @@
     python sample.py --model Qwen/Qwen2.5-1.5B-Instruct --task countdown-3 --questions 4000 --n 16 --reflections 4
     python sample.py --prompt "What is 2 + 3?"                  # try a model by hand
 
-Three ideas carry the speed. A group's prompt is run once and its cache is forked to every sample. A row that ends gives its
-slot to the next request at once. Live rows are kept in the first slots, so that a step is one dense batch.
+Four ideas carry the speed. A group's prompt is run once and its cache is forked to every sample. A row that ends gives its
+slot to the next request at once. Live rows are kept in the first slots, so that a step is one dense batch. On a GPU a step, the
+choice of the token included, is one CUDA graph, and the host looks at what was chosen every eighth token only.
 
 One idea carries the trust: a token is drawn with one uniform number that depends on (seed, request, index, position) only.
 So a completion is the same in whatever batch, slot, order or process it was made, as far as a matrix product of another
@@ -18,7 +19,7 @@ import json
 import math
 import os
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import tasks
 from cli import UserError, command, natural, number, parser, positive, read_jsonl, run_record, to_json, write_whole
-from kernels import decode_attention, next_tokens, uniform
+from kernels import decode_attention, next_tokens, uniform, uses_triton
 from model import load
 
 
@@ -101,15 +102,12 @@ class KVCache:
         return attend
 
     def decode(self, lengths, longest):
-        """An Attend for one new token in each of the first len(lengths) slots, at position lengths[slot]."""
+        """An Attend for one new token in each of the first len(lengths) slots, at position lengths[slot] <= longest."""
         B = len(lengths)
-        rows, seen = torch.arange(B, device=lengths.device), lengths + 1
 
         def attend(layer, q, k, v):
-            self.k[layer, rows, :, lengths] = k[:, 0]  # (B, K, D)
-            self.v[layer, rows, :, lengths] = v[:, 0]
             past_k, past_v = self.k[layer, :B, :, :longest + 1], self.v[layer, :B, :, :longest + 1]  # (B, K, S, D)
-            return decode_attention(q[:, 0], past_k, past_v, seen)[:, None]  # (B, 1, H, D)
+            return decode_attention(q[:, 0], k[:, 0], v[:, 0], past_k, past_v, lengths)[:, None]  # (B, 1, H, D)
         return attend
 
     def fork(self, source, targets, length):
@@ -120,13 +118,19 @@ class KVCache:
 
 PREFILL_TOKENS = 8192  # of one prefill batch, padding included: bounds its activations
 MOST_SLOTS = {"cpu": 128, "cuda": 512}  # more rows no longer make a step cheaper per token
+LOOK = {"cpu": 1, "cuda": 8}  # tokens of every row between two looks of the host; what a row chose after its end is dropped
 
 
 class Sampler:
-    """Generates completions. The weights are the model's own, so a training step is seen with no copy."""
+    """Generates completions. The weights are the model's own, so a training step is seen with no copy, by the CUDA graphs too.
 
-    def __init__(self, model, tokenizer, slots=0):
-        self.model, self.tokenizer, self.wanted_slots = model, tokenizer, slots
+    `slots` is the number of rows decoded at once; 0 lets free memory decide, of which the cache takes `share`.
+    """
+
+    def __init__(self, model, tokenizer, slots=0, share=0.6):
+        self.model, self.tokenizer, self.wanted_slots, self.share = model, tokenizer, slots, share
+        self.look = LOOK[model.device.type]
+        self.graphed = model.device.type == "cuda" and uses_triton(model.device, model.dtype)
         self.cache = None
 
     def generate(self, prompts, n, params, seed=0, keys=None, bar=None):
@@ -149,10 +153,9 @@ class Sampler:
             yield from self.postprocess()
 
     def release(self):
-        """Give the cache's memory back, for a training step to use."""
-        self.cache = None
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """Give the cache's memory back, for a training step to use. With graphs it stays, for they point into it."""
+        if not self.graphed:
+            self.cache = None
 
     # ---- schedule: give free slots to waiting samples
 
@@ -165,7 +168,7 @@ class Sampler:
         taken, forks = [], []  # taken: (slot, prompt) to prefill; forks: (source, targets, length)
         while queue and len(self.rows) < self.cache.slots:
             request = queue[0]
-            if self._room(request) > self.cache.capacity:
+            if self._room(request) + self.look - 1 > self.cache.capacity:
                 break  # it came late: it waits until the others are done and a cache with longer slots can be made
             indices = request.indices[request.started:request.started + self.cache.slots - len(self.rows)]
             targets = list(range(len(self.rows), len(self.rows) + len(indices)))
@@ -196,26 +199,26 @@ class Sampler:
     def _make_cache(self, queue):
         """A cache for the longest request that waits. Free memory decides the number of slots, if the caller did not."""
         model = self.model
-        capacity = max(self._room(r) for r in queue)
+        capacity = max(self._room(r) for r in queue) + self.look - 1  # a row goes on after its end until the host looks
         if self.fitted and self.cache.capacity < capacity:  # longer requests came while others ran, and more will: grow by doubling
             capacity = max(capacity, min(2 * self.cache.capacity, model.config.max_position_embeddings))
         capacity = -(-capacity // 64) * 64
         self.fitted = True
         each = capacity * KVCache.bytes_per_token(model.config, model.dtype)
         held = 2 * self.cache.k.nbytes if self.cache else 0
-        fit = int((0.6 * free_memory(model.device) + held) // each)
+        fit = int((self.share * free_memory(model.device) + held) // each)
         wanted = self.wanted_slots or min(MOST_SLOTS[model.device.type], max(fit, 1))
         slots = min(wanted, sum(len(r.indices) for r in queue))
         if slots > fit:
             raise UserError(f"{slots} slots of {capacity} tokens need {slots * each / 2**30:.1f} GiB of cache, {fit} fit in memory; "
                             "lower --slots or --max-new-tokens")
         if not self.cache or slots > self.cache.slots or not capacity <= self.cache.capacity <= 4 * capacity:
-            self.cache = None  # let go of the old one first
+            self.cache, self.graphs, self.pool = None, {}, None  # let go of the old one first
             self.cache = KVCache(model.config, slots, capacity, model.device, model.dtype)
-        # The token that each row feeds next, the positions in its cache, its key, and (for the penalty) the ids it has seen.
-        self.tokens, self.lengths, self.keys = torch.zeros(3, self.cache.slots, dtype=torch.long, device=model.device)
-        self.seen = None
-        if self.params.repetition_penalty != 1:
+            # The token that each row feeds next, the positions in its cache, its key. Graphs point at them too: written in place.
+            self.tokens, self.lengths, self.keys = torch.zeros(3, slots, dtype=torch.long, device=model.device)
+            self.logprobs, self.seen = torch.zeros(slots, device=model.device), None
+        if self.params.repetition_penalty != 1 and self.seen is None:  # the ids that each row has seen
             self.seen = torch.zeros(self.cache.slots, model.vocab, dtype=torch.bool, device=model.device)
 
     def _open(self, request, index):
@@ -241,32 +244,68 @@ class Sampler:
                 padded[i, :len(prompt)] = torch.tensor(prompt)
             self.model(padded.to(self.model.device), attend=self.cache.prefill([slot for slot, _ in batch]))
 
-    # ---- step: one token for every live row
+    # ---- step: the next token, or few, of every live row
 
     @torch.inference_mode()
     def step(self):
-        B, p = len(self.rows), self.params
-        tokens, lengths = self.tokens[:B], self.lengths[:B]
-        longest = max(len(r.completion.prompt) + len(r.completion.tokens) for r in self.rows) - 1
+        live = len(self.rows)
+        B = self._bucket(live)
+        self.lengths[live:B] = 0  # rows that only fill the bucket up: nothing to read
+        chosen, logprobs = [], []
+        for i in range(self.look):
+            longest = self.cache.capacity - 1 if self.graphed else max(len(r.completion.prompt) + len(r.completion.tokens) for r in self.rows) - 1 + i
+            self._run(B, longest)
+            chosen.append(self.tokens[:live].clone())
+            logprobs.append(self.logprobs[:live].clone())
+        chosen, logprobs = torch.stack(chosen, 1).tolist(), torch.stack(logprobs, 1).tolist()  # (live, look): the one sync
+        for row, tokens, logps in zip(self.rows, chosen, logprobs):
+            if not math.isfinite(sum(logps)):
+                raise UserError("the model's logits are not finite; its weights are damaged, or --temperature is far too low")
+            n = min(self.look, row.budget - len(row.completion.tokens))
+            n = next((i + 1 for i in range(n) if tokens[i] in self.tokenizer.stop_ids), n)
+            row.completion.tokens += tokens[:n]
+            row.completion.logprobs += logps[:n]
+
+    def _bucket(self, live):
+        """How many slots a step runs. With graphs, one of few numbers: a graph is captured for each."""
+        if not self.graphed:
+            return live
+        if live <= 16:
+            return min(1 << (live - 1).bit_length(), self.cache.slots)
+        grain = 16 if live <= 128 else 64
+        return min(-(-live // grain) * grain, self.cache.slots)
+
+    def _run(self, B, longest):
+        """One step of the first B slots. With graphs, the first step of a kind is run as it is, which compiles its kernels; the
+        second is captured, and replayed from then on."""
+        if not self.graphed:
+            return self._advance(B, longest)
+        kind = (B, replace(self.params, max_new_tokens=0))  # all that a graph bakes in
+        if kind not in self.graphs:
+            self._advance(B, longest)
+            self.graphs[kind] = None
+        else:
+            self.graphs[kind] = self.graphs[kind] or self._capture(B, longest)
+            self.graphs[kind]()
+
+    def _capture(self, B, longest):
+        """A CUDA graph of a step. All share one pool of memory: they never run at the same time, and the first is the largest."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            self._advance(B, longest)
+        return graph.replay
+
+    def _advance(self, B, longest):
+        """Feed each row's token, choose the next: all on the device, in place, without asking it anything."""
+        tokens, lengths, p = self.tokens[:B], self.lengths[:B], self.params
         hidden = self.model(tokens[:, None], lengths[:, None], self.cache.decode(lengths, longest))[:, 0]  # (B, C)
-        logits = self.model.logits(hidden)  # (B, vocab)
-        plain = None
-        if self.seen is not None:
-            plain = logits.clone()
-            penalised = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
-            logits = torch.where(self.seen[:B], penalised, logits)
-        chosen, logprobs = next_tokens(logits, uniform(self.keys[:B], lengths), p.temperature, p.top_k, p.top_p, p.min_p)
-        if plain is not None:  # the log-probability is the model's own, without the penalty
-            logprobs = (plain / (p.temperature or 1)).log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-            self.seen[torch.arange(B, device=chosen.device), chosen] = True
-        self.tokens[:B] = chosen
-        self.lengths[:B] += 1
-        logprobs = logprobs.tolist()
-        if not math.isfinite(sum(logprobs)):
-            raise UserError("the model's logits are not finite; its weights are damaged, or --temperature is far too low")
-        for row, token, logprob in zip(self.rows, chosen.tolist(), logprobs):
-            row.completion.tokens.append(token)
-            row.completion.logprobs.append(logprob)
+        seen = None if p.repetition_penalty == 1 else self.seen[:B]
+        chosen, logprobs = next_tokens(self.model.logits(hidden), uniform(self.keys[:B], lengths), p.temperature, p.top_k, p.top_p, p.min_p,
+                                       p.repetition_penalty, seen)
+        tokens.copy_(chosen)
+        self.logprobs[:B] = logprobs
+        lengths += 1
 
     # ---- postprocess: hand out finished rows, close the gaps they leave
 

@@ -7,21 +7,34 @@ import torch
 import torch.nn.functional as F
 
 
-def rms_norm(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 (Zhang & Sennrich 2019)."""
+def add_norm(x, delta, weight, eps):
+    """The residual add and RMSNorm of the sum over the last dimension (Zhang & Sennrich 2019): a pair of tensors like x.
+
+    s = x + delta (x itself if delta is None);   s / sqrt(mean(s^2) + eps) * weight, in float32 up to the weight.
+    """
+    s = x if delta is None else x + delta
+    return s, _norm(s, weight, eps)
+
+
+def _norm(x, weight, eps):
     if x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     return weight * F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
 
 
-def rotate(x, cos, sin):
-    """Rotary embedding (Su et al. 2021), in the half-split order of Hugging Face weights.
+def rotate(q, k, cos, sin, norms=None, eps=0.0):
+    """Rotary embedding (Su et al. 2021) of queries and keys, in the half-split order of Hugging Face weights.
 
-    x (B, T, H, D); cos, sin (B or 1, T, 1, D/2) in float32.  With x = [a, b] split in the middle of D:
-    [a cos - b sin, b cos + a sin].
+    q (B, T, H, D), k (B, T, K, D); cos, sin (B or 1, T, 1, D/2) in float32. With x = [a, b] split in the middle of D:
+    [a cos - b sin, b cos + a sin]. `norms`, Qwen3's two weights (D,), are for an RMSNorm of each head before it.
     """
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    if norms:
+        q, k = _norm(q, norms[0], eps), _norm(k, norms[1], eps)
+    out = []
+    for x in (q, k):
+        a, b = x.float().chunk(2, dim=-1)
+        out.append(torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype))
+    return tuple(out)
 
 
 def swiglu(gate, up):
@@ -29,21 +42,22 @@ def swiglu(gate, up):
     return F.silu(gate) * up
 
 
-def decode_attention(q, k, v, lengths):
-    """One new token a row over its cached past: softmax(q k^T / sqrt(D)) v, row b over positions 0..lengths[b]-1.
+def decode_attention(q, k, v, past_k, past_v, lengths):
+    """One new token a row joins the cache and attends to its past and itself: softmax(q k^T / sqrt(D)) v.
 
-    q (B, H, D); k, v (B, K, S, D) with K dividing H; lengths (B,) in 1..S. Returns (B, H, D).
+    q (B, H, D), k, v (B, K, D) of the new tokens, K dividing H; past_k, past_v (B, K, S, D), where row b has positions
+    0..lengths[b]-1 and gets the new one at lengths[b] < S. Returns (B, H, D).
     """
     B, H, D = q.shape
-    K, S = k.shape[1], k.shape[2]
+    K, S = past_k.shape[1], past_k.shape[2]
+    rows = torch.arange(B, device=q.device)
+    past_k[rows, :, lengths], past_v[rows, :, lengths] = k, v
     # The H/K query heads that share a key head become the rows of one small matrix: the cache is read once for all.
-    q = q.view(B, K, H // K, D)
-    past = torch.arange(S, device=q.device) < lengths[:, None]  # (B, S)
-    if q.is_cuda:  # fused: a bfloat16 product would round the scores, and the trainer's attention does not
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=past[:, None, None]).view(B, H, D)
-    scores = (q.float() * D**-0.5) @ k.float().transpose(-1, -2)  # (B, K, H/K, S)
-    scores = scores.masked_fill_(~past[:, None, None], float("-inf"))
-    return (scores.softmax(-1).to(v.dtype) @ v).view(B, H, D)
+    q = q.reshape(B, K, H // K, D)
+    unseen = torch.arange(S, device=q.device) > lengths[:, None]  # (B, S)
+    scores = (q.float() * D**-0.5) @ past_k.float().transpose(-1, -2)  # (B, K, H/K, S)
+    scores = scores.masked_fill_(unseen[:, None, None], float("-inf"))
+    return (scores.softmax(-1).to(past_v.dtype) @ past_v).view(B, H, D)
 
 
 def uniform(key, position):
@@ -59,34 +73,49 @@ def uniform(key, position):
     return (x >> 40 & 0xFFFFFF).float() * 2.0**-24
 
 
-def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, seen=None):
     """Choose a token a row by inverting the cumulative distribution at `u`, one uniform number a row.
 
-    logits (B, V) float32, overwritten; u (B,) in [0, 1). The cuts come in the order of vLLM: temperature, min-p, top-k,
-    top-p. Temperature 0 takes the largest logit. Returns tokens (B,) int64 and their log-probabilities (B,) under
-    softmax(logits / temperature) *before* the cuts: the number a trainer recomputes (for temperature 0, at temperature 1).
+    logits (B, V) float32, overwritten; u (B,) in [0, 1). The cuts come in the order of vLLM: repetition penalty on the tokens
+    marked in `seen` (B, V) bool (the choice is then marked too), temperature, min-p, top-k, top-p, each on what the one before
+    has left; tokens of equal probability stay or go together. Temperature 0 takes the largest logit.
+    Returns tokens (B,) int64 and their log-probabilities (B,) under softmax(logits / temperature) *before* penalty and cuts:
+    the number a trainer recomputes (for temperature 0, at temperature 1).
     """
+    own = logits
+    if seen is not None:
+        own = logits / (temperature or 1)
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if temperature not in (0, 1):
-        logits.div_(temperature)
+        logits = logits.div_(temperature)
     p = logits.softmax(-1)
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
-    elif not top_k and top_p == 1 and not min_p:
-        tokens = _invert(p, u)
     else:
-        V = p.shape[1]
-        # Sorting a whole vocabulary is slow. The largest 1,024 nearly always hold all that the cuts keep; if not, sort.
-        for k in (min(top_k or 1024, V), V):
-            head, order = p.topk(k, dim=-1)  # descending
-            if top_k:
-                head = head / head.sum(-1, keepdim=True)
+        tokens = _invert(_cut(p, top_k, top_p, min_p), u)
+    if seen is None:
+        return tokens[:, 0], p.gather(1, tokens).log()[:, 0]
+    seen.scatter_(1, tokens, True)
+    return tokens[:, 0], own.log_softmax(-1).gather(1, tokens)[:, 0]
+
+
+def _cut(p, top_k, top_p, min_p):
+    """The probabilities p (B, V), those that do not survive the cuts set to 0."""
+    V = p.shape[1]
+    if min_p:  # in relation to the likeliest
+        p = torch.where(p >= min_p * p.amax(-1, keepdim=True), p, 0)
+    if 0 < top_k < V:
+        p = torch.where(p >= p.topk(top_k).values[:, -1:], p, 0)
+    if top_p < 1:
+        goal = top_p * p.sum(-1, keepdim=True)
+        # The shortest head whose mass reaches the goal. Sorting a vocabulary is slow: the largest 1,024 nearly always do.
+        for size in (min(top_k or 1024, V), V):
+            head = p.topk(size).values
             mass = head.cumsum(-1)
-            if top_k or k == V or bool(((mass[:, -1] >= top_p) & (top_p < 1) | (head[:, -1] < min_p * head[:, 0])).all()):
+            if size == V or bool((mass[:, -1:] >= goal).all()):
                 break
-        # min-p compares with the likeliest token; top-p keeps the shortest head whose mass reaches top_p.
-        head = head * ((mass - head < top_p) & (head >= min_p * head[:, :1]))
-        tokens = order.gather(1, _invert(head, u))
-    return tokens[:, 0], p.gather(1, tokens).log()[:, 0]
+        p = torch.where(p >= head.gather(1, (mass < goal).sum(-1, keepdim=True).clamp_(max=size - 1)), p, 0)
+    return p
 
 
 def _invert(p, u):
@@ -95,6 +124,14 @@ def _invert(p, u):
     total = cdf[:, -1:]
     aim = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not reach total
     return torch.searchsorted(cdf, aim, right=True).clamp_(max=p.shape[1] - 1)  # the clamp is for NaN, which the caller reports
+
+
+def linear_float32(hidden, weight):
+    """hidden (..., C) @ weight (V, C).T in float32, (..., V). On a GPU the product of bfloat16 is not rounded on its way out, as it is
+    not in the trainer's kernel: rounded logits would part sampler and trainer by some hundredths of a nat."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden.reshape(-1, hidden.shape[-1]), weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+    return (hidden @ weight.T).float()
 
 
 CHUNK_BYTES = 128 << 20  # of float32 logits at a time: 220 rows of a 152k vocabulary, 680 of SmolLM2's 49k

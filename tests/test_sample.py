@@ -8,7 +8,6 @@ from conftest import FAMILIES, MINI, tiny
 import sample
 import tasks
 from cli import UserError
-from kernels import next_tokens, uniform
 from sample import Params, Request, Sampler
 
 PROMPTS = [[5, 9, 200, 31], [7], [100 + i for i in range(23)], [3, 3, 3, 3, 3, 3, 3]]
@@ -128,58 +127,26 @@ def test_memory_decides_slots_and_is_refused_in_one_line(monkeypatch):
         Sampler(model, tokenizer, slots=8).generate(PROMPTS, 4, Params(20))
 
 
-# ---- the choice of a token -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("params", [Params(30, 0), Params(30, 0.9, 20, repetition_penalty=1.2)])
+def test_looking_less_often_changes_nothing(monkeypatch, params):
+    """What a GPU does, but for the GPU: five tokens between two looks, steps of whole buckets, each kind of step run once and from
+    then on replayed. Rows end within a burst; what they chose after their end is dropped; filled-up slots disturb nobody."""
+    model, tokenizer = tiny()
+    budgets = [3 + 7 * i % 22 for i in range(12)]
 
-def test_uniform_is_splitmix64():
-    """Against Python's unbounded integers; and the numbers are spread evenly."""
-    def splitmix(key, position):
-        mask = 2**64 - 1
-        x = (key + (position + 1) * 0x9E3779B97F4A7C15) & mask
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
-        return ((x ^ x >> 31) >> 40) / 2**24
-    keys, positions = torch.tensor([0, 1, -1, 2**62, -(2**63), 987654321]), torch.tensor([0, 5, 7, 4096, 1, 100_000])
-    assert uniform(keys, positions).tolist() == [splitmix(k, p) for k, p in zip(keys.tolist(), positions.tolist())]
-    u = uniform(torch.full((100_000,), 42), torch.arange(100_000))
-    assert abs(u.mean() - 0.5) < 0.005 and (u.histc(10, 0, 1) / 10_000 - 1).abs().max() < 0.05
-
-
-def kept(logits, temperature, top_k, top_p, min_p):
-    """The distribution after the cuts, by sorting and loops, as vLLM orders them."""
-    p = (torch.tensor(logits, dtype=torch.float64) / temperature).softmax(-1)
-    p = torch.where(p >= min_p * p.max(), p, 0)
-    order = p.argsort(descending=True).tolist()
-    if top_k:
-        order = order[:top_k]
-    total, mass, out = sum(p[i] for i in order) if top_k else 1.0, 0.0, torch.zeros(len(logits), dtype=torch.float64)
-    for i in order:
-        if mass < top_p * total or top_p == 1:
-            out[i] = p[i]
-        mass += p[i]
-    return out / out.sum()
-
-
-@pytest.mark.parametrize("cuts", [(1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (0.7, 20, 0.8, 0.0), (1.5, 0, 1.0, 0.1), (1.0, 3, 0.5, 0.05)])
-@pytest.mark.parametrize("V", [40, 3000])
-def test_next_tokens_follow_the_distribution(cuts, V):
-    """Inverting the distribution on an even grid of u must give each token its share, to within one grid step."""
-    logits = 2 * torch.randn(V, generator=torch.Generator().manual_seed(V))
-    N = 4000
-    u = (torch.arange(N) + 0.5) / N
-    tokens, logp = next_tokens(logits.repeat(N, 1), u, *cuts)
-    want = kept(logits.tolist(), *cuts)
-    share = torch.bincount(tokens, minlength=V) / N
-    assert (share - want).abs().max() < 1.5 / N + 1e-4
-    assert not (share > 0)[want == 0].any()
-    assert torch.allclose(logp, (logits / cuts[0]).log_softmax(-1)[tokens], atol=1e-5)
-
-
-def test_extreme_u_and_logits():
-    """u just below 1 must not fall off the end, nor onto a token of probability 0."""
-    logits = torch.full((2, 30), -1e4)
-    logits[:, [3, 17]] = 0.0
-    assert next_tokens(logits.clone(), torch.tensor([0.0, 1 - 2**-24]))[0].tolist() == [3, 17]
-    assert next_tokens(logits.clone(), torch.tensor([0.0, 1 - 2**-24]), top_k=7, top_p=0.9)[0].tolist() in ([3, 17], [17, 3])
+    def sample_all(sampler):
+        queue = deque(Request(PROMPTS[i % 4], [0, 1], f"question {i}", max_new_tokens=n, tag=i) for i, n in enumerate(budgets))
+        return {(r.tag, index): (c.tokens, c.finish, len(c.logprobs)) for r, index, c in sampler.stream(queue, params)}
+    want = sample_all(Sampler(model, tokenizer, 7))
+    captured = []
+    monkeypatch.setattr(Sampler, "_capture", lambda self, B, longest: captured.append(B) or (lambda: self._advance(B, longest)))
+    sampler = Sampler(model, tokenizer, 7)
+    sampler.look, sampler.graphed = 5, True
+    assert sample_all(sampler) == want
+    assert sorted(captured) == sorted(set(captured)) and set(captured) <= {1, 2, 4, 7}
+    sampler.release()
+    before = len(captured)
+    assert sample_all(sampler) == want and len(captured) == before  # the cache and its graphs stayed
 
 
 def test_repetition_penalty_is_vllms():

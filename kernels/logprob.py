@@ -1,0 +1,124 @@
+"""Log-probability of a target and entropy, from the hidden state straight over the vocabulary: tiles of logits, never stored.
+
+    z = h W^T / T      lse = log sum_j exp z_j      logp = z_target - lse      entropy = -sum_j p_j log p_j,   p = exp(z - lse)
+
+Forward: a program walks a part of the vocabulary with a block of rows, and for each row keeps a running maximum m, and l and e,
+the sums of exp(z - m) and exp(z - m) (z - m), adjusted whenever m rises. With m' > m and f = exp(m - m'):
+
+    l' = f l + ...        e' = f (e + l (m - m')) + ...        and over the parts: -entropy = sum exp(m - lse) (e + l (m - lse))
+
+Backward, with an upstream gradient g of each token (so that nothing can be prepared in the forward pass):
+
+    dz_j = g ([j = target] - p_j) / T        dh = dz W        dW = dz^T h
+
+The tile of z is computed again and becomes dz; dz of one part of the *vocabulary* at a time goes through two plain matrix
+products. Each part then owns its rows of dW, whole and summed in float32 by the product; only dh (small) is added up.
+
+Memory for 16k tokens, 152k entries, C = 896 in bfloat16: dz 0.5 GB at a time and dW 0.3 GB. Dense: 5 GB of logits, 10 GB of them
+in float32, 10 GB of log-probabilities, and their gradients. Work: 2 N V C flops four times; dense, three times.
+The entropy is a measurement and has no gradient. After Cut Cross-Entropy (Wijmans et al. 2024), which adds dh and dW up by
+atomics in the tiles themselves.
+"""
+import torch
+import triton
+import triton.language as tl
+
+DZ_BYTES = 512 << 20  # of dz at a time
+
+CONFIGS = {
+    "square": triton.Config({"ROWS": 128, "COLS": 128, "DEEP": 64}, num_warps=8, num_stages=3),
+    "wide": triton.Config({"ROWS": 128, "COLS": 256, "DEEP": 64}, num_warps=8, num_stages=3),
+    "small": triton.Config({"ROWS": 64, "COLS": 128, "DEEP": 32}, num_warps=4, num_stages=3),  # float32, and cards with less shared memory
+}
+INTERPRETED = triton.knobs.runtime.interpret
+# The timings are kept on disk: a run that is resumed must not choose another order of sums.
+tune = triton.autotune([triton.Config({"ROWS": 16, "COLS": 32, "DEEP": 16})] if INTERPRETED else list(CONFIGS.values()), key=["V", "C"], cache_results=True)
+
+
+@triton.jit
+def _tile(hidden, weight, rows, cols, N, V, C, ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr):
+    """hidden[rows] @ weight[cols].T in float32. Offsets are 64-bit: 152k x 8k values pass 2^30."""
+    acc, c = tl.zeros((ROWS, COLS), tl.float32), tl.arange(0, DEEP)
+    h, w = hidden + rows.to(tl.int64)[:, None] * C + c[None, :], weight + cols.to(tl.int64)[None, :] * C + c[:, None]
+    for start in range(0, C, DEEP):
+        a = tl.load(h + start, (rows < N)[:, None] & (start + c < C)[None, :], 0.0)
+        b = tl.load(w + start, (cols < V)[None, :] & (start + c < C)[:, None], 0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@tune
+@triton.jit
+def _forward(hidden, weight, targets, top, sums, dots, hits, N, V, C, share, temperature, ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr):
+    rows, part = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    target = tl.load(targets + rows, rows < N, -1)
+    m, l = tl.full((ROWS,), -1e30, tl.float32), tl.zeros((ROWS,), tl.float32)  # not -inf: 0 times it must be 0
+    e, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for start in range(part * share, tl.minimum(part * share + share, V), COLS):
+        cols = start + tl.arange(0, COLS)
+        z = _tile(hidden, weight, rows, cols, N, V, C, ROWS, COLS, DEEP) / temperature
+        hit += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
+        z = tl.where((cols < V)[None, :], z, -1e30)
+        higher = tl.maximum(m, tl.max(z, 1))
+        z -= higher[:, None]
+        p, fade = tl.exp(z), tl.exp(m - higher)
+        e = fade * (e + l * (m - higher)) + tl.sum(p * z, 1)
+        l, m = fade * l + tl.sum(p, 1), higher
+    at = part.to(tl.int64) * N + rows
+    tl.store(top + at, m, rows < N)
+    tl.store(sums + at, l, rows < N)
+    tl.store(dots + at, e, rows < N)
+    tl.store(hits + at, hit, rows < N)
+
+
+@tune
+@triton.jit
+def _backward(hidden, weight, targets, lse, grad, dz, first, N, V, C, width, temperature, ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr):
+    rows, local = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    cols = tl.where(local < width, first + local, V)
+    z = _tile(hidden, weight, rows, cols, N, V, C, ROWS, COLS, DEEP) / temperature
+    p = tl.exp(z - tl.load(lse + rows, rows < N, 0.0)[:, None])
+    chosen = cols[None, :] == tl.load(targets + rows, rows < N, -1)[:, None]
+    d = tl.load(grad + rows, rows < N, 0.0)[:, None] / temperature * (tl.where(chosen, 1.0, 0.0) - p)
+    tl.store(dz + rows.to(tl.int64)[:, None] * width + local[None, :], d, (rows < N)[:, None] & (local < width)[None, :])
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, parts):
+        hidden, weight = hidden.contiguous(), weight.contiguous()
+        (N, C), V = hidden.shape, len(weight)
+        parts = parts or max(1, min(8, 512 // triton.cdiv(max(N, 1), 128)))  # few rows: cut the vocabulary, to fill the card
+        share = triton.cdiv(V, parts * 256) * 256
+        m, l, e, hit = torch.empty(4, triton.cdiv(V, share), N, device=hidden.device)
+        if N:
+            grid = lambda meta: (triton.cdiv(N, meta["ROWS"]), len(m))
+            _forward[grid](hidden, weight, targets, m, l, e, hit, N, V, C, share, temperature)
+        lse = torch.logsumexp(m + l.log(), 0)
+        entropy = -((m - lse).exp() * (e + l * (m - lse))).sum(0)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return hit.sum(0) - lse, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        (N, C), V, grad = hidden.shape, len(weight), grad.contiguous()
+        dh = torch.zeros(N, C, device=hidden.device)
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        columns = max(256, DZ_BYTES // (max(N, 1) * hidden.element_size()) // 256 * 256)
+        for first in range(0, V if N else 0, columns):
+            part = weight[first:first + columns]
+            dz = torch.empty(N, len(part), device=hidden.device, dtype=hidden.dtype)
+            grid = lambda meta: (triton.cdiv(N, meta["ROWS"]), triton.cdiv(len(part), meta["COLS"]))
+            _backward[grid](hidden, weight, targets, lse, grad, dz, first, N, V, C, len(part), ctx.temperature)
+            dh += dz @ part
+            if dw is not None:
+                torch.mm(dz.T, hidden, out=dw[first:first + columns])
+        return dh.to(hidden.dtype), dw, None, None, None
+
+
+def linear_logprob(hidden, weight, targets, temperature=1.0, parts=0):
+    """As `reference.linear_logprob`; `parts` cuts the vocabulary in the forward pass, 0 as far as the card needs it."""
+    return _LinearLogprob.apply(hidden, weight, targets, float(temperature), parts)

@@ -1,0 +1,76 @@
+"""Rotary embedding of queries and keys (Su et al. 2021), with Qwen3's RMSNorm of each head before it, in one kernel.
+
+    n = x / sqrt(mean(x^2) + eps) * w        (Qwen3 only, over the D values of a head)
+    [a, b] = n, split in the middle          out = [a cos - b sin, b cos + a sin]
+
+Gradient: a rotation's transpose is the rotation back, so the same kernel runs with the angle's sign turned, and the norm's
+gradient is norm.py's over rows of D.
+
+Bytes for a token of H query and K key heads in bfloat16: reads and writes each value once, 4 (H + K) D; apart (two norms,
+two rotations, each with its float32 copy) it would be four times that. The angles are 4 D and shared by all heads.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from kernels.norm import norm_backward
+
+
+@triton.jit
+def _heads(x, w, out, token, c, s, eps, HEADS: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """All heads of one token at once: two tiles (heads, D/2)."""
+    h, i = tl.arange(0, triton.next_power_of_2(HEADS))[:, None], tl.arange(0, BLOCK)[None, :]
+    at, inside = (token * HEADS + h) * (2 * HALF) + i, (h < HEADS) & (i < HALF)
+    a, b = tl.load(x + at, inside, 0.0).to(tl.float32), tl.load(x + at + HALF, inside, 0.0).to(tl.float32)
+    if NORM:
+        r = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+        a *= r * tl.load(w + i, i < HALF, 0.0).to(tl.float32)
+        b *= r * tl.load(w + HALF + i, i < HALF, 0.0).to(tl.float32)
+    tl.store(out + at, a * c - b * s, inside)
+    tl.store(out + at + HALF, b * c + a * s, inside)
+
+
+@triton.jit
+def _rotate(q, k, wq, wk, cos, sin, q_out, k_out, angles, eps, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+            NORM: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):
+    token, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    at = token % angles * HALF + i  # every row of a batch may share one row of angles
+    c, s = tl.load(cos + at, i < HALF, 0.0)[None, :], tl.load(sin + at, i < HALF, 0.0)[None, :]
+    if BACK:
+        s = -s
+    _heads(q, wq, q_out, token, c, s, eps, H, HALF, NORM, BLOCK)
+    _heads(k, wk, k_out, token, c, s, eps, K, HALF, NORM, BLOCK)
+
+
+def _launch(q, k, cos, sin, norms=None, eps=0.0, back=False):
+    q, k = q.contiguous(), k.contiguous()
+    (H, D), K = q.shape[-2:], k.shape[-2]
+    out = torch.empty_like(q), torch.empty_like(k)
+    _rotate[(q.numel() // (H * D),)](q, k, *(norms or (q, k)), cos.contiguous(), sin.contiguous(), *out, cos.numel() // (D // 2), eps,
+                                     H, K, D // 2, norms is not None, back, triton.next_power_of_2(D // 2), num_warps=2)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, wq, wk, eps):
+        norms = None if wq is None else (wq, wk)
+        ctx.eps = eps
+        ctx.save_for_backward(cos, sin, *((q, k, *norms) if norms else ()))
+        return _launch(q, k, cos, sin, norms, eps)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        cos, sin, *normed = ctx.saved_tensors
+        dq, dk = _launch(dq, dk, cos, sin, back=True)
+        if not normed:
+            return dq, dk, None, None, None, None, None
+        q, k, wq, wk = normed
+        dq, dwq = norm_backward(dq, None, q.contiguous(), wq, ctx.eps)
+        dk, dwk = norm_backward(dk, None, k.contiguous(), wk, ctx.eps)
+        return dq, dk, None, None, dwq, dwk, None
+
+
+def rotate(q, k, cos, sin, norms=None, eps=0.0):
+    """As `reference.rotate`."""
+    return _Rotate.apply(q, k, cos, sin, *(norms or (None, None)), eps)

@@ -1,0 +1,93 @@
+"""The model, the sampler and a training step with every kernel in place, against plain PyTorch: in the interpreter on a CPU, with
+CUDA graphs on a GPU."""
+import pytest
+import torch
+from conftest import tiny
+
+import kernels
+from sample import Params, Sampler
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+PROMPTS = [[5, 9, 200, 31], [7], [100 + i for i in range(23)]]
+
+
+@pytest.fixture
+def use(monkeypatch):
+    return lambda kind: monkeypatch.setenv("KERNELS", kind)
+
+
+def tiny_there(family):
+    model, tokenizer = tiny(family)
+    model.frequencies = model.frequencies.to(DEVICE)
+    return model.to(DEVICE), tokenizer
+
+
+def test_the_rule(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.delenv("KERNELS", raising=False)
+    assert not kernels.uses_triton(cpu) and kernels.uses_triton(gpu, torch.bfloat16) and not kernels.uses_triton(gpu, torch.float64)
+    monkeypatch.setenv("KERNELS", "triton")
+    assert kernels.uses_triton(cpu)
+    monkeypatch.setenv("KERNELS", "reference")
+    assert not kernels.uses_triton(gpu)
+    monkeypatch.setenv("KERNELS", "fast")
+    with pytest.raises(ValueError, match="KERNELS=fast: give reference or triton"):
+        kernels.uses_triton(cpu)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2-untied", "qwen3", "llama"])
+def test_training_step(use, family):
+    """Values and the gradient of every parameter, through all layers."""
+    tokens, targets = torch.randint(0, 300, (2, 19), device=DEVICE), torch.randint(0, 300, (38,), device=DEVICE)
+    weight = torch.randn(38, device=DEVICE)
+    results = []
+    for kind in ("reference", "triton"):
+        use(kind)
+        model, _ = tiny_there(family)
+        logp, entropy = model.logprobs(model(tokens).flatten(0, 1), targets, 0.8)
+        (logp * weight).sum().backward()
+        results.append({"logp": logp, "entropy": entropy, **{n: w.grad for n, w in model.named_parameters()}})
+    for name, want in results[0].items():
+        error = (results[1][name] - want).abs().max() / want.abs().max()
+        assert error < 1e-4, f"{name} is off by {error:.1e} of its largest value"
+
+
+@pytest.mark.parametrize("family, params", [("qwen2", Params(10, 0)), ("qwen3", Params(10)), ("qwen2", Params(5, 0.7, 20, 0.8, repetition_penalty=1.1))], ids=["greedy", "plain", "cuts"])
+def test_sampling(use, family, params):
+    """The same tokens from both; log-probabilities equal the trainer's; and the next weights are seen, by captured graphs too."""
+    model, tokenizer = tiny_there(family)
+    samplers = {kind: Sampler(model, tokenizer, 3) for kind in ("reference", "triton")}
+    for kind, sampler in samplers.items():
+        use(kind)
+        sampler.look, sampler.graphed = 4, GPU and kind == "triton"
+    for _ in range(2):
+        got = {}
+        for kind, sampler in samplers.items():
+            use(kind)
+            got[kind] = [c for group in sampler.generate(PROMPTS, 2, params) for c in group]
+        assert [c.tokens for c in got["triton"]] == [c.tokens for c in got["reference"]]
+        for c in got["triton"]:
+            with torch.no_grad():
+                hidden = model(torch.tensor([c.prompt + c.tokens[:-1]], device=DEVICE))[0, len(c.prompt) - 1:]
+                logp, _ = model.logprobs(hidden, torch.tensor(c.tokens, device=DEVICE), params.temperature or 1)
+            assert (logp.cpu() - torch.tensor(c.logprobs)).abs().max() < 1e-4
+        with torch.no_grad():
+            for w in model.parameters():
+                w.mul_(1.2).add_(0.01)
+    assert not GPU or any(samplers["triton"].graphs.values())
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_bfloat16_stays_close(use):
+    """Sampler against trainer in bfloat16: a rounding apart, not a mistake apart."""
+    use("triton")
+    model, tokenizer = tiny_there("qwen2")
+    model = model.bfloat16()
+    for group in Sampler(model, tokenizer, 8).generate(PROMPTS, 4, Params(40)):
+        for c in group:
+            with torch.no_grad():
+                hidden = model(torch.tensor([c.prompt + c.tokens[:-1]], device=DEVICE))[0, len(c.prompt) - 1:]
+                logp, _ = model.logprobs(hidden, torch.tensor(c.tokens, device=DEVICE))
+            assert (logp.cpu() - torch.tensor(c.logprobs)).abs().mean() < 0.05
