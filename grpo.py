@@ -118,6 +118,8 @@ def response_logprobs(model, prompt, responses, temperature):
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
+CACHE_SHARE = 0.3  # of the memory that is free before the first step: on a GPU the cache stays while the model trains
+
 @dataclass
 class Group:
     """One question of a step, its rollouts and how they were graded. `number` is the question's place in the step."""
@@ -267,7 +269,7 @@ def main():
     lr = default_lr(args.lr, model, small=3e-4, paper=1e-6)
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     done, updates = run.restore(optimizer, tokenizer), run.info["updates"]
-    sampler, params = Sampler(model, tokenizer, args.slots), Params(args.max_new_tokens, args.temperature)
+    sampler, params = Sampler(model, tokenizer, args.slots, CACHE_SHARE), Params(args.max_new_tokens, args.temperature)
     say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} rollouts, learning rate {lr:g}")
 
     with interruptible(model.device) as asked_to_stop, progress("grpo", done, args.steps) as bar:

@@ -1,13 +1,67 @@
-"""The end of every benchmark: medians, spread, ratio, and a JSON file that names machine and versions."""
+"""What every benchmark needs: a model of given shapes, the machine's own limits, turns, medians with their spread, a JSON file."""
 import json
 import os
 import platform
 import statistics
+import sys
+import time
+from importlib import metadata
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-from cli import run_record
+from cli import UserError, run_record
+from model import Config, Tokenizer, Transformer, find, save
+
+SHAPES = {  # random weights will do where only speed is asked for
+    "qwen2.5-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2),
+    "qwen2.5-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2),
+}
+
+
+def model_folder(name, dtype):
+    """The folder of a model; one of SHAPES is made of random weights, with the miniature's tokenizer and Qwen's vocabulary."""
+    if name not in SHAPES:
+        return str(find(name))
+    folder = Path("out/benchmarks") / f"{name}-{str(dtype)[6:]}"
+    if not (folder / "config.json").exists():
+        tokenizer = Tokenizer("mini")
+        config = dict(SHAPES[name], model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=151_936, rms_norm_eps=1e-6, rope_theta=1e6, hidden_act="silu",
+                      max_position_embeddings=32_768, tie_word_embeddings=True, eos_token_id=tokenizer.end_id)
+        torch.manual_seed(0)
+        model = Transformer(Config.from_dict(config)).to(dtype)
+        for w in model.parameters():
+            torch.nn.init.normal_(w, std=0.02) if w.ndim == 2 else None
+        save(folder, model, tokenizer)
+    return str(folder)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(run, device, repeats=1):
+    """Median wall time of run()."""
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def roofline(device, dtype):
+    """What this machine does at best, measured: (bytes/s of a large copy, flop/s of a large matrix product)."""
+    n, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 26, 1024)
+    a, b = torch.empty(n, dtype=torch.uint8, device=device), torch.empty(n, dtype=torch.uint8, device=device)
+    x = torch.randn(side, side, device=device).to(dtype)
+    for run in (lambda: b.copy_(a), lambda: x @ x):
+        run()
+    return 2 * n / seconds_of(lambda: b.copy_(a), device, 10), 2 * side**3 / seconds_of(lambda: x @ x, device, 10)
 
 
 def machine():
@@ -21,29 +75,44 @@ def machine():
     return f"{name}, {os.cpu_count()} cores"
 
 
-def conclude(name, args, turns, key, peer, better):
-    """Print and write medians and spread of `key` for ours and the peer, and how many times better ours is."""
-    values = {who: [t[key] for t in turns if t["who"] == who] for who in ("ours", peer)}
+def write(name, args, **figures):
+    """Write figures with the machine, the versions and the flags to --out, or to benchmarks/results/NAME.json."""
+    versions = run_record(args)["versions"]
+    for package in ("transformers", "trl", "vllm"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            pass
+    record = {"machine": machine(), "threads": torch.get_num_threads(), "versions": versions,
+              "flags": {k: v for k, v in vars(args).items() if k not in ("model", "out", "data")}, **figures}
+    path = Path(args.out or Path(__file__).parent / "results" / f"{name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path if args.out else f'benchmarks/results/{name}.json'}")
+
+
+def compare(name, args, runs, key, better="higher", **more):
+    """Run {who: a function that returns figures} in turns, ours first; print and write medians, spread and the ratio of `key`."""
+    turns = []
+    for repeat in range(args.repeats):
+        for who, run in runs.items():
+            turns.append({"who": who, **run(repeat)})
+            print(turns[-1], flush=True)
+    values = {who: [t[key] for t in turns if t["who"] == who] for who in runs}
     medians = {who: statistics.median(v) for who, v in values.items()}
-    ratio = medians["ours"] / medians[peer] if better == "higher" else medians[peer] / medians["ours"]
     for who, v in values.items():
         print(f"{who:>14}: median {medians[who]:,.1f} {key.replace('_', ' ')} (lowest {min(v):,.1f}, highest {max(v):,.1f}, n = {len(v)})")
-    print(f"ours is {ratio:.2f} times as good as {peer}")
-    peaks = {who: max(t["peak_gib"] for t in turns if t["who"] == who) for who in values} if "peak_gib" in turns[0] else None
+    ratios = {who: round(medians["ours"] / m if better == "higher" else m / medians["ours"], 2) for who, m in medians.items() if who != "ours"}
+    for who, ratio in ratios.items():
+        print(f"ours is {ratio:.2f} times as good as {who}")
+    peaks = {who: max(t["peak_gib"] for t in turns if t["who"] == who) for who in runs} if "peak_gib" in turns[0] else None
     if peaks:
-        print(f"peak memory: ours {peaks['ours']:.2f} GiB, {peer} {peaks[peer]:.2f} GiB, ratio {peaks['ours'] / peaks[peer]:.2f}")
-    from importlib import metadata
-    record = {"machine": machine(), "threads": torch.get_num_threads(), "versions": {**run_record(args)["versions"], **{p: metadata.version(p) for p in ("transformers", "trl") if _installed(p)}},
-              "flags": {k: v for k, v in vars(args).items() if k not in ("model", "out", "data")}, "median": medians, "ratio": round(ratio, 2), "peak_gib": peaks, "turns": turns}
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote benchmarks/results/{name}.json")
+        print("peak memory: " + ", ".join(f"{who} {peak:.2f} GiB" for who, peak in peaks.items()))
+    write(name, args, median=medians, ratio=ratios, peak_gib=peaks, **more, turns=turns)
 
 
-def _installed(package):
-    from importlib import metadata
+def refuse_missing(package):
     try:
-        return metadata.version(package)
+        metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
+        raise UserError(f"--peers: {package} is not installed; pip install {package}, or name other peers (or none)")
