@@ -51,10 +51,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 def parser(doc, out, model="mini"):
-    """An argparse parser with the flags that every command has. `model=None` leaves out the flags about a model."""
+    """An argparse parser with the flags that every command has. `model=None` leaves out those about a model, "" only --model itself."""
     p = argparse.ArgumentParser(description=doc, formatter_class=_Help)
     if model:
         p.add_argument("--model", default=model, help="a folder in Hugging Face format, or a hub id; mini is the one that ships with the project")
+    if model is not None:
         p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
         p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--out", default=out, help="where the output goes; nothing is overwritten in silence")

@@ -288,7 +288,7 @@ def page(cells, results, command_line):
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 def arguments():
-    p = parser(__doc__, out="out/evaluate", model=None)
+    p = parser(__doc__, out="out/evaluate", model="")
     p.add_argument("--models", default="base=mini", help="name=folder or hub id, separated by commas; the first is what the others are compared with")
     p.add_argument("--tasks", default="countdown-3-small,countdown-4-small,countdown-5-small", help=f"separated by commas: {tasks.NAMES}")
     p.add_argument("--split", default="test", help=f"which problems: {', '.join(tasks.SPLITS)}")
@@ -303,8 +303,6 @@ def arguments():
     p.add_argument("--top-k", type=natural, default=0, help="keep this many of the likeliest tokens; 0 keeps all")
     p.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie")
     p.add_argument("--slots", type=natural, default=0, help="rows decoded at once; 0: as many as fit in memory")
-    p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
-    p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU")
     args = p.parse_args()
     args.models = [tuple(m.split("=", 1)) if "=" in m else (os.path.basename(m.rstrip("/")), m) for m in args.models.split(",")]
     if len({name for name, _ in args.models}) < len(args.models):

@@ -26,7 +26,7 @@ import tasks
 from cli import UserError, command, natural, number, parser, positive
 from model import device_and_dtype, load
 from sample import Completion, Params, Sampler
-from train import Optimizer, Run, check_finite, default_lr, interruptible, micro_batches, progress, rank, say, start_processes, total, world
+from train import Optimizer, Run, check_finite, default_lr, interruptible, micro_batches, progress, rank, say, start_processes, total, training_flags, world
 
 
 # ---- the objective ---------------------------------------------------------------------------------------------------
@@ -225,15 +225,9 @@ def arguments():
     g.add_argument("--no-std", action="store_true", help="do not divide advantages by the group's standard deviation")
     g.add_argument("--truncated", choices=["keep", "mask"], default="keep", help="responses cut off at the budget: train on them (reward 0), or leave them out of loss and divisor")
     g.add_argument("--reward", choices=["correct", "random"], default="correct", help="random is a control: a coin that ignores the answer")
-    g.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's, on matrices only")
-    g.add_argument("--max-norm", type=number(float, 0), default=1.0, help="clip the gradient to this norm; 0 does not")
-    g = p.add_argument_group("memory and checkpoints")
-    g.add_argument("--micro-batch-tokens", type=positive, default=2048, help="response tokens (padding included) of one group that go through the model at once; lower it if memory runs out")
-    g.add_argument("--recompute", action="store_true", help="keep no activations inside the layers and compute them again: much less memory, a third more work")
-    g.add_argument("--save-every", type=natural, default=20, help="steps between checkpoints; 0: only at the end")
-    g.add_argument("--eval-every", type=natural, default=0, help="steps between measurements on the split val; 0: never")
-    g.add_argument("--eval-questions", type=positive, default=64, help="how many of each task")
-    g.add_argument("--resume", action="store_true", help="go on with the run in --out, to the same end as if it had not stopped")
+    training_flags(p)
+    p.add_argument("--eval-every", type=natural, default=0, help="steps between measurements on the split val; 0: never")
+    p.add_argument("--eval-questions", type=positive, default=64, help="how many of each task")
     args = p.parse_args()
     if args.questions_per_step % args.mini_batch:
         raise UserError(f"--mini-batch {args.mini_batch} must divide --questions-per-step {args.questions_per_step}")
@@ -300,11 +294,7 @@ def main():
                 report(run, row, groups, tokenizer, step)
             bar.set_postfix(reward=f"{row['reward']:.3f}", tokens=f"{row['response_tokens']:.0f}")
             bar.update()
-            stop = asked_to_stop()
-            if stop or run.due(step, args.steps):
-                run.save(step, updates, model, tokenizer, optimizer)
-            if stop:
-                raise KeyboardInterrupt
+            run.end_of_step(asked_to_stop(), step, args.steps, updates, model, tokenizer, optimizer)
     say(f"wrote {run.out}" if done < args.steps else f"{run.out} is finished already")
 
 

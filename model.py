@@ -419,27 +419,11 @@ def device_and_dtype(device="auto", dtype="auto"):
     return device, getattr(torch, dtype)
 
 
-SHARD_BYTES = 5 << 30
-
-
 def save(path, model, tokenizer):
     """Write a Hugging Face folder that transformers and vLLM load unchanged. Each file appears whole or not at all."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, w in model.state_dict().items():
-        if size and size + w.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = w.detach().to("cpu").contiguous()
-        size += w.nbytes
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
-    for name, shard in zip(names, shards):
-        save_tensors(path / name, shard)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(w.nbytes for s in shards for w in s.values())},
-                 "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
-        write_whole(path / "model.safetensors.index.json", json.dumps(index, indent=2))
+    save_tensors(path / "model.safetensors", {name: w.detach().to("cpu").contiguous() for name, w in model.state_dict().items()})
     for name, content in tokenizer.files.items():
         if name != "generation_config.json":
             write_whole(path / name, content.decode("utf-8"))

@@ -23,13 +23,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import tasks
 from cli import UserError, command, natural, number, parser, positive, read_jsonl, run_record, to_json, write_whole
 from kernels import decode_attention, next_tokens, uniform, uses_triton
-from model import load
+from model import causal, load
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,9 @@ class KVCache:
         slots = torch.tensor(slots, device=self.k.device)
 
         def attend(layer, q, k, v):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-            self.k[layer, slots, :, :k.shape[2]] = k
-            self.v[layer, slots, :, :v.shape[2]] = v
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+            self.k[layer, slots, :, :k.shape[1]] = k.transpose(1, 2)  # (B, K, T, D)
+            self.v[layer, slots, :, :v.shape[1]] = v.transpose(1, 2)
+            return causal(layer, q, k, v)
         return attend
 
     def decode(self, lengths, longest):

@@ -16,9 +16,9 @@ import time
 
 import torch
 
-from cli import UserError, command, natural, number, parser, positive, read_jsonl
+from cli import UserError, command, number, parser, positive, read_jsonl
 from model import device_and_dtype, load
-from train import Optimizer, Run, check_finite, default_lr, interruptible, micro_batches, progress, rank, say, start_processes, total, world
+from train import Optimizer, Run, check_finite, default_lr, interruptible, micro_batches, progress, rank, say, start_processes, total, training_flags, world
 
 
 def read_rows(paths, tokenizer, context):
@@ -83,14 +83,10 @@ def main():
     p.add_argument("--data", default="silver.jsonl", help="chat JSONL; several files with commas")
     p.add_argument("--epochs", type=positive, default=3, help="times through the data (the paper: 2)")
     p.add_argument("--lr", type=number(float, 0), default=None, help="peak learning rate; if not given, the paper's 1e-6, or 3e-3 for a model under 10M parameters")
-    p.add_argument("--weight-decay", type=number(float, 0), default=1e-4, help="AdamW's, on matrices only")
-    p.add_argument("--max-norm", type=number(float, 0), default=1.0, help="clip the gradient to this norm; 0 does not")
     p.add_argument("--tokens-per-batch", type=positive, default=1024, help="tokens of one optimizer step, over all processes")
-    p.add_argument("--micro-batch-tokens", type=positive, default=2048, help="tokens (padding included) that go through the model at once; lower it if memory runs out")
     p.add_argument("--context", type=positive, default=2048, help="leave out rows longer than this many tokens (the paper: 4096)")
-    p.add_argument("--recompute", action="store_true", help="keep no activations inside the layers and compute them again: much less memory, a third more work")
-    p.add_argument("--save-every", type=natural, default=200, help="steps between checkpoints; 0: only at the end")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out, to the same end as if it had not stopped")
+    training_flags(p)
+    p.set_defaults(weight_decay=1e-4, save_every=200)
     args = p.parse_args()
 
     start_processes(device_and_dtype(args.device)[0])
@@ -125,11 +121,7 @@ def main():
                      "tokens_per_second": round(sum(len(rows[i][0]) for i in batch) / seconds, 1)})
             bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}")
             bar.update()
-            stop = asked_to_stop()
-            if stop or run.due(step, len(plan)):
-                run.save(step, step, model, tokenizer, optimizer)
-            if stop:
-                raise KeyboardInterrupt
+            run.end_of_step(asked_to_stop(), step, len(plan), step, model, tokenizer, optimizer)
     say(f"wrote {run.out}: loss {loss:.4f} at the last step" if done < len(plan) else f"{run.out} is finished already")
 
 

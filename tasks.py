@@ -340,6 +340,9 @@ class Task:
 class Generated(Task):
     """A task that makes its problems: `make(rng)` returns (key, question, truth), or None for an unlucky draw."""
 
+    def __init__(self, name, n, small=False):
+        self.name, self.n, self.small = name, n, small
+
     def problems(self, split, n, seed=0):
         self._check_split(split, SPLITS)
         if n < 1:
@@ -360,12 +363,9 @@ class Generated(Task):
 class Countdown(Generated):
     check = staticmethod(check_countdown)
 
-    def __init__(self, name, n, small):
-        self.name, self.n, self.small = name, n, small
-        self.largest, self.targets = (12, range(10, 61)) if small else (100, range(100, 1000))
-
     def make(self, rng):
-        numbers = [rng.randint(1, self.largest) for _ in range(self.n)]
+        largest, targets = (12, range(10, 61)) if self.small else (100, range(100, 1000))
+        numbers = [rng.randint(1, largest) for _ in range(self.n)]
         pool = [(value, str(value)) for value in numbers]  # (value, expression)
         while len(pool) > 1:
             # The miniature's problems are chains: each step goes on from the last result. The others may join any two.
@@ -379,7 +379,7 @@ class Countdown(Generated):
                 return None
             pool.append((value, f"({a[1]} {symbol} {b[1]})"))
         target, solution = pool[0][0], pool[0][1][1:-1]
-        if target not in self.targets:
+        if target not in targets:
             return None
         rng.shuffle(numbers)
         key = f"{','.join(map(str, sorted(numbers)))}={target}"
@@ -390,9 +390,6 @@ class Countdown(Generated):
 
 class Letters(Generated):
     check = staticmethod(check_word)
-
-    def __init__(self, name, n):
-        self.name, self.n = name, n
 
     def make(self, rng):
         hidden = rng.choice(common_words(self.n))
@@ -405,20 +402,14 @@ class Letters(Generated):
 class Acronym(Generated):
     check = staticmethod(check_word)
 
-    def __init__(self, name, n):
-        self.name, self.n = name, n
-
     def make(self, rng):
         hidden = rng.choice(common_words(self.n))
         initials = list(hidden)
         for _ in range(rng.randint(0, 8 - self.n)):
             initials.insert(rng.randint(0, len(initials)), rng.choice("abcdefghijklmnoprstw"))
-        words = []
-        for letter in initials:
-            starting = _words_by_initial().get(letter)
-            if not starting:
-                return None
-            words.append(rng.choice(starting))
+        if not all(letter in _words_by_initial() for letter in initials):
+            return None
+        words = [rng.choice(_words_by_initial()[letter]) for letter in initials]
         question = (f"Words: {' '.join(words)}\nTake first letters of these words, in order and leaving out as many words as you like, so that they spell "
                     f"an English word of at least {self.n} letters. The answer is that word.")
         return " ".join(words), question, {"answer": hidden, "letters": "".join(initials), "least": self.n, "ordered": True}
@@ -435,12 +426,9 @@ def _words_by_initial():
 class Multiply(Generated):
     check = staticmethod(check_integer)
 
-    def __init__(self, name, n, small):
-        self.name = name
-        self.low, self.high = (2, 12) if small else (10 ** (n - 1), 10**n - 1)
-
     def make(self, rng):
-        a, b = rng.randint(self.low, self.high), rng.randint(self.low, self.high)
+        low, high = (2, 12) if self.small else (10 ** (self.n - 1), 10**self.n - 1)
+        a, b = rng.randint(low, high), rng.randint(low, high)
         return f"{min(a, b)}*{max(a, b)}", f"What is {a} * {b}?", {"answer": str(a * b)}
 
 
@@ -513,8 +501,7 @@ def find(name, data_dir="data"):
     match = re.fullmatch(r"(countdown)-([2-6])(-small)?|(multiply)-([2-5])|(multiply)-(2)(-small)|(letters|acronym)-([45])", name)
     if match:
         kind, n, *small = [g for g in match.groups() if g]
-        cls = {"countdown": Countdown, "multiply": Multiply, "letters": Letters, "acronym": Acronym}[kind]
-        return cls(name, int(n), bool(small)) if cls in (Countdown, Multiply) else cls(name, int(n))
+        return {"countdown": Countdown, "multiply": Multiply, "letters": Letters, "acronym": Acronym}[kind](name, int(n), bool(small))
     if name in FILES:
         check, files, source = FILES[name]
         return FromFile(name, check, {split: os.path.join(name, file) for split, file in files.items()}, TRAIN_SHARES, data_dir, source)

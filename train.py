@@ -21,7 +21,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from tqdm import tqdm
 
-from cli import UserError, run_record, to_json, write_whole
+from cli import UserError, natural, number, positive, run_record, to_json, write_whole
 from model import Transformer, save, save_tensors
 
 
@@ -60,6 +60,17 @@ def total(values, device="cpu", op="SUM"):
 def barrier():
     if world() > 1:
         dist.barrier()
+
+
+def training_flags(p):
+    """The flags that both trainers have."""
+    p.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's, on matrices only")
+    p.add_argument("--max-norm", type=number(float, 0), default=1.0, help="clip the gradient to this norm; 0 does not")
+    g = p.add_argument_group("memory and checkpoints")
+    g.add_argument("--micro-batch-tokens", type=positive, default=2048, help="tokens (padding included) that go through the model at once; lower it if memory runs out")
+    g.add_argument("--recompute", action="store_true", help="keep no activations inside the layers and compute them again: much less memory, a third more work")
+    g.add_argument("--save-every", type=natural, default=20, help="steps between checkpoints; 0: only at the end")
+    g.add_argument("--resume", action="store_true", help="go on with the run in --out, to the same end as if it had not stopped")
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -270,8 +281,12 @@ class Run:
                     shutil.rmtree(other)
         barrier()
 
-    def due(self, step, last):
-        return step == last or self.save_every and step % self.save_every == 0
+    def end_of_step(self, stop, step, last, *checkpoint):
+        """Save if it is time to or somebody asked the run to stop; then leave."""
+        if stop or step == last or self.save_every and step % self.save_every == 0:
+            self.save(step, *checkpoint)
+        if stop:
+            raise KeyboardInterrupt
 
     def log(self, row, name="metrics.jsonl"):
         if rank() == 0:

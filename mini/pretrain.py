@@ -227,9 +227,8 @@ def main():
     optimizers = [torch.optim.Muon(matrices, lr=args.matrix_lr, momentum=0.95, weight_decay=0.0),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
     rates = [args.matrix_lr, args.lr]
-    hits, misses = (torch.tensor([tokenizer.encode(t)[0] for t in texts]) for texts in (HITS, MISSES + MISUSED))
     data, steps, started = batches(tokenizer, args.batch, args.seed), math.ceil(args.tokens / args.batch), time.time()
-    loss_sum = right = judged = 0
+    loss_sum = 0
     for step in range(1, steps + 1):
         ids, real = next(data)
         hidden = model(ids[:, :-1])[real]  # (N, C)
@@ -242,14 +241,9 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
         loss_sum += loss.item()
-        with torch.no_grad():  # does the model tell a hit from a miss, where the document says which it is?
-            asked = torch.isin(targets, torch.cat((hits, misses)))
-            p = model.logits(hidden[asked]).softmax(-1)
-            right += ((p[:, hits].sum(-1) > p[:, misses].sum(-1)) == torch.isin(targets[asked], hits)).sum().item()
-            judged += asked.sum().item()
         if step % 500 == 0 or step == steps:
-            print(f"step {step}/{steps}  loss {loss_sum / ((step - 1) % 500 + 1):.4f}  judgements right {right / max(judged, 1):.3f}  {step * args.batch / (time.time() - started):,.0f} tokens/s", flush=True)
-            loss_sum = right = judged = 0
+            print(f"step {step}/{steps}  loss {loss_sum / ((step - 1) % 500 + 1):.4f}  {step * args.batch / (time.time() - started):,.0f} tokens/s", flush=True)
+            loss_sum = 0
     save(args.out, model, tokenizer)
     print(f"wrote {args.out}")
 
