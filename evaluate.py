@@ -329,7 +329,7 @@ def main():
     refuse_existing(out)
     for _, folder in args.models:  # the same for the models: a name mistyped at the end of the list costs no hours
         folder = find(folder)
-        Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
+        Config(read_json(folder / "config.json"), folder / "config.json")
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     cells, results = [], {}
     for name, folder in args.models:

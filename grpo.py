@@ -302,31 +302,12 @@ def measure(step, groups, rewards, seen, norms, lr, device):
     """The row of metrics.jsonl, over all processes: means per response or per trained token. `seen`: the sums of each update."""
     completions = [c for group in groups for c in group.completions]
     n, reward, right, tokens, cut, mixed = total([
-        len(completions),
-        rewards.sum().item(),
-        sum(grade.correct for group in groups for grade in group.grades),
-        sum(len(c.tokens) for c in completions),
-        sum(c.finish == "length" for c in completions),
-        (rewards != rewards[:, :1]).any(-1).sum().item(),
-    ], device)
+        len(completions), rewards.sum().item(), sum(grade.correct for group in groups for grade in group.grades), sum(len(c.tokens) for c in completions),
+        sum(c.finish == "length" for c in completions), (rewards != rewards[:, :1]).any(-1).sum().item()], device)
     sums = {name: sum(s[name] for s in seen) for name in seen[0]}
-    trained = max(1, sums["trained_tokens"])
-    row = {
-        "step": step,
-        "reward": reward / n,
-        "correct": right / n,
-        "groups_with_signal": mixed / (n / rewards.shape[1]),
-        "response_tokens": tokens / n,
-        "truncated": cut / n,
-        "loss": sums["loss"],
-        "grad_norm": sum(norms) / len(norms) if norms else None,
-        "updates": len(norms),
-        "lr": lr,
-        "entropy": sums["entropy"] / trained,
-        "clip_fraction": sums["clip_fraction"] / trained,
-        "approx_kl": sums["approx_kl"] / trained,
-        "reference_kl": sums["reference_kl"] / trained,
-    }
+    row = {"step": step, "reward": reward / n, "correct": right / n, "groups_with_signal": mixed / (n / rewards.shape[1]), "response_tokens": tokens / n,
+           "truncated": cut / n, "loss": sums["loss"], "grad_norm": sum(norms) / len(norms) if norms else None, "updates": len(norms), "lr": lr}
+    row |= {name: sums[name] / max(1, sums["trained_tokens"]) for name in ("entropy", "clip_fraction", "approx_kl", "reference_kl")}
     # At the first update the weights are still those that sampled: here sampler and trainer must agree.
     first = next((s for s in seen if s["trained_tokens"]), None)
     row["sampler_trainer_mean"] = first["difference"] / first["trained_tokens"] if first else None

@@ -15,7 +15,6 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -41,44 +40,36 @@ def causal(layer, q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-@dataclass
 class Config:
     """The facts of config.json that change the computation; `source` is the file itself, written back unchanged on save."""
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    qk_norm: bool
-    rope: dict
-    source: dict
 
-    @classmethod
-    def from_dict(cls, d, name="config.json"):
+    def __init__(self, source, name="config.json"):
         try:
-            return cls._from_dict(d, name)
+            self._read(source, name)
         except KeyError as e:
             raise UserError(f"{name}: the key {e.args[0]!r} is missing")
         except (TypeError, AttributeError, ZeroDivisionError):
             raise UserError(f"{name}: not the configuration of a model (a value has the wrong type)")
 
-    @classmethod
-    def _from_dict(cls, d, name):
+    def _read(self, d, name):
         family = d.get("model_type")
         if family not in ("qwen2", "qwen3", "llama"):
             raise UserError(f"{name}: model_type {family!r} is not supported; this program knows qwen2 (and 2.5), qwen3 and llama (and SmolLM2)")
         if d.get("use_sliding_window") or d.get("mlp_bias") or d.get("hidden_act", "silu") != "silu":
             raise UserError(f"{name}: use_sliding_window, mlp_bias and activations other than silu are not supported")
+        self.source = d
+        self.vocab_size, self.hidden_size, self.intermediate_size = d["vocab_size"], d["hidden_size"], d["intermediate_size"]
+        self.num_hidden_layers, self.num_attention_heads = d["num_hidden_layers"], d["num_attention_heads"]
+        self.num_key_value_heads = d.get("num_key_value_heads") or self.num_attention_heads
+        self.head_dim = d.get("head_dim") or self.hidden_size // self.num_attention_heads
+        self.rms_norm_eps = d.get("rms_norm_eps", 1e-6)
+        self.max_position_embeddings = d.get("max_position_embeddings", 2048)
+        # Where the families differ: a bias on q, k, v (and o), a norm on q and k, a head tied to the embedding.
+        bias = d.get("attention_bias", False)
+        self.qkv_bias, self.o_bias = family == "qwen2" or bias, family != "qwen2" and bias
+        self.qk_norm, self.tie_word_embeddings = family == "qwen3", d.get("tie_word_embeddings", False)
         # Settings of the rotary embedding: one dict in transformers 5, two keys before.
-        rope = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
+        rope = self.rope = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
         rope.setdefault("rope_theta", d.get("rope_theta", 10000.0))
         rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
         if rope["rope_type"] not in ("default", "llama3"):
@@ -86,25 +77,6 @@ class Config:
         if rope["rope_type"] == "llama3":
             for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
                 rope[key]  # a KeyError names the one that is missing
-        heads, bias = d["num_attention_heads"], d.get("attention_bias", False)
-        return cls(
-            model_type=family,
-            vocab_size=d["vocab_size"],
-            hidden_size=d["hidden_size"],
-            intermediate_size=d["intermediate_size"],
-            num_hidden_layers=d["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=d.get("num_key_value_heads") or heads,
-            head_dim=d.get("head_dim") or d["hidden_size"] // heads,
-            rms_norm_eps=d.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=d.get("max_position_embeddings", 2048),
-            tie_word_embeddings=d.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2" or bias,
-            o_bias=family != "qwen2" and bias,
-            qk_norm=family == "qwen3",
-            rope=rope,
-            source=d,
-        )
 
 
 def rope_frequencies(config):
@@ -374,7 +346,7 @@ def load(model, device="auto", dtype="auto"):
     """(Transformer, Tokenizer) of a Hugging Face folder or hub id. Raises UserError for anything wrong in the folder."""
     device, dtype = device_and_dtype(device, dtype)
     folder = find(model)
-    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = Config(read_json(folder / "config.json"), folder / "config.json")
     tokenizer = Tokenizer(folder)
     if tokenizer.size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.size} ids but the model only {config.vocab_size}; the two do not belong together")

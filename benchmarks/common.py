@@ -30,7 +30,7 @@ def model_folder(name, dtype):
         config = dict(SHAPES[name], model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=151_936, rms_norm_eps=1e-6, rope_theta=1e6, hidden_act="silu",
                       max_position_embeddings=32_768, tie_word_embeddings=True, eos_token_id=tokenizer.end_id)
         torch.manual_seed(0)
-        model = Transformer(Config.from_dict(config)).to(dtype)
+        model = Transformer(Config(config)).to(dtype)
         for w in model.parameters():
             torch.nn.init.normal_(w, std=0.02) if w.ndim == 2 else None
         save(folder, model, tokenizer)

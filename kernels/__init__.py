@@ -1,7 +1,7 @@
 """The operations that decide the speed of the model, behind one door.
 
-model.py and sample.py call these names and never ask where they run. The rule: floats of up to 32 bits on a GPU go to the
-Triton kernel (one file each, with its equation), everything else to the same operation in plain PyTorch (`reference.py`).
+model.py and sample.py call these names and never ask where they run. The rule: on a GPU a tensor of at most 32 bits a float goes
+to the Triton kernel (one file each, with its equation), everything else to the same operation in plain PyTorch (`reference.py`).
 KERNELS=reference or KERNELS=triton in the environment overrides it; triton on a CPU needs TRITON_INTERPRET=1 and is for tests.
 """
 import functools
@@ -11,28 +11,25 @@ import os
 
 import torch
 
+from cli import UserError
 from kernels import reference
 from kernels.reference import linear_float32
 
-__all__ = ["add_norm", "decode_attention", "linear_float32", "linear_logprob", "next_tokens", "rotate", "swiglu", "uniform", "uses_triton"]
-
-
-@functools.cache
-def _has_triton():
-    return importlib.util.find_spec("triton") is not None
+has_triton = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
 
 
 def uses_triton(device, dtype=torch.float32):
-    choice = os.environ.get("KERNELS")
-    if choice:
-        if choice not in ("reference", "triton"):
-            raise ValueError(f"KERNELS={choice}: give reference or triton")
-        return choice == "triton"
-    return device.type == "cuda" and dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64) and _has_triton()
+    choice = os.environ.get("KERNELS", "")
+    if choice not in ("", "reference", "triton"):
+        raise UserError(f"KERNELS={choice}: give reference or triton, or leave it out")
+    runs = has_triton() and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    if choice == "triton" and not runs:
+        raise UserError("KERNELS=triton needs the package triton, and a GPU or TRITON_INTERPRET=1")
+    return dtype != torch.float64 and (choice == "triton" or not choice and runs and device.type == "cuda")
 
 
 def _operation(name, file):
-    """The operation `name`, from kernels/`file`.py or reference.py, decided by its first argument. Triton is imported when first used."""
+    """The operation `name`, from kernels/`file`.py or reference.py, as its first argument decides. Triton is imported when first used."""
     plain = getattr(reference, name)
 
     @functools.wraps(plain)

@@ -216,7 +216,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder))
     config = dict(CONFIG, vocab_size=tokenizer.size, eos_token_id=tokenizer.end_id)
-    model = Transformer(Config.from_dict(config))
+    model = Transformer(Config(config))
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)

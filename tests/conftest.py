@@ -37,7 +37,7 @@ def tiny(family="qwen2", seed=0, padding=5, dtype=torch.float32):
     tokenizer = Tokenizer(MINI)
     config = {k: v for k, v in {**TINY, **FAMILIES[family], "vocab_size": tokenizer.size + padding, "eos_token_id": tokenizer.end_id}.items() if v is not None}
     generator = torch.Generator().manual_seed(seed)
-    model = Transformer(Config.from_dict(config))
+    model = Transformer(Config(config))
     with torch.no_grad():
         for w in model.parameters():
             w.copy_(torch.randn(w.shape, generator=generator) * (0.3 if w.ndim > 1 else 0.1) + (w.ndim == 1))

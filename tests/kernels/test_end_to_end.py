@@ -1,10 +1,14 @@
 """The model, the sampler and a training step with every kernel in place, against plain PyTorch: in the interpreter on a CPU, with
 CUDA graphs on a GPU."""
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import tiny
+from conftest import environment, tiny
 
 import kernels
+from cli import UserError
 from sample import Params, Sampler
 
 pytest.importorskip("triton")
@@ -27,14 +31,26 @@ def tiny_there(family):
 def test_the_rule(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("KERNELS", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert not kernels.uses_triton(cpu) and kernels.uses_triton(gpu, torch.bfloat16) and not kernels.uses_triton(gpu, torch.float64)
     monkeypatch.setenv("KERNELS", "triton")
-    assert kernels.uses_triton(cpu)
+    assert kernels.uses_triton(cpu) and not kernels.uses_triton(cpu, torch.float64)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UserError, match="needs the package triton, and a GPU or TRITON_INTERPRET=1"):
+        kernels.uses_triton(cpu)
     monkeypatch.setenv("KERNELS", "reference")
     assert not kernels.uses_triton(gpu)
     monkeypatch.setenv("KERNELS", "fast")
-    with pytest.raises(ValueError, match="KERNELS=fast: give reference or triton"):
+    with pytest.raises(UserError, match="KERNELS=fast: give reference or triton"):
         kernels.uses_triton(cpu)
+
+
+def test_a_cpu_needs_no_triton():
+    """Nor does macOS, for which there is none: with triton out of reach, everything runs."""
+    code = ("import sys; sys.modules['triton'] = None; import torch, model, sample, grpo; m, t = model.load('mini', 'cpu'); "
+            "c, = sample.Sampler(m, t).generate([[5, 6]], 1, sample.Params(4))[0]; (-m.logprobs(m(torch.tensor([[5, 6]]))[0], torch.tensor([6, 7]))[0]).sum().backward(); print(len(c.tokens))")
+    done = subprocess.run([sys.executable, "-c", code], env=environment(KERNELS="", CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True)
+    assert done.stdout.strip() == "4", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2-untied", "qwen3", "llama"])
