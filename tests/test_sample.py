@@ -132,13 +132,14 @@ def test_looking_less_often_changes_nothing(monkeypatch, params):
     """What a GPU does, but for the GPU: five tokens between two looks, steps of whole buckets, each kind of step run once and from
     then on replayed. Rows end within a burst; what they chose after their end is dropped; filled-up slots disturb nobody."""
     model, tokenizer = tiny()
-    tokenizer.stop_ids = list(range(0, tokenizer.size, 17))
-    budgets = [3 + 7 * i % 22 for i in range(10)] + [41, 60]  # 41 and a prompt of 23 fill a slot of 64 to the last position
+    tokenizer.stop_ids = list(range(0, tokenizer.size, 47))
+    budgets = [3 + 7 * i % 22 for i in range(10)] + [41, 57]  # the last two fill a slot of 64 to its last position
 
     def sample_all(sampler):
         queue = deque(Request(PROMPTS[i % 4], [0, 1], f"question {i}", max_new_tokens=n, tag=i) for i, n in enumerate(budgets))
         return {(r.tag, index): (c.tokens, c.finish, len(c.logprobs)) for r, index, c in sampler.stream(queue, params)}
     want = sample_all(Sampler(model, tokenizer, 7))
+    assert {finish for _, finish, _ in want.values()} == {"stop", "length"} and any(len(want[10, i][0]) == 41 for i in range(2))
     captured = []
     monkeypatch.setattr(Sampler, "_capture", lambda self, B, longest: captured.append(B) or (lambda: self._advance(B, longest)))
     sampler = Sampler(model, tokenizer, 7)
