@@ -116,6 +116,7 @@ class KVCache:
 
 PREFILL_TOKENS = 8192  # of one prefill batch, padding included: bounds its activations
 MOST_SLOTS = {"cpu": 128, "cuda": 512}  # more rows no longer make a step cheaper per token
+GRAIN = {"cpu": 64, "cuda": 256}  # positions of a slot, a multiple of this: prompts a little longer must not cost all graphs
 LOOK = {"cpu": 1, "cuda": 8}  # tokens of every row between two looks of the host; what a row chose after its end is dropped
 
 
@@ -200,7 +201,8 @@ class Sampler:
         capacity = max(self._room(r) for r in queue) + self.look - 1  # a row goes on after its end until the host looks
         if self.fitted and self.cache.capacity < capacity:  # longer requests came while others ran, and more will: grow by doubling
             capacity = max(capacity, min(2 * self.cache.capacity, model.config.max_position_embeddings))
-        capacity = -(-capacity // 64) * 64
+        grain = GRAIN[model.device.type]
+        capacity = -(-capacity // grain) * grain
         self.fitted = True
         each = capacity * KVCache.bytes_per_token(model.config, model.dtype)
         held = 2 * self.cache.k.nbytes if self.cache else 0
