@@ -1,5 +1,6 @@
 # make demo    the whole method on the miniature, on a laptop's CPU
 # make test    the tests
+# make bench   every benchmark in a size that shows in a minute that it runs; its figures mean nothing
 # Each makes its own virtual environment in .venv and installs requirements.txt; nothing else is needed but Python 3.11+.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ EVAL = 200
 SIZES = countdown-3-small,countdown-4-small,countdown-5-small
 DEMO = out/demo
 
-.PHONY: demo test
+.PHONY: demo test bench
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt
@@ -24,6 +25,14 @@ DEMO = out/demo
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q tests
+
+bench: .venv/installed
+	@$(RUN) out="--repeats 1 --out out/benchmarks"; \
+	  python benchmarks/ops.py --scale 0.01 $$out/ops.json; \
+	  TRITON_INTERPRET=1 KERNELS=triton python benchmarks/ops.py --scale 0.0005 --device cpu --dtype float32 $$out/ops-interpreted.json; \
+	  for load in nano-vllm group chat decode; do python benchmarks/sampling.py --model mini --load $$load --scale 0.03 $$out/$$load.json; done; \
+	  python benchmarks/training.py sft --model mini --rows 2 --length 64 $$out/sft.json; \
+	  python benchmarks/training.py grpo --model mini --questions 2 --rollouts 4 --max-new-tokens 32 $$out/grpo.json
 
 # Two jobs run side by side, one core each: the model is too small for a second thread to help.
 # Traces are made of 3, 4 and 5 numbers; both GRPO runs train on 3 numbers only.
