@@ -130,7 +130,7 @@ class Sampler:
         self.model, self.tokenizer, self.wanted_slots, self.share = model, tokenizer, slots, share
         self.look = LOOK[model.device.type]
         self.graphed = model.device.type == "cuda" and uses_triton(model.device, model.dtype)
-        self.cache = None
+        self.cache = self.memory = None
 
     def generate(self, prompts, n, params, seed=0, keys=None, bar=None):
         """n completions of each prompt (a list of ids): a list of lists of Completion, in order."""
@@ -196,24 +196,28 @@ class Sampler:
         return min(len(request.prompt) + budget, context)
 
     def _make_cache(self, queue):
-        """A cache for the longest request that waits. Free memory decides the number of slots, if the caller did not."""
-        model = self.model
+        """A cache for the longest request that waits. Free memory decides the number of slots, if the caller did not. With graphs,
+        what the first cache took is the bound for good, and a cache stays as long as it is large enough: a new one costs them all."""
+        model, old, grain = self.model, self.cache, GRAIN[self.model.device.type]
         capacity = max(self._room(r) for r in queue) + self.look - 1  # a row goes on after its end until the host looks
-        if self.fitted and self.cache.capacity < capacity:  # longer requests came while others ran, and more will: grow by doubling
-            capacity = max(capacity, min(2 * self.cache.capacity, model.config.max_position_embeddings))
-        grain = GRAIN[model.device.type]
+        if self.fitted and old.capacity < capacity:  # longer requests came while others ran, and more will: grow by doubling
+            capacity = max(capacity, min(2 * old.capacity, model.config.max_position_embeddings))
         capacity = -(-capacity // grain) * grain
+        if old and capacity <= old.capacity <= 4 * capacity:
+            capacity = old.capacity
         self.fitted = True
         each = capacity * KVCache.bytes_per_token(model.config, model.dtype)
-        held = 2 * self.cache.k.nbytes if self.cache else 0
-        fit = int((self.share * free_memory(model.device) + held) // each)
+        if not (self.graphed and self.memory):
+            self.memory = self.share * free_memory(model.device) + (2 * old.k.nbytes if old else 0)
+        fit = int(self.memory // each)
         wanted = self.wanted_slots or min(MOST_SLOTS[model.device.type], max(fit, 1))
-        slots = min(wanted, sum(len(r.indices) for r in queue))
+        slots = min(wanted, max(sum(len(r.indices) for r in queue), old.slots if old else 0))
         if slots > fit:
             raise UserError(f"{slots} slots of {capacity} tokens need {slots * each / 2**30:.1f} GiB of cache, {fit} fit in memory; "
                             "lower --slots or --max-new-tokens")
-        if not self.cache or slots > self.cache.slots or not capacity <= self.cache.capacity <= 4 * capacity:
-            self.cache, self.graphs, self.pool = None, {}, None  # let go of the old one first
+        if not old or slots > old.slots or capacity != old.capacity:
+            self.cache, self.graphs, self.pool = None, {}, None
+            del old  # its memory is needed
             self.cache = KVCache(model.config, slots, capacity, model.device, model.dtype)
             # The token that each row feeds next, the positions in its cache, its key. Graphs point at them too: written in place.
             self.tokens, self.lengths, self.keys = torch.zeros(3, slots, dtype=torch.long, device=model.device)

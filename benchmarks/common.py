@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from cli import UserError, run_record
-from model import Config, Tokenizer, Transformer, find, save
+from model import Config, Tokenizer, Transformer, find, load, save
 
+FOLDER, VOCABULARY = Path("out/benchmarks"), 151_665  # Qwen's tokens; its matrices are padded to 151,936
 SHAPES = {  # random weights will do where only speed is asked for
     "qwen2.5-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2),
     "qwen2.5-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2),
@@ -24,7 +25,7 @@ def model_folder(name, dtype):
     """The folder of a model; one of SHAPES is made of random weights, with the miniature's tokenizer and Qwen's vocabulary."""
     if name not in SHAPES:
         return str(find(name))
-    folder = Path("out/benchmarks") / f"{name}-{str(dtype)[6:]}"
+    folder = FOLDER / f"{name}-{str(dtype)[6:]}"
     if not (folder / "config.json").exists():
         tokenizer = Tokenizer("mini")
         config = dict(SHAPES[name], model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=151_936, rms_norm_eps=1e-6, rope_theta=1e6, hidden_act="silu",
@@ -35,6 +36,14 @@ def model_folder(name, dtype):
             torch.nn.init.normal_(w, std=0.02) if w.ndim == 2 else None
         save(folder, model, tokenizer)
     return str(folder)
+
+
+def load_model(folder, args):
+    """As `model.load`; a model of SHAPES draws from all of Qwen's vocabulary, not the few tokens of the miniature's tokenizer."""
+    model, tokenizer = load(folder, args.device, args.dtype)
+    if Path(folder).parent == FOLDER:
+        model.vocab = VOCABULARY
+    return model, tokenizer
 
 
 def synchronize(device):

@@ -9,7 +9,7 @@ one (logits, log-softmax, gather), with its peak memory beside ours. Liger's ker
 """
 import statistics
 
-from common import SHAPES, machine, roofline, seconds_of, write
+from common import SHAPES, VOCABULARY, machine, roofline, seconds_of, write
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ def masked_attention(q, k, v, past_k, past_v, lengths):
 def cases(scale, device, dtype):
     """[(name, ours, {peer: plain}, differentiable inputs, other inputs, bytes, flops)], the work as the files of the kernels count it."""
     c = SHAPES["qwen2.5-0.5b"]
-    C, M, H, K, D, V = c["hidden_size"], c["intermediate_size"], 14, 2, 64, max(64, round(scale * 151_936))
+    C, M, H, K, D, V = c["hidden_size"], c["intermediate_size"], 14, 2, 64, max(64, round(scale * VOCABULARY))
     N, S, size = max(4, round(scale * 16_384)), max(16, round(scale * 4096)), dtype.itemsize
     random = lambda *shape: torch.randn(shape, device=device).to(dtype)
     x, delta, w, gate, up = random(1, N, C), random(1, N, C), random(C), random(N, M), random(N, M)

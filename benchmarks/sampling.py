@@ -11,7 +11,7 @@ process of its own memory share. Random weights unless --model says otherwise; s
 """
 import random
 
-from common import SHAPES, compare, model_folder, refuse_missing, roofline, seconds_of, synchronize, write
+from common import SHAPES, compare, load_model, model_folder, refuse_missing, roofline, seconds_of, synchronize, write
 
 import time
 from collections import deque
@@ -19,7 +19,7 @@ from collections import deque
 import torch
 
 from cli import UserError, command, number, parser, positive
-from model import device_and_dtype, load
+from model import device_and_dtype
 from sample import KVCache, Params, Request, Sampler
 
 QUESTIONS = ("What is 17 * 23?", "Name three fruits and say how they taste.", "Write a short poem on rain.", "Explain gravity to a child.", "Who wrote Hamlet, and what is it about?",
@@ -37,8 +37,8 @@ def requests(args, tokenizer):
     return [(tokenizer.chat([{"role": "user", "content": q}]), scale(16), scale(256)) for q in QUESTIONS], 1.0
 
 
-def ours(model, tokenizer, work, temperature):
-    sampler = Sampler(model, tokenizer)
+def ours(model, tokenizer, work, temperature, alone):
+    sampler = Sampler(model, tokenizer, share=0.6 if alone else 0.3)
 
     def run(seed):
         queue = deque(Request(prompt, list(range(n)), f"{i}", max_new_tokens=budget) for i, (prompt, n, budget) in enumerate(work))
@@ -51,10 +51,11 @@ def transformers_(folder, device, dtype, tokenizer, work, temperature):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     config = transformers.GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max(b for *_, b in work),
                                            eos_token_id=tokenizer.stop_ids or -1, pad_token_id=0)
-    manager = model.init_continuous_batching(generation_config=config)
-    manager.start()
+    manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=transformers.ContinuousBatchingConfig(max_memory_percent=0.4))
 
     def run(seed):
+        if not manager.is_running():  # not before: it takes its memory at once
+            manager.start()
         wanted = [(prompt, budget) for prompt, n, budget in work for _ in range(n)]
         for prompt, budget in wanted:
             manager.add_request(prompt, max_new_tokens=budget)
@@ -93,7 +94,7 @@ def generate(folder, device, dtype, tokenizer, work, temperature):
 
 def vllm_(folder, device, dtype, tokenizer, work, temperature):
     from vllm import LLM, SamplingParams
-    engine = LLM(folder, dtype=str(dtype)[6:], skip_tokenizer_init=True, max_model_len=max(len(p) + b for p, _, b in work), gpu_memory_utilization=0.4)
+    engine = LLM(folder, dtype=str(dtype)[6:], skip_tokenizer_init=True, max_model_len=max(len(p) + b for p, _, b in work), gpu_memory_utilization=0.3)
 
     def run(seed):
         params = [SamplingParams(n=n, temperature=temperature, max_tokens=budget, ignore_eos=not tokenizer.stop_ids, stop_token_ids=tokenizer.stop_ids, seed=seed, detokenize=False)
@@ -143,14 +144,14 @@ def main():
     device, dtype = device_and_dtype(args.device, args.dtype)
     args.shape = args.model if args.model in SHAPES else args.model.rstrip("/").rpartition("/")[2]
     folder = model_folder(args.model, dtype)
-    model, tokenizer = load(folder, args.device, args.dtype)
+    model, tokenizer = load_model(folder, args)
     print(f"{args.shape}, {args.load}, {dtype}, {device}", flush=True)
     if args.load == "decode":
         return decode(args, model, tokenizer, device, dtype)
     work, temperature = requests(args, tokenizer)
     if args.load != "chat":
         tokenizer.stop_ids = []
-    engines = {"ours": ours(model, tokenizer, work, temperature)}
+    engines = {"ours": ours(model, tokenizer, work, temperature, alone=not peers)}
     engines |= {peer: PEERS[peer][1](folder, device, dtype, tokenizer, work, temperature) for peer in peers}
 
     def timed(engine):
@@ -161,11 +162,13 @@ def main():
             seconds = time.perf_counter() - started
             return {"tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
         return turn
-    for name, engine in engines.items():  # one turn of each that does not count: kernels compile, graphs are captured
-        print(f"warming up {name}: {engine(0):,} tokens", flush=True)
-    compare(f"sampling-{args.load}-{args.shape}-{str(dtype)[6:]}", args, {name: timed(engine) for name, engine in engines.items()}, "tokens_per_second")
-    for engine in engines.values():
-        getattr(engine, "stop", lambda: None)()
+    try:
+        for name, engine in engines.items():  # one turn of each that does not count: kernels compile, graphs are captured
+            print(f"warming up {name}: {engine(0):,} tokens", flush=True)
+        compare(f"sampling-{args.load}-{args.shape}-{str(dtype)[6:]}", args, {name: timed(engine) for name, engine in engines.items()}, "tokens_per_second")
+    finally:
+        for engine in engines.values():
+            getattr(engine, "stop", lambda: None)()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from types import SimpleNamespace
 
-from common import SHAPES, compare, model_folder, refuse_missing, roofline, synchronize
+from common import SHAPES, compare, load_model, model_folder, refuse_missing, roofline, synchronize
 
 import json
 import sys
@@ -31,7 +31,7 @@ import grpo
 import sft
 import tasks
 from cli import UserError, command, positive, parser, read_jsonl
-from model import Tokenizer, device_and_dtype, find, load
+from model import Tokenizer, device_and_dtype, find
 from sample import Params, Sampler
 from train import Optimizer, micro_batches
 
@@ -56,7 +56,7 @@ def flops(model, tokens, length):
 
 def started(args):
     device, dtype = device_and_dtype(args.device, args.dtype)
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load_model(args.model, args)
     model.recompute = args.recompute
     return model, tokenizer, device, roofline(device, dtype)[1]
 
@@ -71,7 +71,7 @@ def sft_ours(args):
             rows = sft.read_rows(f.name, tokenizer, 8192)
     else:
         rng = random.Random(0)
-        rows, tokens = [([rng.randrange(10, tokenizer.size) for _ in range(args.length)], 1) for _ in range(args.rows)], args.rows * args.length
+        rows, tokens = [([rng.randrange(10, model.vocab) for _ in range(args.length)], 1) for _ in range(args.rows)], args.rows * args.length
     optimizer = Optimizer(model, 1e-4)
     for _ in range(args.steps):
         synchronize(device)

@@ -73,14 +73,14 @@ def _forward(hidden, weight, targets, top, sums, dots, hits, N, V, C, share, tem
 
 @tune
 @triton.jit
-def _backward(hidden, weight, targets, lse, grad, dz, first, N, V, C, width, temperature, ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr):
+def _backward(hidden, weight, targets, lse, grad, dz, first, N, V, C, width, pitch, temperature, ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr):
     rows, local = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     cols = tl.where(local < width, first + local, V)
     z = _tile(hidden, weight, rows, cols, N, V, C, ROWS, COLS, DEEP) / temperature
     p = tl.exp(z - tl.load(lse + rows, rows < N, 0.0)[:, None])
     chosen = cols[None, :] == tl.load(targets + rows, rows < N, -1)[:, None]
     d = tl.load(grad + rows, rows < N, 0.0)[:, None] / temperature * (tl.where(chosen, 1.0, 0.0) - p)
-    tl.store(dz + rows.to(tl.int64)[:, None] * width + local[None, :], d, (rows < N)[:, None] & (local < width)[None, :])
+    tl.store(dz + rows.to(tl.int64)[:, None] * pitch + local[None, :], d, (rows < N)[:, None] & (local < width)[None, :])
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -88,7 +88,7 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature, parts):
         hidden, weight = hidden.contiguous(), weight.contiguous()
         (N, C), V = hidden.shape, len(weight)
-        parts = parts or max(1, min(8, 512 // triton.cdiv(max(N, 1), 128)))  # few rows: cut the vocabulary, to fill the card
+        parts = parts or max(1, min(64, 512 // triton.cdiv(max(N, 1), 128)))  # few rows: cut the vocabulary, to fill the card
         share = triton.cdiv(V, parts * 256) * 256
         m, l, e, hit = torch.empty(4, triton.cdiv(V, share), N, device=hidden.device)
         if N:
@@ -110,9 +110,10 @@ class _LinearLogprob(torch.autograd.Function):
         columns = max(256, DZ_BYTES // (max(N, 1) * hidden.element_size()) // 256 * 256)
         for first in range(0, V if N else 0, columns):
             part = weight[first:first + columns]
-            dz = torch.empty(N, len(part), device=hidden.device, dtype=hidden.dtype)
+            # A pitch that is a round number: with an odd one, as a vocabulary often is, the products below are slow.
+            dz = torch.empty(N, triton.cdiv(len(part), 64) * 64, device=hidden.device, dtype=hidden.dtype)[:, :len(part)]
             grid = lambda meta: (triton.cdiv(N, meta["ROWS"]), triton.cdiv(len(part), meta["COLS"]))
-            _backward[grid](hidden, weight, targets, lse, grad, dz, first, N, V, C, len(part), ctx.temperature)
+            _backward[grid](hidden, weight, targets, lse, grad, dz, first, N, V, C, len(part), dz.stride(0), ctx.temperature)
             dh += dz @ part
             if dw is not None:
                 torch.mm(dz.T, hidden, out=dw[first:first + columns])

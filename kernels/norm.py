@@ -53,7 +53,7 @@ def norm_backward(dy, ds, s, weight, eps):
     C = weight.numel()
     N = s.numel() // C
     dy, dx = dy.contiguous(), torch.empty_like(s)
-    per_program = triton.cdiv(N, min(N, 1024))
+    per_program = triton.cdiv(N, min(N, max(1024, 2**20 // C)))
     programs = triton.cdiv(N, per_program)
     dw = torch.empty(programs, C, device=s.device)
     BLOCK = triton.next_power_of_2(C)

@@ -127,17 +127,35 @@ def test_memory_decides_slots_and_is_refused_in_one_line(monkeypatch):
         Sampler(model, tokenizer, slots=8).generate(PROMPTS, 4, Params(20))
 
 
+def test_a_cache_with_graphs_stays(monkeypatch):
+    """A GRPO run on a GPU: prompts a little longer or shorter, few questions or many, never more memory than at first, and the
+    cache with its graphs is made anew only when a longer slot or another slot is needed."""
+    model, tokenizer = tiny()
+    monkeypatch.setattr(sample, "GRAIN", {"cpu": 16})
+    total = 100 * 64 * sample.KVCache.bytes_per_token(model.config, torch.float32)
+    sampler, made, real = Sampler(model, tokenizer, share=0.3), [], sample.KVCache.__init__
+    monkeypatch.setattr(sample, "free_memory", lambda device: total - (2 * sampler.cache.k.nbytes if sampler.cache else 0))
+    monkeypatch.setattr(sample.KVCache, "__init__", lambda self, config, slots, capacity, *a: made.append((slots, capacity)) or real(self, config, slots, capacity, *a))
+    monkeypatch.setattr(Sampler, "_capture", lambda self, B, longest: lambda: self._advance(B, longest))
+    sampler.graphed = True
+    for length, rows in [(30, 50), (30, 50), (18, 50), (34, 3), (30, 50), (46, 3), (30, 50)]:
+        sampler.generate([[5] * length], rows, Params(18))
+    assert made == [(40, 48), (30, 64)]  # 30% of 100 slots of 64 positions; then longer ones, fewer
+
+
 @pytest.mark.parametrize("params", [Params(30, 0), Params(30, 0.9, 20, repetition_penalty=1.2)])
 def test_looking_less_often_changes_nothing(monkeypatch, params):
     """What a GPU does, but for the GPU: five tokens between two looks, steps of whole buckets, each kind of step run once and from
     then on replayed. Rows end within a burst; what they chose after their end is dropped; filled-up slots disturb nobody."""
     model, tokenizer = tiny()
-    tokenizer.stop_ids = list(range(0, tokenizer.size, 47))
     budgets = [3 + 7 * i % 22 for i in range(10)] + [41, 57]  # the last two fill a slot of 64 to its last position
 
     def sample_all(sampler):
         queue = deque(Request(PROMPTS[i % 4], [0, 1], f"question {i}", max_new_tokens=n, tag=i) for i, n in enumerate(budgets))
         return {(r.tag, index): (c.tokens, c.finish, len(c.logprobs)) for r, index, c in sampler.stream(queue, params)}
+    tokenizer.stop_ids = []
+    free = {key: tokens for key, (tokens, *_) in sample_all(Sampler(model, tokenizer, 7)).items()}
+    tokenizer.stop_ids = sorted({t for tokens in free.values() for t in tokens} - {*free[10, 0], *free[10, 1]})[::3]
     want = sample_all(Sampler(model, tokenizer, 7))
     assert {finish for _, finish, _ in want.values()} == {"stop", "length"} and any(len(want[10, i][0]) == 41 for i in range(2))
     captured = []

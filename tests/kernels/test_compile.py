@@ -32,7 +32,8 @@ def compile_all(capability):
     def compile_only(self, *args, **kwargs):
         kernel = run(self, *args, **{**kwargs, "warmup": True})
         compiled.setdefault(f"{self.__module__}.{self.__name__}", []).append(kernel)
-        assert kernel.metadata.shared <= 227 << 10 or kwargs.get("ROWS"), (self, kernel.metadata.shared)  # an autotuner drops what does not fit
+        limit = {80: 163, 90: 227}[capability] << 10
+        assert kernel.metadata.shared <= limit or kwargs.get("ROWS"), (self, kernel.metadata.shared)  # an autotuner drops what does not fit
     JITFunction.run = compile_only
 
     import kernels
@@ -47,9 +48,9 @@ def compile_all(capability):
             q, k = rotate(leaf(2, 64, 14, 64), leaf(2, 64, 2, 64), angle, angle, norms, 1e-6)
             (q.sum() + k.sum()).backward()
         with torch.no_grad():
-            cache = torch.zeros(4, 2, 512, 64, dtype=dtype)
-            for parts in (1, 5):
-                decode_attention(leaf(4, 14, 64), leaf(4, 2, 64), leaf(4, 2, 64), cache, cache, torch.zeros(4, dtype=torch.long), parts)
+            for D, parts in ((64, 1), (64, 5), (128, 1)):
+                cache = torch.zeros(4, 2, 512, D, dtype=dtype)
+                decode_attention(leaf(4, 14, D), leaf(4, 2, D), leaf(4, 2, D), cache, cache, torch.zeros(4, dtype=torch.long), parts)
         linear_logprob(leaf(48, 896), leaf(9000, 896), torch.zeros(48, dtype=torch.long))[0].sum().backward()
     u = uniform(torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long))
     for cuts in ({}, {"temperature": 0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.8}, {"top_p": 0.9, "penalty": 1.1, "seen": torch.zeros(4, 9000, dtype=torch.bool)}):

@@ -47,7 +47,7 @@ def check(operation, exact, inputs, dtype, **kwargs):
     got, want = operation(*ours, **kwargs), exact(*wide, **kwargs)
     for i, (g, w) in enumerate(zip(got, want)):
         close(g, w, dtype, f"output {i}")
-    up = [random(*w.shape, dtype=g.dtype, seed=9 + i) for i, (g, w) in enumerate(zip(got, want))]
+    up = [random(*w.shape[:-1], 2 * w.shape[-1], dtype=g.dtype, seed=9 + i)[..., ::2] for i, (g, w) in enumerate(zip(got, want))]  # not contiguous
     grads = lambda out, at, up: torch.autograd.grad([o for o in out if o.requires_grad], [x for x in at if torch.is_tensor(x) and x.requires_grad],
                                                     [u for o, u in zip(out, up) if o.requires_grad], allow_unused=True)
     poison()
@@ -69,7 +69,7 @@ def exact_norm(x, w, eps):
 
 @both
 @dtypes
-@pytest.mark.parametrize("shape", [(3, 5, 32), (1, 1, 896), (7, 131), (1025, 24)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 32), (1, 1, 896), (7, 131), (1025, 1024)], ids=str)
 @pytest.mark.parametrize("add", [True, False])
 def test_add_norm(kind, dtype, shape, add):
     def exact(x, delta, w, eps):
@@ -100,7 +100,8 @@ def test_rotate(kind, dtype, shape, norm, shared):
         return out
 
     def ours(q, k, cos, sin, wq, wk):
-        return operation("rotate", kind)(q, k, cos.detach(), sin.detach(), (wq, wk) if norm else None, 1e-6)
+        cos, sin = (x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (cos, sin))
+        return operation("rotate", kind)(q, k, cos, sin, (wq, wk) if norm else None, 1e-6)
     q, k = random(B, T, H, D, dtype=dtype, apart=True), random(B, T, K, D, dtype=dtype, seed=1)
     check(ours, exact, (q, k, angle.cos(), angle.sin(), random(D, dtype=dtype, seed=2), random(D, dtype=dtype, seed=3)), dtype)
 
@@ -124,7 +125,7 @@ def test_decode_attention(kind, dtype, H, K, D, parts):
     lengths, S = torch.tensor([0, 1, 63, 64, 65, 199], device=DEVICE), 200
     B = len(lengths)
     caches = [random(B + 2, K, S, D, dtype=dtype, seed=i) for i in (1, 2)]
-    q, k, v = random(B, H, D, dtype=dtype), random(B, K, D, dtype=dtype, seed=3), random(B, K, D, dtype=dtype, seed=4)
+    q, k, v = random(B, H, D, dtype=dtype, apart=True), random(B, K, D, dtype=dtype, seed=3, apart=True), random(B, K, D, dtype=dtype, seed=4, apart=True)
     want = torch.empty(B, H, D, dtype=torch.float64, device=DEVICE)
     for b, n in enumerate(lengths.tolist()):
         keys, values = (torch.cat((c[b, :, :n].double(), new[b, :, None].double()), 1).repeat_interleave(H // K, 0) for c, new in zip(caches, (k, v)))  # (H, n + 1, D)
@@ -224,7 +225,8 @@ def test_repetition_penalty(kind, temperature):
     logits, seen = 3 * random(B, V) - torch.tensor([[0.0], [0.0], [15.0], [15.0]], device=DEVICE), random(B, V, seed=1) > 0  # two rows of negative ones
     marks, want = seen.clone(), torch.where(seen, torch.where(logits > 0, logits / 1.5, logits * 1.5), logits)
     u = torch.tensor([0.1, 0.4, 0.7, 0.99], device=DEVICE)
-    tokens, logp = operation("next_tokens", kind)(logits.clone(), u, temperature, top_k=50, penalty=1.5, seen=marks)
+    padded = torch.cat((logits, torch.full((B, 5), 99.0, device=DEVICE)), 1)[:, :V]
+    tokens, logp = operation("next_tokens", kind)(padded, u, temperature, top_k=50, penalty=1.5, seen=marks)
     if temperature == 0:
         assert torch.equal(tokens, want.argmax(-1))
     else:
@@ -234,6 +236,14 @@ def test_repetition_penalty(kind, temperature):
     seen[torch.arange(B, device=DEVICE), tokens] = True
     assert torch.equal(marks, seen)
     close(logp, (logits.double() / (temperature or 1)).log_softmax(-1).gather(1, tokens[:, None])[:, 0], torch.float32, "log-probability")
+
+
+def test_greedy_takes_the_first_of_equals():
+    """Across blocks too, and from logits that lie the other way round."""
+    logits = random(9001, 3).T
+    for row, equals in enumerate([(7, 8), (10, 8000), (4095, 4096, 9000)]):
+        logits[row, list(equals)] = 50.0
+    assert operation("next_tokens", "triton")(logits, torch.zeros(3, device=DEVICE), 0)[0].tolist() == [7, 10, 4095]
 
 
 @both
@@ -265,7 +275,7 @@ def test_linear_logprob(kind, dtype, N, V, C, parts, monkeypatch):
     def exact(hidden, weight, targets, temperature):
         logp = (hidden @ weight.T / temperature).log_softmax(-1)
         return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach()
-    inputs = (random(N, C, dtype=dtype), random(V + 3, C, dtype=dtype, seed=1)[:V], targets, 0.7)
+    inputs = (random(N, C, dtype=dtype, apart=True), random(V + 3, C, dtype=dtype, seed=1, apart=True)[:V], targets, 0.7)
     more = {"parts": parts} if kind == "triton" else {}
     check(lambda *inputs: operation("linear_logprob", kind)(*inputs, **more), exact, inputs, dtype)
 
