@@ -293,7 +293,7 @@ class Sampler:
             self.graphs[kind]()
 
     def _capture(self, B, longest):
-        """A CUDA graph of a step. All share one pool of memory: they never run at the same time, and the first is the largest."""
+        """A CUDA graph of a step. All share one pool of memory: they never run at the same time, and the first is usually the largest."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
@@ -315,7 +315,7 @@ class Sampler:
 
     def postprocess(self):
         done = []
-        for slot in reversed(range(len(self.rows))):
+        for slot in reversed(range(len(self.rows))):  # from the end: closing moves the last row into the gap
             row = self.rows[slot]
             c = row.completion
             if c.tokens[-1] in self.tokenizer.stop_ids:

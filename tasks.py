@@ -140,22 +140,17 @@ def parse(text):
     def peek():
         return tokens[at] if at < len(tokens) else None
 
-    def chain(operators, operand, depth):  # operand (operator operand)*, from left to right
+    def chain(depth, operators=("+", "-")):  # operand (operator operand)*, from left to right; a sum's operands are products
         nonlocal at
-        value = operand(depth)
+        operand = (lambda: chain(depth, ("*", "/"))) if "+" in operators else lambda: atom(depth)
+        value = operand()
         while peek() in operators:
             symbol, at = tokens[at], at + 1
-            other = operand(depth)
+            other = operand()
             if symbol == "/" and other == 0:
                 raise Rejected("division by zero")
             value = OPERATORS[symbol](value, other)
         return value
-
-    def total(depth):
-        return chain(("+", "-"), product, depth)
-
-    def product(depth):
-        return chain(("*", "/"), atom, depth)
 
     def atom(depth):
         nonlocal at
@@ -163,7 +158,7 @@ def parse(text):
         if token == "(":
             if depth == DEEPEST:
                 raise Rejected(f"parentheses deeper than {DEEPEST}")
-            value = total(depth + 1)
+            value = chain(depth + 1)
             if peek() != ")":
                 raise Rejected("unbalanced parentheses")
             at += 1
@@ -173,7 +168,7 @@ def parse(text):
         used.append(int(token))
         return Fraction(used[-1])
 
-    value = total(0)
+    value = chain(0)
     if at < len(tokens):
         raise Rejected(f"unexpected {tokens[at]!r}")
     return value, used

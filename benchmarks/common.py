@@ -118,7 +118,7 @@ def compare(name, args, runs, key, better="higher", **more):
         print(f"{who:>14}: median {medians[who]:,.1f} {key.replace('_', ' ')} (lowest {min(v):,.1f}, highest {max(v):,.1f}, n = {len(v)})")
     ratios = {who: round(medians["ours"] / m if better == "higher" else m / medians["ours"], 2) for who, m in medians.items() if who != "ours"}
     for who, ratio in ratios.items():
-        print(f"ours is {ratio:.2f} times as good as {who}")
+        print(f"ours against {who}: {ratio:.2f}")
     peaks = {who: max(t["peak_gib"] for t in turns if t["who"] == who) for who in runs} if "peak_gib" in turns[0] else None
     if peaks:
         print("peak memory: " + ", ".join(f"{who} {peak:.2f} GiB" for who, peak in peaks.items()))

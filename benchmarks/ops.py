@@ -3,7 +3,7 @@
     python benchmarks/ops.py                                                       # on a GPU, shapes of Qwen2.5-0.5B
     TRITON_INTERPRET=1 KERNELS=triton python benchmarks/ops.py --scale 0.01        # on a CPU: that it runs; its times mean nothing
 
-Times are medians of --repeats turns, the two in turns; the bytes and flops are those that the head of each kernel's file counts, and
+Times are medians of --repeats turns, the two in turns; the bytes and flops are those of the forward pass in each kernel's file, and
 the roof is a large copy or matrix product measured in the same run. The plain version of the linear + log-probability is the dense
 one (logits, log-softmax, gather), with its peak memory beside ours. Liger's kernels are not compared.
 """
@@ -40,10 +40,11 @@ def cases(scale, device, dtype):
     N, S, size = max(4, round(scale * 16_384)), max(16, round(scale * 4096)), dtype.itemsize
     random = lambda *shape: torch.randn(shape, device=device).to(dtype)
     x, delta, w, gate, up = random(1, N, C), random(1, N, C), random(C), random(N, M), random(N, M)
-    norm_plain = lambda x, delta, w: (x + delta, F.rms_norm(x + delta, (C,), w, 1e-6))
+    norm_plain = lambda x, delta, w: (s := x + delta, F.rms_norm(s, (C,), w, 1e-6))
     yield "norm with the add", lambda x, d, w: kernels.add_norm(x, d, w, 1e-6), {"torch": norm_plain}, (x, delta, w), (), 4 * N * C * size, 0
     angle = torch.rand(1, N, 1, D // 2, device=device)
-    turn = lambda module: lambda q, k: module.rotate(q, k, angle.cos(), angle.sin())
+    cos, sin = angle.cos(), angle.sin()
+    turn = lambda module: lambda q, k: module.rotate(q, k, cos, sin)
     yield "rotary", turn(kernels), {"torch": turn(reference)}, (random(1, N, H, D), random(1, N, K, D)), (), 2 * N * (H + K) * D * size, 0
     yield "swiglu", lambda g, u: (kernels.swiglu(g, u),), {"torch": lambda g, u: (F.silu(g) * u,)}, (gate, up), (), 3 * N * M * size, 0
     head, targets = (random(V, C) / C**0.5), torch.randint(0, V, (N,), device=device)
@@ -95,7 +96,11 @@ def main():
                 for who, run in (("ours", ours), *peers.items()):
                     turns[who].append(timed(run, trained, others, device, backward))
             seconds = {who: statistics.median(s for s, _ in t) for who, t in turns.items()}
-            work = {"of_bandwidth": read / seconds["ours"] / copy} if read and not backward else {"of_matmul": (4 if backward else 1) * flops / seconds["ours"] / matmul} if flops else {}
+            work = {}  # the backward pass's bytes are not counted; the head's flops are: it makes the logits twice
+            if read and not backward:
+                work["of_bandwidth"] = read / seconds["ours"] / copy
+            if flops:
+                work["of_matmul"] = (4 if backward else 1) * flops / seconds["ours"] / matmul
             row = {"operation": name + (", forward + backward" if backward else ""), **{f"{who}_microseconds": round(1e6 * s, 1) for who, s in seconds.items()},
                    "spread": {who: [round(1e6 * f(s for s, _ in t), 1) for f in (min, max)] for who, t in turns.items()},
                    "times_as_fast": {who: round(seconds[who] / seconds["ours"], 2) for who in peers}, **{k: round(v, 3) for k, v in work.items()},

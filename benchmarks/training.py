@@ -122,7 +122,7 @@ def timer():
 
 def trl_flags(args, out):
     device, dtype = device_and_dtype(args.device, args.dtype)
-    return dict(output_dir=out, max_steps=args.steps, use_cpu=device.type == "cpu", bf16=False, report_to=[], save_strategy="no", gradient_checkpointing=args.recompute,
+    return dict(output_dir=out, max_steps=args.steps, use_cpu=device.type == "cpu", bf16=False, report_to=[], save_strategy="no",
                 model_init_kwargs={"dtype": str(dtype)[6:]}, learning_rate=1e-6)
 
 
@@ -167,7 +167,7 @@ def main():
     p.add_argument("--rollouts", type=positive, default=8, help="grpo")
     p.add_argument("--max-new-tokens", type=positive, default=128, help="grpo")
     p.add_argument("--micro-batch-tokens", type=positive, default=2048, help="as in sft.py and grpo.py")
-    p.add_argument("--recompute", action="store_true", help="as in sft.py and grpo.py, and TRL's gradient checkpointing")
+    p.add_argument("--recompute", action="store_true", help="as in sft.py and grpo.py (TRL recomputes by default)")
     p.add_argument("--steps", type=positive, default=1, help="steps of a turn; the last is timed (on a GPU the first compiles)")
     p.add_argument("--repeats", type=positive, default=5, help="turns of each")
     args = p.parse_args()

@@ -1,7 +1,7 @@
 """The operations that decide the speed of the model, behind one door.
 
-model.py and sample.py call these names and never ask where they run. The rule: on a GPU a tensor of at most 32 bits a float goes
-to the Triton kernel (one file each, with its equation), everything else to the same operation in plain PyTorch (`reference.py`).
+model.py and sample.py call these names and never ask where they run. The rule: on a GPU every dtype but float64 goes to
+the Triton kernel (one file each, with its equation), everything else to the same operation in plain PyTorch (`reference.py`).
 KERNELS=reference or KERNELS=triton in the environment overrides it; triton on a CPU needs TRITON_INTERPRET=1 and is for tests.
 """
 import functools
@@ -41,7 +41,7 @@ def _operation(name, file):
 
 add_norm = _operation("add_norm", "norm")
 rotate = _operation("rotate", "rotary")
-swiglu = _operation("swiglu", "swiglu_mlp")
+swiglu = _operation("swiglu", "gate")
 decode_attention = _operation("decode_attention", "attention")
 uniform = _operation("uniform", "choice")
 next_tokens = _operation("next_tokens", "choice")

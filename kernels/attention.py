@@ -3,10 +3,10 @@
     row b, query head h of the group that shares key head j:    o = sum_s softmax_s(q . k_s / sqrt(D)) v_s,    s = 0..lengths[b]
 
 A program takes one row, one key head (with all its query heads, so that the cache is read once for them) and one part of the
-positions; it keeps a running maximum m, sum l and weighted values a (Milakov & Gimelshein 2018). With lse = m + log2 l, the
-parts merge to
+positions; it keeps a running maximum m of the scores (times log2 e), the sum l of 2^(score - m) and the values a weighted so (Milakov
+& Gimelshein 2018). It ends with o_i = a / l and lse_i = m + log2 l, and the parts merge to
 
-    o = sum_i 2^(lse_i - M) a_i / sum_i 2^(lse_i - M),    M = max_i lse_i
+    o = sum_i 2^(lse_i - M) o_i / sum_i 2^(lse_i - M),    M = max_i lse_i
 
 The first part starts from the new token itself, still in registers, and writes it to the cache; the others only read what was
 there before. So there is no second kernel for the cache and no race. The parts are cut by each row's own length: a long row
@@ -69,7 +69,7 @@ def _merge(parts, lse, out, D, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK
 
 
 def decode_attention(q, k, v, past_k, past_v, lengths, parts=0):
-    """As `reference.decode_attention`; `parts` cuts the positions of a row, 0 as many as fill the card."""
+    """As `reference.decode_attention`. `parts`: how many to cut each row's positions into; 0 fills the card."""
     (B, H, D), K, S = q.shape, k.shape[1], past_k.shape[2]
     if not parts:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2

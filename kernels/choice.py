@@ -4,12 +4,11 @@
     token = the first i in vocabulary order with  p_0 + ... + p_i > u sum p      over the tokens that survive the cuts
 
 The cuts need a threshold, not an order. Top-k keeps z >= t with t the largest value that k logits reach; top-p the same with
-probability mass in place of a count. Both are exact: bisections over the float32 values, some twenty halvings. To halve over few
-numbers: each of the BLOCK lanes that swept the row knows its maximum, and since those are BLOCK different logits, their own
-threshold bounds the row's from below. Only what reaches the bound, in practice some dozens, is collected and bisected.
+probability mass in place of a count. Both are bisections over the float32 values, at most 32 halvings, exact up to the rounding of
+the mass. To halve over few numbers: each lane kept the largest logit it met. These are BLOCK of the row's logits, so the threshold
+among them alone can only be too low; what reaches it, some dozens in practice, is collected and bisected.
 
-Bytes for a row of V float32 logits: two sweeps, 8 V (a bool more for each with a penalty); the rest stays in the cache. A sort
-would move 16 V or more, several times.
+Bytes for a row of V float32 logits: two sweeps, 8 V (10 V with a penalty). A sort would move 16 V or more, several times.
 """
 import math
 
@@ -97,12 +96,12 @@ def _choose(logits, u, seen, tokens, logprobs, values, ids, V, stride, width, te
         floor = tl.maximum(top + min_p, NOTHING)  # min_p comes as its logarithm
         bound = floor
         tl.store(values + lane, best)
-        tl.debug_barrier()
+        tl.debug_barrier()  # a lane reads what the others wrote
         if top_k > 0:
             bound = _threshold(values, BLOCK, top_k, floor, top, False, BLOCK)
         elif top_p < 1:
             bound = _threshold(values, BLOCK, top_p * total, floor, top, True, BLOCK)
-        tl.debug_barrier()
+        tl.debug_barrier()  # all have read before it is overwritten
         # The second sweep collects, in vocabulary order, what reaches the bound, and sums what min-p leaves.
         n, sums = 0, tl.zeros((BLOCK,), tl.float32)
         for start in tl.range(0, V, BLOCK, num_stages=3):

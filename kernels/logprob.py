@@ -9,12 +9,12 @@ the sums of exp(z - m) and exp(z - m) (z - m), adjusted whenever m rises. With m
 
 Backward, with an upstream gradient g of each token (so that nothing can be prepared in the forward pass):
 
-    dz_j = g ([j = target] - p_j) / T        dh = dz W        dW = dz^T h
+    d_j = g / T ([j = target] - p_j)         dh = d W         dW = d^T h
 
-The tile of z is computed again and becomes dz; dz of one part of the *vocabulary* at a time goes through two plain matrix
+The tile of z is computed again and becomes one of d; d of one part of the *vocabulary* at a time goes through two plain matrix
 products. Each part then owns its rows of dW, whole and summed in float32 by the product; only dh (small) is added up.
 
-Memory for 16k tokens, 152k entries, C = 896 in bfloat16: dz 0.5 GB at a time and dW 0.3 GB. Dense: 5 GB of logits, 10 GB of them
+Memory for 16k tokens, 152k entries, C = 896 in bfloat16: d 0.5 GB at a time and dW 0.3 GB. Dense: 5 GB of logits, 10 GB of them
 in float32, 10 GB of log-probabilities, and their gradients. Work: 2 N V C flops four times; dense, three times.
 The entropy is a measurement and has no gradient. After Cut Cross-Entropy (Wijmans et al. 2024), which adds dh and dW up by
 atomics in the tiles themselves.
@@ -23,21 +23,20 @@ import torch
 import triton
 import triton.language as tl
 
-DZ_BYTES = 512 << 20  # of dz at a time
+D_BYTES = 512 << 20  # of d at a time
+GRAIN = 256  # entries; parts of the vocabulary are multiples of it, and every COLS divides it
 
-CONFIGS = {
-    "square": triton.Config({"ROWS": 128, "COLS": 128, "DEEP": 64}, num_warps=8, num_stages=3),
-    "wide": triton.Config({"ROWS": 128, "COLS": 256, "DEEP": 64}, num_warps=8, num_stages=3),
-    "small": triton.Config({"ROWS": 64, "COLS": 128, "DEEP": 32}, num_warps=4, num_stages=3),  # float32, and cards with less shared memory
-}
-INTERPRETED = triton.knobs.runtime.interpret
+SQUARE = triton.Config({"ROWS": 128, "COLS": 128, "DEEP": 64}, num_warps=8, num_stages=3)
+WIDE = triton.Config({"ROWS": 128, "COLS": 256, "DEEP": 64}, num_warps=8, num_stages=3)
+SMALL = triton.Config({"ROWS": 64, "COLS": 128, "DEEP": 32}, num_warps=4, num_stages=3)  # float32, and cards with less shared memory
+TINY = triton.Config({"ROWS": 16, "COLS": 32, "DEEP": 16})  # the interpreter, which cannot time
 # The timings are kept on disk: a run that is resumed must not choose another order of sums.
-tune = triton.autotune([triton.Config({"ROWS": 16, "COLS": 32, "DEEP": 16})] if INTERPRETED else list(CONFIGS.values()), key=["V", "C"], cache_results=True)
+tune = triton.autotune([TINY] if triton.knobs.runtime.interpret else [SQUARE, WIDE, SMALL], key=["V", "C"], cache_results=True)
 
 
 @triton.jit
 def _tile(hidden, weight, rows, cols, N, V, C, ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr):
-    """hidden[rows] @ weight[cols].T in float32. Offsets are 64-bit: 152k x 8k values pass 2^30."""
+    """hidden[rows] @ weight[cols].T in float32. Offsets are 64-bit: vocabulary times width comes near 2^31."""
     acc, c = tl.zeros((ROWS, COLS), tl.float32), tl.arange(0, DEEP)
     h, w = hidden + rows.to(tl.int64)[:, None] * C + c[None, :], weight + cols.to(tl.int64)[None, :] * C + c[:, None]
     for start in range(0, C, DEEP):
@@ -49,7 +48,8 @@ def _tile(hidden, weight, rows, cols, N, V, C, ROWS: tl.constexpr, COLS: tl.cons
 
 @tune
 @triton.jit
-def _forward(hidden, weight, targets, top, sums, dots, hits, N, V, C, share, temperature, ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr):
+def _forward(hidden, weight, targets, top, sums, dots, hits, N, V, C, share, temperature,
+             ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr):
     rows, part = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     target = tl.load(targets + rows, rows < N, -1)
     m, l = tl.full((ROWS,), -1e30, tl.float32), tl.zeros((ROWS,), tl.float32)  # not -inf: 0 times it must be 0
@@ -73,14 +73,15 @@ def _forward(hidden, weight, targets, top, sums, dots, hits, N, V, C, share, tem
 
 @tune
 @triton.jit
-def _backward(hidden, weight, targets, lse, grad, dz, first, N, V, C, width, pitch, temperature, ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr):
+def _backward(hidden, weight, targets, lse, grad, d, first, N, V, C, width, pitch, temperature,
+              ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr):
     rows, local = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     cols = tl.where(local < width, first + local, V)
     z = _tile(hidden, weight, rows, cols, N, V, C, ROWS, COLS, DEEP) / temperature
     p = tl.exp(z - tl.load(lse + rows, rows < N, 0.0)[:, None])
     chosen = cols[None, :] == tl.load(targets + rows, rows < N, -1)[:, None]
-    d = tl.load(grad + rows, rows < N, 0.0)[:, None] / temperature * (tl.where(chosen, 1.0, 0.0) - p)
-    tl.store(dz + rows.to(tl.int64)[:, None] * pitch + local[None, :], d, (rows < N)[:, None] & (local < width)[None, :])
+    p = tl.load(grad + rows, rows < N, 0.0)[:, None] / temperature * (tl.where(chosen, 1.0, 0.0) - p)
+    tl.store(d + rows.to(tl.int64)[:, None] * pitch + local[None, :], p, (rows < N)[:, None] & (local < width)[None, :])
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -89,7 +90,7 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight = hidden.contiguous(), weight.contiguous()
         (N, C), V = hidden.shape, len(weight)
         parts = parts or max(1, min(64, 512 // triton.cdiv(max(N, 1), 128)))  # few rows: cut the vocabulary, to fill the card
-        share = triton.cdiv(V, parts * 256) * 256
+        share = triton.cdiv(V, parts * GRAIN) * GRAIN
         m, l, e, hit = torch.empty(4, triton.cdiv(V, share), N, device=hidden.device)
         if N:
             grid = lambda meta: (triton.cdiv(N, meta["ROWS"]), len(m))
@@ -107,19 +108,19 @@ class _LinearLogprob(torch.autograd.Function):
         (N, C), V, grad = hidden.shape, len(weight), grad.contiguous()
         dh = torch.zeros(N, C, device=hidden.device)
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        columns = max(256, DZ_BYTES // (max(N, 1) * hidden.element_size()) // 256 * 256)
+        columns = max(GRAIN, D_BYTES // (max(N, 1) * hidden.element_size()) // GRAIN * GRAIN)
         for first in range(0, V if N else 0, columns):
             part = weight[first:first + columns]
-            # A pitch that is a round number: with an odd one, as a vocabulary often is, the products below are slow.
-            dz = torch.empty(N, triton.cdiv(len(part), 64) * 64, device=hidden.device, dtype=hidden.dtype)[:, :len(part)]
+            # A pitch that is a round number: with an odd one, as the last part's often is, the products below are slow.
+            d = torch.empty(N, triton.cdiv(len(part), 64) * 64, device=hidden.device, dtype=hidden.dtype)[:, :len(part)]
             grid = lambda meta: (triton.cdiv(N, meta["ROWS"]), triton.cdiv(len(part), meta["COLS"]))
-            _backward[grid](hidden, weight, targets, lse, grad, dz, first, N, V, C, len(part), dz.stride(0), ctx.temperature)
-            dh += dz @ part
+            _backward[grid](hidden, weight, targets, lse, grad, d, first, N, V, C, len(part), d.stride(0), ctx.temperature)
+            dh += d @ part
             if dw is not None:
-                torch.mm(dz.T, hidden, out=dw[first:first + columns])
+                torch.mm(d.T, hidden, out=dw[first:first + columns])
         return dh.to(hidden.dtype), dw, None, None, None
 
 
 def linear_logprob(hidden, weight, targets, temperature=1.0, parts=0):
-    """As `reference.linear_logprob`; `parts` cuts the vocabulary in the forward pass, 0 as far as the card needs it."""
+    """As `reference.linear_logprob`. `parts`: how many to cut the vocabulary into in the forward pass; 0 fills the card."""
     return _LinearLogprob.apply(hidden, weight, targets, float(temperature), parts)

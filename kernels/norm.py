@@ -30,34 +30,35 @@ def _forward(x, delta, w, s, y, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(dy, ds, s, w, dx, dw, N, per_program, C, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(dy, ds, s, w, dx, dw, N, per_program, C, eps, DS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     weight = tl.load(w + i, i < C, 0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     first = tl.program_id(0).to(tl.int64) * per_program
     for j in range(per_program):
         at, inside = (first + j) * C + i, (i < C) & (first + j < N)
-        v, up = tl.load(s + at, inside, 0.0).to(tl.float32), tl.load(dy + at, inside, 0.0).to(tl.float32)
+        v, d = tl.load(s + at, inside, 0.0).to(tl.float32), tl.load(dy + at, inside, 0.0).to(tl.float32)
         r = tl.rsqrt(tl.sum(v * v) / C + eps)
-        n, g = v * r, up * weight
+        n, g = v * r, d * weight
+        total += d * n
         d = r * (g - n * (tl.sum(g * n) / C))
-        if ADD:
+        if DS:
             d += tl.load(ds + at, inside, 0.0).to(tl.float32)
         tl.store(dx + at, d, inside)
-        total += up * n
     tl.store(dw + tl.program_id(0).to(tl.int64) * C + i, total, i < C)  # one row a program; PyTorch adds them up
 
 
 def norm_backward(dy, ds, s, weight, eps):
-    """(dx, dw) of rows of any shape (..., C); ds may be None."""
+    """(dx, dw) for s (..., C), contiguous; ds may be None."""
     C = weight.numel()
     N = s.numel() // C
     dy, dx = dy.contiguous(), torch.empty_like(s)
-    per_program = triton.cdiv(N, min(N, max(1024, 2**20 // C)))
+    per_program = triton.cdiv(N, min(N, max(1024, 2**20 // C)))  # the programs' parts of dw stay under 4 MiB for short rows
     programs = triton.cdiv(N, per_program)
     dw = torch.empty(programs, C, device=s.device)
     BLOCK = triton.next_power_of_2(C)
-    _backward[(programs,)](dy, dy if ds is None else ds.contiguous(), s, weight, dx, dw, N, per_program, C, eps, ds is not None, BLOCK, num_warps=_warps(BLOCK))
+    _backward[(programs,)](dy, dy if ds is None else ds.contiguous(), s, weight, dx, dw, N, per_program, C, eps,
+                           ds is not None, BLOCK, num_warps=_warps(BLOCK))
     return dx, dw.sum(0).to(weight.dtype)
 
 
@@ -71,7 +72,8 @@ class _AddNorm(torch.autograd.Function):
         x = x.contiguous()
         y, s = torch.empty_like(x), x if delta is None else torch.empty_like(x)
         C, BLOCK = x.shape[-1], triton.next_power_of_2(x.shape[-1])
-        _forward[(x.numel() // C,)](x, x if delta is None else delta.contiguous(), weight, s, y, C, eps, delta is not None, BLOCK, num_warps=_warps(BLOCK))
+        _forward[(x.numel() // C,)](x, x if delta is None else delta.contiguous(), weight, s, y, C, eps,
+                                    delta is not None, BLOCK, num_warps=_warps(BLOCK))
         ctx.save_for_backward(s, weight)
         ctx.eps = eps
         return y if delta is None else (s, y)

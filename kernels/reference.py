@@ -52,7 +52,7 @@ def decode_attention(q, k, v, past_k, past_v, lengths):
     K, S = past_k.shape[1], past_k.shape[2]
     rows = torch.arange(B, device=q.device)
     past_k[rows, :, lengths], past_v[rows, :, lengths] = k, v
-    # The H/K query heads that share a key head become the rows of one small matrix: the cache is read once for all.
+    # The H/K query heads that share a key head become the rows of one small matrix: no key is repeated.
     q = q.reshape(B, K, H // K, D)
     unseen = torch.arange(S, device=q.device) > lengths[:, None]  # (B, S)
     scores = (q.float() * D**-0.5) @ past_k.float().transpose(-1, -2)  # (B, K, H/K, S)
@@ -129,7 +129,7 @@ def _invert(p, u):
 def linear_float32(hidden, weight):
     """hidden (..., C) @ weight (V, C).T in float32, (..., V). On a GPU the product of bfloat16 is not rounded on its way out, as it is
     not in the trainer's kernel: rounded logits would part sampler and trainer by some hundredths of a nat."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(hidden.reshape(-1, hidden.shape[-1]), weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
     return (hidden @ weight.T).float()
 
@@ -145,7 +145,7 @@ def linear_logprob(hidden, weight, targets, temperature=1.0):
     A batch of 16k tokens over 152k entries would be 10 GB of float32 logits, twice with its gradient; here at most
     CHUNK_BYTES live at once, and the backward pass computes them again (one third more work on the head alone).
 
-    With z = logits / T and p = softmax(z):   d logp_t / d z_j = [j = t] - p_j
+    With z = logits / T and p = softmax(z):   d logp_t / d logit_j = ([j = t] - p_j) / T
     """
     return _LinearLogprob.apply(hidden, weight, targets, temperature)
 
@@ -155,7 +155,7 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature):
         logp, entropy, total = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
         for rows in _chunks(hidden, weight):
-            z = (hidden[rows] @ weight.T).float().div_(temperature)  # (n, V)
+            z = linear_float32(hidden[rows], weight).div_(temperature)  # (n, V)
             total[rows] = z.logsumexp(-1)
             z -= total[rows, None]  # log p
             logp[rows] = z.gather(1, targets[rows, None])[:, 0]
@@ -171,7 +171,7 @@ class _LinearLogprob(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None  # float32: a sum over chunks
         for rows in _chunks(hidden, weight):
-            p = (hidden[rows] @ weight.T).float().div_(ctx.temperature).sub_(total[rows, None]).exp_()  # (n, V)
+            p = linear_float32(hidden[rows], weight).div_(ctx.temperature).sub_(total[rows, None]).exp_()  # (n, V)
             g = grad_logp[rows, None]
             dz = p.mul_(-g).scatter_add_(1, targets[rows, None], g).div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = dz @ weight

@@ -6,8 +6,8 @@
 Gradient: a rotation's transpose is the rotation back, so the same kernel runs with the angle's sign turned, and the norm's
 gradient is norm.py's over rows of D.
 
-Bytes for a token of H query and K key heads in bfloat16: reads and writes each value once, 4 (H + K) D; apart (two norms,
-two rotations, each with its float32 copy) it would be four times that. The angles are 4 D and shared by all heads.
+Bytes for a token of H query and K key heads in bfloat16: reads and writes each value once, 4 (H + K) D; norm and rotation apart, with
+a float32 value between: 12 (H + K) D. The angles are 4 D, shared by all heads. Nothing is rounded before the rotation is done.
 """
 import torch
 import triton
@@ -31,10 +31,10 @@ def _heads(x, w, out, token, c, s, eps, HEADS: tl.constexpr, HALF: tl.constexpr,
 
 
 @triton.jit
-def _rotate(q, k, wq, wk, cos, sin, q_out, k_out, angles, eps, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+def _rotate(q, k, wq, wk, cos, sin, q_out, k_out, angle_rows, eps, H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
             NORM: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr):
     token, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    at = token % angles * HALF + i  # every row of a batch may share one row of angles
+    at = token % angle_rows * HALF + i  # every row of a batch may share one row of angles
     c, s = tl.load(cos + at, i < HALF, 0.0)[None, :], tl.load(sin + at, i < HALF, 0.0)[None, :]
     if BACK:
         s = -s

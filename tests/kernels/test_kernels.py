@@ -17,7 +17,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-FILES = dict(add_norm="norm", rotate="rotary", swiglu="swiglu_mlp", decode_attention="attention", next_tokens="choice", uniform="choice", linear_logprob="logprob")
+FILES = dict(add_norm="norm", rotate="rotary", swiglu="gate", decode_attention="attention", next_tokens="choice", uniform="choice", linear_logprob="logprob")
 
 both = pytest.mark.parametrize("kind", ["reference", "triton"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -266,7 +266,7 @@ def test_linear_logprob(kind, dtype, N, V, C, parts, monkeypatch):
     """Odd shapes, several parts of the vocabulary both ways, a gradient of its own for every token (some of them 0), and weights
     that are the first rows of a larger matrix."""
     if kind == "triton":
-        monkeypatch.setattr(importlib.import_module("kernels.logprob"), "DZ_BYTES", 256 * N * 4)
+        monkeypatch.setattr(importlib.import_module("kernels.logprob"), "D_BYTES", 256 * N * 4)
     else:
         monkeypatch.setattr(reference, "CHUNK_BYTES", 4 * V * 7)
     targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(N)).to(DEVICE)
