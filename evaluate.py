@@ -39,7 +39,6 @@ PAPER = {
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
-
 def wilson(right, n, z=1.96):
     """95% interval of a proportion (Wilson 1927); it stays within 0..1 and is sane at 0 and n."""
     p, centre = right / n, right / n + z * z / (2 * n)
@@ -90,7 +89,6 @@ def f1(pairs, label):
 
 
 # ---- use of the skills -----------------------------------------------------------------------------------------------
-
 BLOCK = re.compile(r"<sample>(.*?)</sample>\s*(?:<reflect>(.*?)</reflect>)?", re.DOTALL)
 
 
@@ -106,7 +104,6 @@ def skills(task, problem, text):
 
 
 # ---- budget forcing --------------------------------------------------------------------------------------------------
-
 def forced_prompt(tokenizer, completion):
     """(ids to go on from, ids kept of the response), for a response that ended within its budget.
 
@@ -143,7 +140,6 @@ def force(sampler, problems, groups, params, seed, bar):
 
 
 # ---- one model on one task -------------------------------------------------------------------------------------------
-
 def run_cell(name, sampler, task, problems, samples, params, args):
     """The rows of results.jsonl for one model and task, one a sample."""
     tokenizer = sampler.tokenizer
@@ -193,7 +189,6 @@ def summarise(rows, first, samples, ks):
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
-
 def columns(cells):
     """[(heading, function of a cell)] of the table."""
     percent = lambda x: f"{100 * x:.1f}"
@@ -226,7 +221,6 @@ def paper_rows(names):
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
-
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}pre{background:#f6f6f4;padding:1rem;white-space:pre-wrap}
 .wide{overflow-x:auto}.right{color:#197a3e}.wrong{color:#b3261e}svg text{font:12px system-ui,sans-serif}summary{cursor:pointer}"""
@@ -286,7 +280,6 @@ def page(cells, results, command_line):
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-
 def arguments():
     p = parser(__doc__, out="out/evaluate", model="")
     p.add_argument("--models", default="base=mini", help="name=folder or hub id, separated by commas; the first is what the others are compared with")

@@ -30,7 +30,6 @@ from train import Optimizer, Run, check_finite, default_lr, interruptible, micro
 
 
 # ---- the objective ---------------------------------------------------------------------------------------------------
-
 def advantages(rewards, normalise=True):
     """How much better each rollout is than its group's mean: rewards (questions, rollouts) -> the same shape.
 
@@ -80,7 +79,6 @@ def policy_loss(logp, old_logp, advantage, weight, clip_low=0.2, clip_high=0.2, 
 
 
 # ---- one prompt, many responses --------------------------------------------------------------------------------------
-
 def shared_prompt(prompt, responses, width):
     """An Attend for one flat row [prompt | response 0 | response 1 | ...], each response padded to `width` tokens.
 
@@ -117,7 +115,6 @@ def response_logprobs(model, prompt, responses, temperature):
 
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
-
 CACHE_SHARE = 0.3  # of the memory that is free before the first step: on a GPU the cache stays while the model trains
 
 @dataclass
@@ -202,7 +199,6 @@ def choose(problems, step, count, seed):
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-
 def arguments():
     p = parser(__doc__, out="out/grpo")
     g = p.add_argument_group("what to train on")

@@ -205,7 +205,6 @@ class Transformer(nn.Module):
 
 
 # ---- text and ids ----------------------------------------------------------------------------------------------------
-
 # The system turn that a family's template adds when the user gives none. Recognised by its text; the template is never run.
 DEFAULT_SYSTEMS = ("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
                    "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
@@ -292,7 +291,6 @@ class Tokenizer:
 
 
 # ---- the checkpoint folder -------------------------------------------------------------------------------------------
-
 def find(model):
     """The local folder of a model: itself, or the hub's, fetched with huggingface_hub. The only code that uses the network."""
     if str(model) == "mini":  # the one that ships with the project, from whatever folder a command is started

@@ -36,7 +36,6 @@ TAGS = tuple(f"<{slash}{tag}>" for tag in ("think", "sample", "reflect") for sla
 
 
 # ---- from rows to pairs ----------------------------------------------------------------------------------------------
-
 def flaw(row):
     """Why an attempt cannot be part of a trace, or ""."""
     if row["finish"] != "stop":
@@ -72,7 +71,6 @@ def pairs_of(rows, rng, dropped, need_reflection=True):
 
 
 # ---- recipes: pairs of one question -> lists of pairs, each list one trace -------------------------------------------
-
 def paper(pairs, rng, most):
     """Algorithm 1 of the paper. Every trace ends on a correct pair and has more correct pairs than incorrect ones."""
     right, wrong = _pools(pairs, rng)
@@ -164,7 +162,6 @@ RECIPES = {
 
 
 # ---- from pairs to text ----------------------------------------------------------------------------------------------
-
 def build(pairs, recipe, phrases, rng):
     """The assistant turn of a trace, as a list of (kind, text) parts; joined, they are the text."""
     if recipe in ("star", "unarranged"):
@@ -218,7 +215,6 @@ def show(pairs, trace, parts, question):
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-
 def read_rows(paths):
     """Rows of all files, sorted, each (id, style, index) once."""
     rows = {}

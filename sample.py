@@ -274,9 +274,7 @@ class Sampler:
         """How many slots a step runs. With graphs, one of few numbers: a graph is captured for each."""
         if not self.graphed:
             return live
-        if live <= 16:
-            return min(1 << (live - 1).bit_length(), self.cache.slots)
-        grain = 16 if live <= 128 else 64
+        grain = 1 << (live - 1).bit_length() if live <= 16 else 16 if live <= 128 else 64
         return min(-(-live // grain) * grain, self.cache.slots)
 
     def _run(self, B, longest):
@@ -360,7 +358,6 @@ def free_memory(device):
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
-
 SETTINGS = ("model", "task", "questions", "split", "styles", "n", "reflections", "temperature", "top_k", "top_p", "min_p",
             "repetition_penalty", "max_new_tokens", "hint", "shard", "seed")  # what makes two runs one: these must agree to go on
 

@@ -43,7 +43,6 @@ class Grade:
 
 
 # ---- wording ---------------------------------------------------------------------------------------------------------
-
 MUST_ANSWER = "However you work, your reply must end with a final answer between <answer> and </answer>. A reply without it is worth nothing."
 ENDING = "Put your final answer between <answer> and </answer>."
 STYLES = {  # name: (system turn or None, instruction after the question)
@@ -92,7 +91,6 @@ def verdict(text):
 
 
 # ---- the answer in a text --------------------------------------------------------------------------------------------
-
 def extract_answer(text, lenient=False):
     """(answer or None, reason). Strict: the last <answer> after the last </think>, none if <think> never closed. Lenient:
     the last <answer> anywhere.
@@ -116,7 +114,6 @@ def extract_answer(text, lenient=False):
 
 
 # ---- checkers: answer -> "" if right, else the reason ----------------------------------------------------------------
-
 LONGEST, DEEPEST = 256, 64
 SYMBOLS = [("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("×", "*"), ("x", "*"), ("X", "*"), ("÷", "/"), ("−", "-")]
 
@@ -302,7 +299,6 @@ def check_word(answer, truth):
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
-
 # Hundredths of the hash space. `pretrain` is what the miniature's base was trained on: no other split can meet it.
 SPLITS = {"pretrain": range(0, 40), "sft": range(40, 60), "rl": range(60, 80), "val": range(80, 85), "test": range(85, 100)}
 

@@ -26,7 +26,6 @@ from model import Transformer, save, save_tensors
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -74,7 +73,6 @@ def training_flags(p):
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
-
 def micro_batches(lengths, budget, waste=1.2):
     """Group indices by similar length: rows x longest row of a group is at most `budget`, and at most `waste` times the real
     tokens, since rows are padded to the longest. One row may exceed the budget alone.
@@ -94,7 +92,6 @@ def micro_batches(lengths, budget, waste=1.2):
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
-
 def default_lr(asked, model, small, paper):
     """The learning rate that --lr asks for; if none, the paper's, or `small` for a model of the miniature's size, which 1e-6
     would leave where it is."""
@@ -207,7 +204,6 @@ class Optimizer:
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
-
 # Flags that a resumed run may give anew: they change what is kept or how much memory is used, not what is computed (the last
 # three only by the rounding of sums).
 FREE_TO_CHANGE = {"resume", "save_every", "eval_every", "device", "slots", "micro_batch_tokens", "recompute"}

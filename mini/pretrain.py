@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer as BPE, decoders, models, pre_token
 import tasks
 from cli import command, number, parser, positive, refuse_existing
 from model import Config, Tokenizer, Transformer, save
+from train import micro_batches
 
 CONFIG = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=96, intermediate_size=256, num_hidden_layers=3,
               num_attention_heads=4, num_key_value_heads=2, head_dim=24, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000.0,
@@ -45,7 +46,6 @@ CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + 
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
-
 def random_chain(numbers, rng):
     """[(a, operator, b, value)]: the numbers in random order, each step going on from the last value, all within 0..60."""
     while True:
@@ -149,7 +149,6 @@ def document(rng):
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
-
 def phrases():
     """Every fixed piece of text in the prompts, the documents and the traces: one token each."""
     glue = json.loads((Path(__file__).parent.parent / "phrases.json").read_text())
@@ -180,7 +179,6 @@ def make_tokenizer(folder):
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
-
 def batches(tokenizer, tokens, seed):
     """Endless (ids (B, T), real (B, T-1)): documents of similar length, padded on the right; `real` marks what is no padding.
     Every token is trained, prompts too: a prompt to judge holds an attempt, and that teaches attempts as well."""
@@ -191,12 +189,7 @@ def batches(tokenizer, tokens, seed):
             messages, response = document(rng)
             prompt = tokenizer.chat(messages)
             pool.append(prompt + tokenizer.encode(response) + [tokenizer.end_id])
-        pool.sort(key=len)
-        groups, start = [], 0
-        for i in range(1, len(pool) + 1):
-            if i == len(pool) or (i + 1 - start) * len(pool[i]) > tokens:
-                groups.append(pool[start:i])
-                start = i
+        groups = [[pool[i] for i in group] for group in micro_batches([len(d) for d in pool], tokens, waste=math.inf)]
         for group in rng.sample(groups, len(groups)):
             ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(d) for d in group], batch_first=True)
             yield ids, torch.arange(1, ids.shape[1]) < torch.tensor([len(d) for d in group])[:, None]
