@@ -104,7 +104,7 @@ def grpo_ours(args):
     tokens = sum(len(c.tokens) for group in groups for c in group.completions)
     # Scoring and weight sync are no stages: the sampler's log-probabilities are the old ones, and its weights are the trained ones.
     return {"seconds": seconds, "tokens": tokens, "rollout_seconds": round(rolled - begun, 3), "rollout_tokens_per_second": round(tokens / (rolled - begun), 1),
-            "update_seconds": round(seconds - (rolled - begun), 3), "scoring_seconds": 0, "sync_seconds": 0}
+            "update_seconds": round(seconds - (rolled - begun), 3)}
 
 
 def timer():

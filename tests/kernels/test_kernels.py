@@ -280,6 +280,16 @@ def test_linear_logprob(kind, dtype, N, V, C, parts, monkeypatch):
     check(lambda *inputs: operation("linear_logprob", kind)(*inputs, **more), exact, inputs, dtype)
 
 
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_logits_are_never_held():
+    """Rule 14 at a real vocabulary: 8k tokens would have 5 GB of float32 logits, and as much for their gradient."""
+    hidden, weight = random(8192, 256, dtype=torch.bfloat16).requires_grad_(), random(151_665, 256, dtype=torch.bfloat16).requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    operation("linear_logprob", "triton")(hidden, weight, torch.zeros(8192, dtype=torch.long, device=DEVICE))[0].sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 8192 * 151_665 * 4 / 4
+
+
 @both
 def test_no_rows_no_gradient(kind):
     hidden, weight = torch.zeros(0, 16, device=DEVICE, requires_grad=True), random(40, 16).requires_grad_()
