@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cli import UserError, write_whole
-from kernels import add_norm, linear_float32, linear_logprob, rotate, swiglu
+from kernels import add_norm, linear_float32, linear_logprob, rotate, swiglu, uses_triton
 
 # (layer, q (B, T, H, D), k (B, T, K, D), v (B, T, K, D)) -> o (B, T, H, D): H query heads share K key/value heads.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -386,7 +386,9 @@ def device_and_dtype(device="auto", dtype="auto"):
         torch.cuda.set_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return device, getattr(torch, dtype)
+    dtype = getattr(torch, dtype)
+    uses_triton(device, dtype)  # now, for it refuses a wrong KERNELS: before anything is written
+    return device, dtype
 
 
 def save(path, model, tokenizer):

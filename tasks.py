@@ -398,9 +398,12 @@ class Acronym(Generated):
         initials = list(hidden)
         for _ in range(rng.randint(0, 8 - self.n)):
             initials.insert(rng.randint(0, len(initials)), rng.choice("abcdefghijklmnoprstw"))
-        if not all(letter in _words_by_initial() for letter in initials):
-            return None
-        words = [rng.choice(_words_by_initial()[letter]) for letter in initials]
+        words = []
+        for letter in initials:
+            starting = _words_by_initial().get(letter)
+            if not starting:
+                return None
+            words.append(rng.choice(starting))
         question = (f"Words: {' '.join(words)}\nTake first letters of these words, in order and leaving out as many words as you like, so that they spell "
                     f"an English word of at least {self.n} letters. The answer is that word.")
         return " ".join(words), question, {"answer": hidden, "letters": "".join(initials), "least": self.n, "ordered": True}

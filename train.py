@@ -66,7 +66,7 @@ def training_flags(p):
     p.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's, on matrices only")
     p.add_argument("--max-norm", type=number(float, 0), default=1.0, help="clip the gradient to this norm; 0 does not")
     g = p.add_argument_group("memory and checkpoints")
-    g.add_argument("--micro-batch-tokens", type=positive, default=2048, help="tokens (padding included) that go through the model at once; lower it if memory runs out")
+    g.add_argument("--micro-batch-tokens", type=positive, default=2048, help="tokens (padding included) that go through the model at once, in GRPO those of one group's responses; lower it if memory runs out")
     g.add_argument("--recompute", action="store_true", help="keep no activations inside the layers and compute them again: much less memory, a third more work")
     g.add_argument("--save-every", type=natural, default=20, help="steps between checkpoints; 0: only at the end")
     g.add_argument("--resume", action="store_true", help="go on with the run in --out, to the same end as if it had not stopped")

@@ -86,3 +86,9 @@ def test_ctrl_c_is_130(cmd):
         raise KeyboardInterrupt
     status, _, err = cmd(type("m", (), {"__name__": "m", "main": staticmethod(interrupted)}))
     assert status == 130 and err.count("\n") == 1
+
+
+def test_a_wrong_KERNELS_leaves_nothing_behind(cmd, monkeypatch, tmp_path):
+    monkeypatch.setenv("KERNELS", "fast")
+    status, _, err = cmd(grpo, "--model", MINI, "--device", "cpu", "--out", "run")
+    assert status == 2 and "KERNELS=fast: give reference or triton" in err and not (tmp_path / "run").exists()
