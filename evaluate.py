@@ -26,16 +26,8 @@ from cli import UserError, command, natural, number, parser, positive, refuse_ex
 from model import Config, find, load, read_json
 from sample import Completion, Params, Request, Sampler
 
-# Table of the paper (Qwen2.5-1.5B-Instruct trained on Countdown-3, accuracy in %, single runs), to print beside ours.
-PAPER_TASKS = ("countdown-4", "countdown-5", "countdown-6", "acronym-4", "acronym-5", "letters-4", "letters-5",
-               "multiply-2", "multiply-3", "multiply-4", "multiply-5", "csqa", "gsm8k")
-PAPER = {
-    "base": (3.3, 1.5, 0.8, 7.6, 6.2, 15.1, 5.8, 75.7, 36.1, 6.5, 0.7, 55.7, 59.2),
-    "SkillFactory SFT": (5.3, 2.0, 1.0, 3.8, 2.1, 12.2, 5.2, 86.4, 37.3, 5.3, 0.5, 47.1, 59.1),
-    "RL only": (18.7, 14.6, 14.1, 10.8, 6.6, 17.3, 7.7, 81.5, 14.5, 1.4, 0.1, 62.6, 67.7),
-    "STaR then GRPO": (11.9, 9.0, 8.1, 10.5, 9.0, 13.8, 4.6, 80.7, 10.7, 0.9, 0.3, 60.5, 68.6),
-    "SkillFactory then GRPO": (42.1, 19.2, 13.9, 14.7, 9.4, 18.3, 7.3, 93.9, 38.0, 7.5, 0.6, 60.8, 68.2),
-}
+# The paper's table (Qwen2.5-1.5B-Instruct trained on Countdown-3, accuracy in %, single runs), to print beside ours.
+PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -215,8 +207,8 @@ def text_table(rows):
 
 def paper_rows(names):
     """The paper's table, cut down to the tasks of `names`; [] if it has none of them."""
-    shared = [t for t in PAPER_TASKS if t in names]
-    rows = [[arm, *(f"{figures[PAPER_TASKS.index(t)]:.1f}" for t in shared)] for arm, figures in PAPER.items()]
+    shared = [t for t in PAPER["tasks"] if t in names]
+    rows = [[arm, *(f"{x:.1f}" for t, x in zip(PAPER["tasks"], figures) if t in names)] for arm, figures in PAPER["arms"].items()]
     return [["paper, 1.5B", *shared], *rows] if shared else []
 
 

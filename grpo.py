@@ -26,7 +26,7 @@ import tasks
 from cli import UserError, command, natural, number, parser, positive
 from model import device_and_dtype, load
 from sample import Completion, Params, Sampler
-from train import Optimizer, Run, check_finite, default_lr, interruptible, micro_batches, progress, rank, say, start_processes, total, training_flags, world
+from train import begin, check_finite, interruptible, micro_batches, progress, rank, say, start_processes, total, training_flags, world
 
 
 # ---- the objective ---------------------------------------------------------------------------------------------------
@@ -254,11 +254,8 @@ def main():
     model, tokenizer = load(args.model, args.device, args.dtype)
     problems, held_out = read_problems(args, tokenizer, model.config.max_position_embeddings)
     reference = deepcopy(model).requires_grad_(False) if args.kl else None  # before resuming: the model the run began with
-    run = Run(args)
-    model.recompute = args.recompute
-    lr = default_lr(args.lr, model, small=3e-4, paper=1e-6)
-    optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
-    done, updates = run.restore(optimizer, tokenizer), run.info["updates"]
+    run, optimizer, lr, done = begin(args, model, tokenizer, small=3e-4)
+    updates = run.info["updates"]
     sampler, params = Sampler(model, tokenizer, args.slots, CACHE_SHARE), Params(args.max_new_tokens, args.temperature)
     say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} rollouts, learning rate {lr:g}")
 

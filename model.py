@@ -247,7 +247,6 @@ class Tokenizer:
         named = config.get("eos_token")
         named = self.bpe.token_to_id(named["content"] if isinstance(named, dict) else named) if named else None
         self.stop_ids = sorted({self.end_id, *(eos if isinstance(eos, list) else [eos]), *([named] if named is not None else [])})
-        self.pad_id = self.end_id  # any id does: masks come from lengths
 
     def encode(self, text):
         return self.bpe.encode(text, add_special_tokens=False).ids

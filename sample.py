@@ -123,7 +123,7 @@ LOOK = {"cpu": 1, "cuda": 8}  # tokens of every row between two looks of the hos
 class Sampler:
     """Generates completions. The weights are the model's own, so a training step is seen with no copy, by the CUDA graphs too.
 
-    `slots` is the number of rows decoded at once; 0 lets free memory decide, of which the cache takes `share`.
+    `slots` is the number of rows decoded at once; 0 lets free memory decide, of which a cache that stays (with graphs) takes `share`.
     """
 
     def __init__(self, model, tokenizer, slots=0, share=0.6):
@@ -208,7 +208,7 @@ class Sampler:
         self.fitted = True
         each = capacity * KVCache.bytes_per_token(model.config, model.dtype)
         if not (self.graphed and self.memory):
-            self.memory = self.share * free_memory(model.device) + (2 * old.k.nbytes if old else 0)
+            self.memory = (self.share if self.graphed else 0.6) * free_memory(model.device) + (2 * old.k.nbytes if old else 0)
         fit = int(self.memory // each)
         wanted = self.wanted_slots or min(MOST_SLOTS[model.device.type], max(fit, 1))
         slots = min(wanted, max(sum(len(r.indices) for r in queue), old.slots if old else 0))

@@ -18,7 +18,7 @@ import torch
 
 from cli import UserError, command, number, parser, positive, read_jsonl
 from model import device_and_dtype, load
-from train import Optimizer, Run, check_finite, default_lr, interruptible, micro_batches, progress, rank, say, start_processes, total, training_flags, world
+from train import begin, check_finite, interruptible, micro_batches, progress, rank, say, start_processes, total, training_flags, world
 
 
 def read_rows(paths, tokenizer, context):
@@ -94,11 +94,7 @@ def main():
     if args.context > model.config.max_position_embeddings:
         raise UserError(f"--context {args.context}: {args.model} has a context of {model.config.max_position_embeddings}")
     rows = read_rows(args.data, tokenizer, args.context)
-    run = Run(args)
-    model.recompute = args.recompute
-    peak = default_lr(args.lr, model, small=3e-3, paper=1e-6)
-    optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
-    done = run.restore(optimizer, tokenizer)
+    run, optimizer, peak, done = begin(args, model, tokenizer, small=3e-3)
     plan = [batch for epoch in range(args.epochs) for batch in make_batches(rows, args.tokens_per_batch, args.seed, epoch)]
     say(f"{len(rows)} rows, {sum(len(ids) for ids, _ in rows):,} tokens; {len(plan)} steps, learning rate {peak:g}")
 

@@ -92,14 +92,6 @@ def micro_batches(lengths, budget, waste=1.2):
 
 
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
-def default_lr(asked, model, small, paper):
-    """The learning rate that --lr asks for; if none, the paper's, or `small` for a model of the miniature's size, which 1e-6
-    would leave where it is."""
-    if asked is not None:
-        return asked
-    return small if sum(w.numel() for w in model.parameters()) < 10e6 else paper
-
-
 def check_finite(value, what):
     """Stop before a step that would spoil the weights. On every process alike: `value` is a sum over all of them."""
     if not math.isfinite(value):
@@ -190,17 +182,13 @@ class Optimizer:
         for path in files:
             with safe_open(path, "pt", device=str(self.model.device)) as f:
                 names = set(f.keys())
-                for name, w in self.weights.items():
-                    if f"master.{name}" not in names:
-                        continue
-                    w.copy_(f.get_tensor(f"master.{name}"))
-                    master = self.masters.get(name)
-                    if master is None:  # another process steps this one
-                        continue
-                    master.copy_(f.get_tensor(f"master.{name}"))
-                    if f"first.{name}" in names:
-                        self.adamw.state[master] = {"step": torch.tensor(float(updates), device=w.device),
-                                                    "exp_avg": f.get_tensor(f"first.{name}"), "exp_avg_sq": f.get_tensor(f"second.{name}")}
+                for name in (n for n in self.weights if f"master.{n}" in names):
+                    for copy in (self.weights, self.masters):  # only the process that steps a weight has its master
+                        if name in copy:
+                            copy[name].copy_(f.get_tensor(f"master.{name}"))
+                    if name in self.masters and f"first.{name}" in names:
+                        self.adamw.state[self.masters[name]] = {"step": torch.tensor(float(updates), device=self.model.device),
+                                                                "exp_avg": f.get_tensor(f"first.{name}"), "exp_avg_sq": f.get_tensor(f"second.{name}")}
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
@@ -288,6 +276,15 @@ class Run:
         if rank() == 0:
             with open(self.out / name, "a", encoding="utf-8") as f:
                 f.write(to_json(row) + "\n")
+
+
+def begin(args, model, tokenizer, small):
+    """(run folder, optimizer, learning rate, step to go on after). Without --lr the rate is the paper's 1e-6, or `small` for a
+    model of the miniature's size, which 1e-6 would leave where it is."""
+    run, optimizer = Run(args), Optimizer(model, args.weight_decay, max_norm=args.max_norm)
+    model.recompute = args.recompute
+    lr = args.lr if args.lr is not None else small if sum(w.numel() for w in model.parameters()) < 10e6 else 1e-6
+    return run, optimizer, lr, run.restore(optimizer, tokenizer)
 
 
 def progress(name, done, steps):

@@ -45,6 +45,4 @@ class _SwiGLU(torch.autograd.Function):
         return dgate, dup
 
 
-def swiglu(gate, up):
-    """As `reference.swiglu`."""
-    return _SwiGLU.apply(gate, up)
+swiglu = _SwiGLU.apply  # as `reference.swiglu`

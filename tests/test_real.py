@@ -28,5 +28,5 @@ def test_logits_and_greedy_text_equal_transformers(folder):
         ids = torch.tensor([prompt])
         with torch.no_grad():
             assert (ours.logits(ours(ids)) - theirs(ids).logits[..., :ours.vocab]).abs().max() < 1e-3
-            want = theirs.generate(ids, do_sample=False, max_new_tokens=48, eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.pad_id)[0, len(prompt):]
+            want = theirs.generate(ids, do_sample=False, max_new_tokens=48, eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.end_id)[0, len(prompt):]
         assert completion.tokens == want.tolist()
