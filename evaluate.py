@@ -160,14 +160,12 @@ def summarise(rows, first, samples, ks):
     """The figures of one cell. `first`: the rows of the first model on the same task, for the paired difference."""
     by_question = lambda rows, value: np.array([value(r) for r in rows], dtype=float).reshape(-1, samples)
     right = by_question(rows, lambda r: r["correct"])
-    tokens = [r["tokens"] for r in rows]
     verdicts = [v for r in rows for v in r["verdicts"]]
     cell = {"model": rows[0]["model"], "task": rows[0]["task"], "questions": len(right), "samples": samples,
             "accuracy": right.mean(), "interval": interval(right), "lenient": by_question(rows, lambda r: r["lenient"]).mean(),
             "pass": {k: float(np.mean([pass_at(k, samples, int(c)) for c in right.sum(1)])) for k in ks},
-            "truncated": float(np.mean([r["finish"] == "length" for r in rows])),
-            "tokens": float(np.mean(tokens)), "token_quantiles": {q: float(np.quantile(tokens, q / 100)) for q in (5, 25, 50, 75, 95)},
-            "answers": float(np.mean([r["answers"] for r in rows])), "reflections": float(np.mean([r["reflections"] for r in rows])),
+            "truncated": float(np.mean([r["finish"] == "length" for r in rows])), **{name: float(np.mean([r[name] for r in rows])) for name in ("tokens", "answers", "reflections")},
+            "token_quantiles": {q: float(np.quantile([r["tokens"] for r in rows], q / 100)) for q in (5, 25, 50, 75, 95)},
             "f1_correct": f1(verdicts, True), "f1_incorrect": f1(verdicts, False), "verdicts": len(verdicts)}
     if first is not rows:
         difference = (right - by_question(first, lambda r: r["correct"])).mean(1)
@@ -189,12 +187,10 @@ def columns(cells):
     maybe = lambda x: "-" if x is None else f"{x:.2f}"
     table = [("model", lambda c: c["model"]), ("task", lambda c: c["task"]), ("n x k", lambda c: f"{c['questions']} x {c['samples']}"),
              ("accuracy %", lambda c: f"{percent(c['accuracy'])} {within(c['interval'])}"),
-             ("against the first", lambda c: change(c["difference"], c["difference_interval"]) if "difference" in c else ""),
-             ("lenient", lambda c: percent(c["lenient"]))]
-    table += [(f"pass@{k}", lambda c, k=k: percent(c["pass"][k])) for k in cells[0]["pass"] if k > 1]
-    table += [("cut off", lambda c: percent(c["truncated"])), ("tokens", lambda c: f"{c['tokens']:.0f}"),
-              ("answers", lambda c: maybe(c["answers"])), ("reflects", lambda c: maybe(c["reflections"])),
-              ("F1 right/wrong", lambda c: f"{maybe(c['f1_correct'])} / {maybe(c['f1_incorrect'])}")]
+             ("against the first", lambda c: change(c["difference"], c["difference_interval"]) if "difference" in c else ""), ("lenient", lambda c: percent(c["lenient"])),
+             *((f"pass@{k}", lambda c, k=k: percent(c["pass"][k])) for k in cells[0]["pass"] if k > 1),
+             ("cut off", lambda c: percent(c["truncated"])), ("tokens", lambda c: f"{c['tokens']:.0f}"), ("answers", lambda c: maybe(c["answers"])),
+             ("reflects", lambda c: maybe(c["reflections"])), ("F1 right/wrong", lambda c: f"{maybe(c['f1_correct'])} / {maybe(c['f1_incorrect'])}")]
     if "forced" in cells[0]:
         table.append(("forced to go on", lambda c: f"{percent(c['forced'])} ({change(c['forced_difference'], c['forced_difference_interval'])})"))
     return table

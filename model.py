@@ -154,11 +154,8 @@ class Transformer(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.config = c
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
-            "layers": nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers)),
-            "norm": RMSNorm(c.hidden_size, c.rms_norm_eps),
-        })
+        layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
+        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size), "layers": layers, "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.frequencies = rope_frequencies(c)  # a plain tensor: not saved, and float32 whatever the weights are
@@ -195,13 +192,8 @@ class Transformer(nn.Module):
         """
         return linear_logprob(hidden, self.head[:self.vocab], targets, temperature)
 
-    @property
-    def device(self):
-        return self.model.embed_tokens.weight.device
-
-    @property
-    def dtype(self):
-        return self.model.embed_tokens.weight.dtype
+    device = property(lambda self: self.model.embed_tokens.weight.device)
+    dtype = property(lambda self: self.model.embed_tokens.weight.dtype)
 
 
 # ---- text and ids ----------------------------------------------------------------------------------------------------

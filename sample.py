@@ -157,7 +157,6 @@ class Sampler:
             self.cache = None
 
     # ---- schedule: give free slots to waiting samples
-
     @torch.inference_mode()
     def schedule(self, queue):
         if not queue:
@@ -249,7 +248,6 @@ class Sampler:
             self.model(padded.to(self.model.device), attend=self.cache.prefill([slot for slot, _ in batch]))
 
     # ---- step: the next token, or few, of every live row
-
     @torch.inference_mode()
     def step(self):
         live = len(self.rows)
@@ -310,7 +308,6 @@ class Sampler:
         lengths += 1
 
     # ---- postprocess: hand out finished rows, close the gaps they leave
-
     def postprocess(self):
         done = []
         for slot in reversed(range(len(self.rows))):  # from the end: closing moves the last row into the gap

@@ -241,10 +241,6 @@ def check_integer(answer, truth):
     return "" if value == integer_of(truth["answer"]) else f"is {value}"
 
 
-def check_exact(answer, truth):
-    return "" if answer == truth["answer"].strip() else "differs from the right answer"
-
-
 def check_choice(answer, truth):
     """A letter, `(A)`, `A. bank` or the text of the choice."""
     right, named = truth["answer"], [letter for letter, text in truth.get("choices", {}).items() if text.lower() == answer.lower()]
@@ -400,10 +396,9 @@ class Acronym(Generated):
             initials.insert(rng.randint(0, len(initials)), rng.choice("abcdefghijklmnoprstw"))
         words = []
         for letter in initials:
-            starting = _words_by_initial().get(letter)
-            if not starting:
+            if not _words_by_initial()[letter]:
                 return None
-            words.append(rng.choice(starting))
+            words.append(rng.choice(_words_by_initial()[letter]))
         question = (f"Words: {' '.join(words)}\nTake first letters of these words, in order and leaving out as many words as you like, so that they spell "
                     f"an English word of at least {self.n} letters. The answer is that word.")
         return " ".join(words), question, {"answer": hidden, "letters": "".join(initials), "least": self.n, "ordered": True}
@@ -411,10 +406,7 @@ class Acronym(Generated):
 
 @lru_cache
 def _words_by_initial():
-    table = {}
-    for word in common_words(None):
-        table.setdefault(word[0], []).append(word)
-    return table
+    return {initial: [w for w in common_words(None) if w[0] == initial] for initial in "abcdefghijklmnopqrstuvwxyz"}
 
 
 class Multiply(Generated):
@@ -503,7 +495,8 @@ def find(name, data_dir="data"):
         path, _, grading = name.removeprefix("file:").rpartition(":")
         if grading not in ("exact", "integer", "math") or not path:
             path, grading = name.removeprefix("file:"), "exact"
-        check = {"exact": check_exact, "integer": check_integer, "math": check_math}[grading]
+        exact = lambda answer, truth: "" if answer == truth["answer"].strip() else "differs from the right answer"
+        check = {"exact": exact, "integer": check_integer, "math": check_math}[grading]
         return FromFile(name, check, dict.fromkeys([*OWN_SHARES, "all"], os.path.abspath(path)), OWN_SHARES, "")
     raise UserError(f"task {name}: unknown; the tasks are {NAMES}")
 

@@ -168,11 +168,9 @@ class Optimizer:
 
     def state(self):
         """This process's share: {name: tensor} with the prefixes master., first. and second. (moments)."""
-        out = {}
+        out = {f"master.{name}": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
-            moments = self.adamw.state[master]
-            out[f"master.{name}"] = master.detach()
-            if moments:
+            if moments := self.adamw.state[master]:
                 out[f"first.{name}"], out[f"second.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
         return out
 

@@ -58,12 +58,8 @@ def norm_backward(dy, ds, s, weight, eps):
     dw = torch.empty(programs, C, device=s.device)
     BLOCK = triton.next_power_of_2(C)
     _backward[(programs,)](dy, dy if ds is None else ds.contiguous(), s, weight, dx, dw, N, per_program, C, eps,
-                           ds is not None, BLOCK, num_warps=_warps(BLOCK))
+                           ds is not None, BLOCK, num_warps=min(16, max(1, BLOCK // 256)))
     return dx, dw.sum(0).to(weight.dtype)
-
-
-def _warps(BLOCK):
-    return min(16, max(1, BLOCK // 256))
 
 
 class _AddNorm(torch.autograd.Function):
@@ -73,7 +69,7 @@ class _AddNorm(torch.autograd.Function):
         y, s = torch.empty_like(x), x if delta is None else torch.empty_like(x)
         C, BLOCK = x.shape[-1], triton.next_power_of_2(x.shape[-1])
         _forward[(x.numel() // C,)](x, x if delta is None else delta.contiguous(), weight, s, y, C, eps,
-                                    delta is not None, BLOCK, num_warps=_warps(BLOCK))
+                                    delta is not None, BLOCK, num_warps=min(16, max(1, BLOCK // 256)))
         ctx.save_for_backward(s, weight)
         ctx.eps = eps
         return y if delta is None else (s, y)

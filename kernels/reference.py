@@ -142,8 +142,7 @@ def linear_logprob(hidden, weight, targets, temperature=1.0):
 
     hidden (N, C), weight (V, C), targets (N,) in 0..V-1. Returns (logp, entropy), each (N,) float32; the entropy is a
     measurement and has no gradient.
-    A batch of 16k tokens over 152k entries would be 10 GB of float32 logits, twice with its gradient; here at most
-    CHUNK_BYTES live at once, and the backward pass computes them again (one third more work on the head alone).
+    At most CHUNK_BYTES of logits live at once; the backward pass computes them again (one third more work on the head alone).
 
     With z = logits / T and p = softmax(z):   d logp_t / d logit_j = ([j = t] - p_j) / T
     """
