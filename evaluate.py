@@ -75,8 +75,7 @@ def pass_at(k, n, c):
 
 def f1(pairs, label):
     """F1 of the verdicts for one class. pairs: [(said, true)]; None if the class never occurs on either side."""
-    hit = sum(said == label and true == label for said, true in pairs)
-    off = sum((said == label) != (true == label) for said, true in pairs)
+    hit, off = sum(said == true == label for said, true in pairs), sum((said == label) != (true == label) for said, true in pairs)
     return 2 * hit / (2 * hit + off) if hit + off else None
 
 

@@ -199,8 +199,7 @@ class Transformer(nn.Module):
 # ---- text and ids ----------------------------------------------------------------------------------------------------
 # The system turn that a family's template adds when the user gives none. Recognised by its text; the template is never run.
 DEFAULT_SYSTEMS = ("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-                   "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-                   "You are a helpful assistant.")
+                   "You are a helpful AI assistant named SmolLM, trained by Hugging Face", "You are a helpful assistant.")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "vocab.json", "merges.txt", "added_tokens.json")
 

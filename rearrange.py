@@ -139,8 +139,8 @@ def unarranged(pairs, rng, most):
 
 def _pools(pairs, rng):
     right, wrong = [p for p in pairs if p.correct], [p for p in pairs if not p.correct]
-    rng.shuffle(right)
-    rng.shuffle(wrong)
+    for pool in (right, wrong):
+        rng.shuffle(pool)
     return right, wrong
 
 

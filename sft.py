@@ -112,9 +112,8 @@ def main():
             loss = total([loss], model.device)[0]
             check_finite(loss, "loss")
             norm = optimizer.step(lr)
-            seconds = time.time() - started
             run.log({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": count,
-                     "tokens_per_second": round(sum(len(rows[i][0]) for i in batch) / seconds, 1)})
+                     "tokens_per_second": round(sum(len(rows[i][0]) for i in batch) / (time.time() - started), 1)})
             bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}")
             bar.update()
             run.end_of_step(asked_to_stop(), step, len(plan), step, model, tokenizer, optimizer)

@@ -229,9 +229,8 @@ def integer_of(text):
     integer_of("$1,234.00 dollars")  ->  1234
     """
     match = INTEGER.fullmatch(text) if len(text) <= LONGEST else None
-    if not match or (match[3] or "").lower() in NO_UNIT:
-        return None
-    return int(match[2].replace(",", "")) * (-1 if match[1] in ("-", "−") else 1)
+    plain = match and (match[3] or "").lower() not in NO_UNIT
+    return int(match[2].replace(",", "")) * (-1 if match[1] in ("-", "−") else 1) if plain else None
 
 
 def check_integer(answer, truth):

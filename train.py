@@ -117,8 +117,7 @@ class Optimizer:
             load[self.owner[name]] += w.numel()
         self.masters = {name: w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float())
                         for name, w in self.weights.items() if self.owner[name] == rank()}
-        decayed = [m for m in self.masters.values() if m.ndim > 1]
-        others = [m for m in self.masters.values() if m.ndim == 1]
+        decayed, others = [m for m in self.masters.values() if m.ndim > 1], [m for m in self.masters.values() if m.ndim == 1]
         self.adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
                                        lr=0.0, betas=betas, eps=1e-8, fused=True) if self.masters else None
         self.sums = {}  # name -> float32 gradient, for weights that are not float32

@@ -69,10 +69,7 @@ def _draw(p, ids, before, aim, first, last):
 def _choose(logits, u, seen, tokens, logprobs, values, ids, V, stride, width, temperature, top_k, top_p, min_p, penalty,
             GREEDY: tl.constexpr, CUT: tl.constexpr, PENALTY: tl.constexpr, BLOCK: tl.constexpr):
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    logits += row * stride
-    seen += row * V
-    values += row * width
-    ids += row * width
+    logits, seen, values, ids = logits + row * stride, seen + row * V, values + row * width, ids + row * width
     # The first sweep. Every lane keeps a maximum and a sum of exponentials, of the logits to draw from and of the model's own.
     best, sums = tl.full((BLOCK,), NOTHING, tl.float32), tl.zeros((BLOCK,), tl.float32)
     own_best, own_sums = best, sums

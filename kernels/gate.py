@@ -31,8 +31,7 @@ def _backward(dy, gate, up, dgate, dup, n):
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
+        gate, up, y = gate.contiguous(), up.contiguous(), torch.empty_like(gate, memory_format=torch.contiguous_format)
         _forward[(triton.cdiv(y.numel(), BLOCK.value),)](gate, up, y, y.numel())
         ctx.save_for_backward(gate, up)
         return y

@@ -93,8 +93,7 @@ class _LinearLogprob(torch.autograd.Function):
         share = triton.cdiv(V, parts * GRAIN) * GRAIN
         m, l, e, hit = torch.empty(4, triton.cdiv(V, share), N, device=hidden.device)
         if N:
-            grid = lambda meta: (triton.cdiv(N, meta["ROWS"]), len(m))
-            _forward[grid](hidden, weight, targets, m, l, e, hit, N, V, C, share, temperature)
+            _forward[lambda meta: (triton.cdiv(N, meta["ROWS"]), len(m))](hidden, weight, targets, m, l, e, hit, N, V, C, share, temperature)
         lse = torch.logsumexp(m + l.log(), 0)
         entropy = -((m - lse).exp() * (e + l * (m - lse))).sum(0)
         ctx.save_for_backward(hidden, weight, targets, lse)
@@ -113,8 +112,8 @@ class _LinearLogprob(torch.autograd.Function):
             part = weight[first:first + columns]
             # A pitch that is a round number: with an odd one, as the last part's often is, the products below are slow.
             d = torch.empty(N, triton.cdiv(len(part), 64) * 64, device=hidden.device, dtype=hidden.dtype)[:, :len(part)]
-            grid = lambda meta: (triton.cdiv(N, meta["ROWS"]), triton.cdiv(len(part), meta["COLS"]))
-            _backward[grid](hidden, weight, targets, lse, grad, d, first, N, V, C, len(part), d.stride(0), ctx.temperature)
+            _backward[lambda meta: (triton.cdiv(N, meta["ROWS"]), triton.cdiv(len(part), meta["COLS"]))](
+                hidden, weight, targets, lse, grad, d, first, N, V, C, len(part), d.stride(0), ctx.temperature)
             dh += d @ part
             if dw is not None:
                 torch.mm(d.T, hidden, out=dw[first:first + columns])

@@ -50,14 +50,12 @@ def _backward(dy, ds, s, w, dx, dw, N, per_program, C, eps, DS: tl.constexpr, BL
 
 def norm_backward(dy, ds, s, weight, eps):
     """(dx, dw) for s (..., C), contiguous; ds may be None."""
-    C = weight.numel()
-    N = s.numel() // C
+    C, N = weight.numel(), s.numel() // weight.numel()
     dy, dx = dy.contiguous(), torch.empty_like(s)
     per_program = triton.cdiv(N, min(N, max(1024, 2**20 // C)))  # the programs' parts of dw stay under 4 MiB for short rows
-    programs = triton.cdiv(N, per_program)
-    dw = torch.empty(programs, C, device=s.device)
+    dw = torch.empty(triton.cdiv(N, per_program), C, device=s.device)
     BLOCK = triton.next_power_of_2(C)
-    _backward[(programs,)](dy, dy if ds is None else ds.contiguous(), s, weight, dx, dw, N, per_program, C, eps,
+    _backward[(len(dw),)](dy, dy if ds is None else ds.contiguous(), s, weight, dx, dw, N, per_program, C, eps,
                            ds is not None, BLOCK, num_warps=min(16, max(1, BLOCK // 256)))
     return dx, dw.sum(0).to(weight.dtype)
 

@@ -48,8 +48,7 @@ def decode_attention(q, k, v, past_k, past_v, lengths):
     q (B, H, D), k, v (B, K, D) of the new tokens, K dividing H; past_k, past_v (B, K, S, D), where row b has positions
     0..lengths[b]-1 and gets the new one at lengths[b] < S. Returns (B, H, D).
     """
-    B, H, D = q.shape
-    K, S = past_k.shape[1], past_k.shape[2]
+    (B, H, D), (_, K, S, _) = q.shape, past_k.shape
     rows = torch.arange(B, device=q.device)
     past_k[rows, :, lengths], past_v[rows, :, lengths] = k, v
     # The H/K query heads that share a key head become the rows of one small matrix: no key is repeated.

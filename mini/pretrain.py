@@ -37,8 +37,7 @@ OPENINGS = {
     "rephrase": ("In short: numbers ", "What is needed: numbers "),  # continued with the problem's own numbers
 }
 CHECKS = ("I compute it again.\n", "Let me redo the steps.\n", "Checking each step.\n")
-HITS = (" is the target.\n", " is what was asked for.\n")
-MISSES = (" is not ", " differs from ")  # continued with the target
+HITS, MISSES = (" is the target.\n", " is what was asked for.\n"), (" is not ", " differs from ")  # a miss goes on with the target
 MISUSED = ("The numbers are not the given ones.\n",)
 MIX = {"countdown-2-small": 8, "countdown-3-small": 30, "countdown-4-small": 27, "countdown-5-small": 20, "multiply-2-small": 15}  # documents in 100
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -219,7 +218,6 @@ def main():
     others = [w for name, w in model.named_parameters() if w.ndim != 2 or "embed" in name]
     optimizers = [torch.optim.Muon(matrices, lr=args.matrix_lr, momentum=0.95, weight_decay=0.0),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    rates = [args.matrix_lr, args.lr]
     data, steps, started = batches(tokenizer, args.batch, args.seed), math.ceil(args.tokens / args.batch), time.time()
     loss_sum = 0
     for step in range(1, steps + 1):
@@ -228,7 +226,7 @@ def main():
         targets = ids[:, 1:][real]
         loss = -model.logprobs(hidden, targets)[0].mean()
         loss.backward()
-        for optimizer, rate in zip(optimizers, rates):
+        for optimizer, rate in zip(optimizers, (args.matrix_lr, args.lr)):
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(step / 100, 1, (steps - step) / (0.4 * steps))  # warm-up, flat, down to 0
             optimizer.step()
