@@ -8,108 +8,158 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line that names the file, line or flag and the mend."""
+    """A mistake the user can fix.
+
+    The message is one line that names the file, line or flag and how to fix it.
+    """
 
 
-def command(main):
-    """Run `main()` as a command. Exit status 0 on success, 2 on a user's mistake, 130 on Ctrl-C."""
-    name = Path(sys.argv[0]).name
+# ---- running a command ---------------------------------------------------------------------------
+INTERRUPTED = ("interrupted; what was written is whole. "
+               "sample.py goes on when called again, the trainers with --resume")
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run `main()` as a command: exit status 0 on success, 2 on a user's mistake, 130 on Ctrl-C.
+
+    A bug of ours keeps its traceback.
+    """
     try:
         main()
-    except UserError as e:
-        message, status = str(e), 2
     except KeyboardInterrupt:
-        message, status = "interrupted; what was written is whole. sample.py goes on when called again, the trainers with --resume", 130
-    except BrokenPipeError:  # `... | head` closed our output: nothing more can be printed, and the work is not done
+        _leave(130, INTERRUPTED if os.environ.get("RANK", "0") == "0" else "")
+    except BrokenPipeError:
+        # `... | head` closed our output: nothing more can be printed, and the work is not done.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            message, status = f"the disk is full ({e.filename or 'while writing'}); free some space, then go on as after an interruption", 2
-        elif e.filename and e.errno in (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG):
-            message, status = f"{e.filename}: {e.strerror.lower()}", 2
-        else:
+    except Exception as e:
+        message = explanation(e)
+        if message is None:
             raise
-    except Exception as e:  # torch's allocators: RuntimeError on CPU, OutOfMemoryError (a RuntimeError) on a GPU
-        if not isinstance(e, MemoryError) and not any(s in str(e) for s in ("out of memory", "can't allocate memory")):
-            raise
-        message, status = "out of memory; lower --slots, --micro-batch-tokens or --max-new-tokens (whichever this command has)", 2
-    else:
-        return
-    if os.environ.get("RANK", "0") == "0" or status != 130:
-        print(f"{name}: {message}", file=sys.stderr)
+        _leave(2, message)
+
+
+def _leave(status, message):
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(status)
 
 
+PATH_ERRORS = (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG)
+
+
+def explanation(error: Exception) -> str | None:
+    """One line for what the user or the machine did wrong; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            where = error.filename or "while writing"
+            return f"the disk is full ({where}); free some space, then go on as after an interruption"
+        if error.filename and error.errno in PATH_ERRORS:
+            return f"{error.filename}: {error.strerror.lower()}"
+        return None
+    # torch's allocators: RuntimeError on CPU, OutOfMemoryError (a RuntimeError) on a GPU
+    no_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or no_memory:
+        return ("out of memory; "
+                "lower --slots, --micro-batch-tokens or --max-new-tokens (whichever this command has)")
+    return None
+
+
+# ---- flags ---------------------------------------------------------------------------------------
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
 
 
-def parser(doc, out, model="mini"):
-    """An argparse parser with the flags that every command has. `model=None` leaves out those about a model, "" only --model itself."""
+def parser(doc: str, out: str, model: str | None = "mini") -> argparse.ArgumentParser:
+    """An argparse parser with the flags that every command has.
+
+    `model=None` leaves out those about a model, `model=""` only --model itself.
+    """
     p = argparse.ArgumentParser(description=doc, formatter_class=_Help)
     if model:
-        p.add_argument("--model", default=model, help="a folder in Hugging Face format, or a hub id; mini is the one that ships with the project")
+        p.add_argument("--model", default=model,
+                       help="a folder in Hugging Face format, or a hub id; "
+                            "mini is the one that ships with the project")
     if model is not None:
-        p.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
-        p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU")
+        p.add_argument("--device", default="auto",
+                       help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
+        p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                       help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--out", default=out, help="where the output goes; nothing is overwritten in silence")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same output")
     return p
 
 
-def number(kind, low=None, high=None, open_low=False):
-    """An argparse type: a number within bounds, so that `--top-p 7` is one line and not a crash an hour later."""
+def number(kind: type, low=None, high=None, open_low: bool = False) -> Callable[[str], int | float]:
+    """An argparse type, a number within bounds: `--top-p 7` is one line, not a crash an hour later."""
     def parse(text):
         value = kind(text)
-        if value != value or (low is not None and (value < low or open_low and value == low)) or (high is not None and value > high):
-            bound = f"above {low}" if open_low else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text} must be {bound}" + (f" and at most {high}" if high is not None else ""))
+        too_low = low is not None and (value < low or (open_low and value == low))
+        too_high = high is not None and value > high
+        not_a_number = value != value
+        if too_low or too_high or not_a_number:
+            bounds = f"above {low}" if open_low else f"at least {low}"
+            if high is not None:
+                bounds += f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
         return value
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
     return parse
 
 
-positive, natural = number(int, 1), number(int, 0)
+positive = number(int, 1)
+natural = number(int, 0)
 
 
-def read_jsonl(path, keys=()):
-    """Yield the objects of a JSON Lines file; `keys` must be in each. Raises UserError naming file and line."""
+# ---- files ---------------------------------------------------------------------------------------
+def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dict]:
+    """Yield the objects of a JSON Lines file; each must have the `required` names.
+
+    Raises UserError with file and line.
+    """
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
-    count = 0
+    empty = True
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-                to_json(row).encode("utf-8")  # "\ud800" alone is valid JSON but no text
-            except UnicodeError:
-                raise UserError(f"{path}:{number}: not UTF-8 text; mend or remove this line")
-            except (ValueError, RecursionError) as e:  # ValueError: bad JSON, or a number of thousands of digits
-                raise UserError(f"{path}:{number}: not valid JSON ({getattr(e, 'msg', str(e)[:60])}); mend or remove this line")
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected an object like {{...}}, found {type(row).__name__}")
-            missing = [k for k in keys if k not in row]
-            if missing:
-                raise UserError(f"{path}:{number}: the key {missing[0]!r} is missing (found: {', '.join(row) or 'none'})")
-            count += 1
-            yield row
-    if not count:
+            if line.strip():
+                empty = False
+                yield _row(line, f"{path}:{number}", required)
+    if empty:
         raise UserError(f"{path}: the file holds no rows")
 
 
-def to_json(row):
+def _row(line, where, required):
+    try:
+        row = json.loads(line.decode("utf-8"))
+        to_json(row).encode("utf-8")  # "\ud800" alone is valid JSON but no text
+    except UnicodeError as e:
+        raise UserError(f"{where}: not UTF-8 text; fix or remove this line") from e
+    except (ValueError, RecursionError) as e:  # ValueError: bad JSON, or a number of thousands of digits
+        reason = getattr(e, "msg", str(e)[:60])
+        raise UserError(f"{where}: not valid JSON ({reason}); fix or remove this line") from e
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object like {{...}}, found {type(row).__name__}")
+    for name in required:
+        if name not in row:
+            raise UserError(f"{where}: the key {name!r} is missing (found: {', '.join(row) or 'none'})")
+    return row
+
+
+def to_json(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def write_whole(path, text):
+def write_whole(path: str | Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
     tmp = f"{path}.tmp"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -120,22 +170,24 @@ def write_whole(path, text):
     os.replace(tmp, path)
 
 
-def refuse_existing(path):
+def refuse_existing(path: str | Path) -> None:
     """Nothing is overwritten in silence."""
     if os.path.exists(path):
         raise UserError(f"--out {path} exists; give another --out, or move it away")
 
 
-def run_record(args):
+def run_record(args: argparse.Namespace) -> dict:
     """The command, every flag, versions and git commit, as `run.json` keeps them."""
-    from importlib import metadata
     versions = {"python": sys.version.split()[0]}
     for package in ("torch", "tokenizers", "safetensors", "numpy", "triton"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             pass
-    commit, here = None, Path(__file__).parent
+    here = Path(__file__).parent
+    commit = None
     if (here / ".git").exists():
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "flags": vars(args), "versions": versions, "git": commit}
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+        commit = done.stdout.strip()
+    script = Path(sys.argv[0]).name
+    return {"command": [script, *sys.argv[1:]], "flags": vars(args), "versions": versions, "git": commit}

@@ -1,25 +1,51 @@
 """Each kernel against the same operation in plain PyTorch, and against what this card can do.
 
-    python benchmarks/ops.py                                                       # on a GPU, shapes of Qwen2.5-0.5B
-    TRITON_INTERPRET=1 KERNELS=triton python benchmarks/ops.py --scale 0.01        # on a CPU: that it runs; its times mean nothing
+    python benchmarks/ops.py                                                 # on a GPU, as Qwen2.5-0.5B
+    TRITON_INTERPRET=1 KERNELS=triton python benchmarks/ops.py --scale 0.01  # on a CPU: only that it runs
 
-Times are medians of --repeats turns, the two in turns; the bytes and flops are those of the forward pass in each kernel's file, and
-the roof is a large copy or matrix product measured in the same run. The plain version of the linear + log-probability is the dense
-one (logits, log-softmax, gather), with its peak memory beside ours. Liger's kernels are not compared.
+Times are medians of --repeats turns, the two in turns; the bytes and flops are those of the forward pass in
+each kernel's file, and the roof is a large copy or matrix product measured in the same run. The plain version
+of the linear + log-probability is the dense one (logits, log-softmax, gather), with its peak memory beside
+ours. Liger's kernels are not compared.
 """
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-from common import SHAPES, VOCABULARY, machine, roofline, seconds_of, write
+from common import (  # isort: skip (sets the path)
+    SHAPES,
+    VOCABULARY,
+    machine,
+    name_of,
+    roofline,
+    seconds_of,
+    write,
+)
 
 import torch
 import torch.nn.functional as F
 
 import kernels
+from checkpoint import device_and_dtype
 from cli import command, number, parser, positive
 from kernels import reference
-from model import device_and_dtype
 
 
+@dataclass
+class Case:
+    """One operation at one shape, with the work of its forward pass as its kernel's file counts it."""
+    name: str
+    ours: Callable
+    peer: str
+    plain: Callable
+    trained: tuple = ()  # inputs with a gradient
+    others: tuple = ()
+    bytes: int = 0
+    flops: int = 0
+
+
+# ---- what is compared ----------------------------------------------------------------------------
 def dense_logprob(hidden, weight, targets):
     logp = (hidden @ weight.T).float().log_softmax(-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
@@ -28,88 +54,141 @@ def dense_logprob(hidden, weight, targets):
 def masked_attention(q, k, v, past_k, past_v, lengths):
     """torch's own fused attention, with a mask for the ragged rows."""
     rows = torch.arange(len(q), device=q.device)
-    past_k[rows, :, lengths], past_v[rows, :, lengths] = k, v
+    past_k[rows, :, lengths] = k
+    past_v[rows, :, lengths] = v
     mask = torch.arange(past_k.shape[2], device=q.device) <= lengths[:, None]
-    return F.scaled_dot_product_attention(q[:, :, None], past_k, past_v, attn_mask=mask[:, None, None], enable_gqa=True)
+    mask = mask[:, None, None]
+    return F.scaled_dot_product_attention(q[:, :, None], past_k, past_v, attn_mask=mask, enable_gqa=True)
 
 
 def cases(scale, device, dtype):
-    """[(name, ours, {peer: plain}, differentiable inputs, other inputs, bytes, flops)], the work as the files of the kernels count it."""
-    c = SHAPES["qwen2.5-0.5b"]
-    C, M, H, K, D, V = c["hidden_size"], c["intermediate_size"], 14, 2, 64, max(64, round(scale * VOCABULARY))
-    N, S, size = max(4, round(scale * 16_384)), max(16, round(scale * 4096)), dtype.itemsize
-    random = lambda *shape: torch.randn(shape, device=device).to(dtype)
-    x, delta, w, gate, up = random(1, N, C), random(1, N, C), random(C), random(N, M), random(N, M)
-    norm_plain = lambda x, delta, w: (s := x + delta, F.rms_norm(s, (C,), w, 1e-6))
-    yield "norm with the add", lambda x, d, w: kernels.add_norm(x, d, w, 1e-6), {"torch": norm_plain}, (x, delta, w), (), 4 * N * C * size, 0
+    """The Cases, with tokens, vocabulary and cache shrunk by `scale`."""
+    shape = SHAPES["qwen2.5-0.5b"]
+    C, M, H, K, D = shape["hidden_size"], shape["intermediate_size"], 14, 2, 64
+    V = max(64, round(scale * VOCABULARY))
+    N = max(4, round(scale * 16_384))
+    S = max(16, round(scale * 4096))
+    size = dtype.itemsize
+
+    def random(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    def plain_norm(x, delta, w):
+        s = x + delta
+        return s, F.rms_norm(s, (C,), w, 1e-6)
+
+    yield Case("norm with the add", lambda x, d, w: kernels.add_norm(x, d, w, 1e-6), "torch", plain_norm,
+               trained=(random(1, N, C), random(1, N, C), random(C)), bytes=4 * N * C * size)
+
     angle = torch.rand(1, N, 1, D // 2, device=device)
     cos, sin = angle.cos(), angle.sin()
-    turn = lambda module: lambda q, k: module.rotate(q, k, cos, sin)
-    yield "rotary", turn(kernels), {"torch": turn(reference)}, (random(1, N, H, D), random(1, N, K, D)), (), 2 * N * (H + K) * D * size, 0
-    yield "swiglu", lambda g, u: (kernels.swiglu(g, u),), {"torch": lambda g, u: (F.silu(g) * u,)}, (gate, up), (), 3 * N * M * size, 0
-    head, targets = (random(V, C) / C**0.5), torch.randint(0, V, (N,), device=device)
-    yield "linear + log-probability", lambda h, w: kernels.linear_logprob(h, w, targets)[:1], {"dense": lambda h, w: dense_logprob(h, w, targets)[:1]}, (random(N, C), head), (), 0, 2 * N * V * C
+    yield Case("rotary", lambda q, k: kernels.rotate(q, k, cos, sin), "torch",
+               lambda q, k: reference.rotate(q, k, cos, sin),
+               trained=(random(1, N, H, D), random(1, N, K, D)), bytes=2 * N * (H + K) * D * size)
+
+    yield Case("swiglu", lambda g, u: (kernels.swiglu(g, u),), "torch", lambda g, u: (F.silu(g) * u,),
+               trained=(random(N, M), random(N, M)), bytes=3 * N * M * size)
+
+    targets = torch.randint(0, V, (N,), device=device)
+    yield Case("linear + log-probability", lambda h, w: kernels.linear_logprob(h, w, targets)[:1], "dense",
+               lambda h, w: dense_logprob(h, w, targets)[:1],
+               trained=(random(N, C), random(V, C) / C**0.5), flops=2 * N * V * C)
+
     for B in (1, 8, 128):
         lengths = torch.full((B,), S - 1, device=device)
-        inputs = (random(B, H, D), random(B, K, D), random(B, K, D), random(B, K, S, D), random(B, K, S, D), lengths)
-        yield f"decode attention, {B} rows over {S}", kernels.decode_attention, {"torch": masked_attention}, (), inputs, 2 * B * K * S * D * size, 0
-        logits, u = torch.randn(B, V, device=device) * 3, torch.rand(B, device=device)
+        new = (random(B, H, D), random(B, K, D), random(B, K, D))
+        inputs = (*new, random(B, K, S, D), random(B, K, S, D), lengths)
+        name = f"decode attention, {B} rows over {S}"
+        yield Case(name, kernels.decode_attention, "torch", masked_attention,
+                   others=inputs, bytes=2 * B * K * S * D * size)
+        logits = 3 * torch.randn(B, V, device=device)
+        u = torch.rand(B, device=device)
         for name, cuts in (("plain", {}), ("top-k 20, top-p 0.8", {"top_k": 20, "top_p": 0.8})):
             # The reference writes over its logits, but at temperature 1 leaves them as they are.
-            choose = lambda module, cuts=cuts: lambda z, u: module.next_tokens(z, u, **cuts)
-            yield f"next token, {name}, {B} rows", choose(kernels), {"torch": choose(reference)}, (), (logits, u), 2 * B * V * 4, 0
+            ours = partial(kernels.next_tokens, **cuts)
+            plain = partial(reference.next_tokens, **cuts)
+            yield Case(f"next token, {name}, {B} rows", ours, "torch", plain,
+                       others=(logits, u), bytes=2 * B * V * 4)
 
 
-def timed(run, trained, others, device, backward):
-    leaves = [x.detach().requires_grad_(backward) for x in trained]
+# ---- how -----------------------------------------------------------------------------------------
+def timed(run, case, device, backward):
+    """(seconds, peak bytes on a GPU) of one call, with its backward pass if asked."""
+    leaves = [x.detach().requires_grad_(backward) for x in case.trained]
 
     def call():
-        out = run(*leaves, *others)
+        out = run(*leaves, *case.others)
         if backward:
-            torch.autograd.grad([o for o in out if o.requires_grad], leaves, [torch.ones_like(o) for o in out if o.requires_grad])
+            out = [o for o in out if o.requires_grad]
+            torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out])
+
     call()  # compile, tune
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        peak = torch.cuda.max_memory_allocated() - before
-        flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)  # larger than the last cache level
-        calls = 10
-        empty = seconds_of(lambda: [flush.zero_() for _ in range(calls)], device, 3)
-        return max(1e-9, seconds_of(lambda: [(flush.zero_(), call()) for _ in range(calls)], device, 3) - empty) / calls, peak
-    return seconds_of(call, device), 0
+    if device.type != "cuda":
+        return seconds_of(call, device), 0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    peak = torch.cuda.max_memory_allocated() - before
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)  # larger than the last cache level
+    calls = 10
+    empty = seconds_of(lambda: [flush.zero_() for _ in range(calls)], device, 3)
+    full = seconds_of(lambda: [(flush.zero_(), call()) for _ in range(calls)], device, 3)
+    return max(1e-9, full - empty) / calls, peak
+
+
+def measure(case, device, backward, repeats, copy, matmul):
+    """A row of figures. `copy` and `matmul` are the machine's limits."""
+    turns = {"ours": [], case.peer: []}
+    for _ in range(repeats):
+        turns["ours"].append(timed(case.ours, case, device, backward))
+        turns[case.peer].append(timed(case.plain, case, device, backward))
+    row = {"operation": case.name + (", forward + backward" if backward else "")}
+    row["spread"], row["peak_mib"] = {}, {}
+    median = {}
+    for who, made in turns.items():
+        seconds = [s for s, _ in made]
+        median[who] = statistics.median(seconds)
+        row[f"{who}_microseconds"] = round(1e6 * median[who], 1)
+        row["spread"][who] = [round(1e6 * min(seconds), 1), round(1e6 * max(seconds), 1)]
+        row["peak_mib"][who] = round(max(peak for _, peak in made) / 2**20)
+    row["times_as_fast"] = {case.peer: round(median[case.peer] / median["ours"], 2)}
+    # The backward pass's bytes are not counted; the head's flops are: it makes the logits twice.
+    if case.bytes and not backward:
+        row["of_bandwidth"] = round(case.bytes / median["ours"] / copy, 3)
+    if case.flops:
+        row["of_matmul"] = round((4 if backward else 1) * case.flops / median["ours"] / matmul, 3)
+    return row
+
+
+def show(row, peer, on_gpu):
+    text = f"{row['operation']:<48} {row['ours_microseconds']:>12,.1f} us   "
+    text += f"{row['times_as_fast'][peer]:>6.2f} x {peer:<6} "
+    for name in ("of_bandwidth", "of_matmul"):
+        if name in row:
+            text += f"{name.replace('_', ' ')} {row[name]:.0%}"
+    if on_gpu:
+        text += f"  memory {row['peak_mib']['ours']:,} of {row['peak_mib'][peer]:,} MiB"
+    print(text, flush=True)
 
 
 def main():
     p = parser(__doc__, out="")
-    p.add_argument("--scale", type=number(float, 0, 1, open_low=True), default=1.0, help="shrink tokens, vocabulary and cache by this")
+    p.add_argument("--scale", type=number(float, 0, 1, open_low=True), default=1.0,
+                   help="shrink tokens, vocabulary and cache by this")
     p.add_argument("--repeats", type=positive, default=5, help="turns of each")
     args = p.parse_args()
     device, dtype = device_and_dtype(args.device, args.dtype)
     copy, matmul = roofline(device, dtype)
-    print(f"{machine()}, {dtype}: a copy moves {copy / 1e9:,.0f} GB/s, a matrix product does {matmul / 1e12:,.1f} TFLOP/s; kernels: {'triton' if kernels.uses_triton(device, dtype) else 'reference'}", flush=True)
+    kind = "triton" if kernels.uses_triton(device, dtype) else "reference"
+    print(f"{machine()}, {dtype}: a copy moves {copy / 1e9:,.0f} GB/s, "
+          f"a matrix product does {matmul / 1e12:,.1f} TFLOP/s; kernels: {kind}", flush=True)
     rows = []
-    for name, ours, peers, trained, others, read, flops in cases(args.scale, device, dtype):
-        for backward in (False, True) if trained else (False,):
-            turns = {who: [] for who in ("ours", *peers)}
-            for _ in range(args.repeats):
-                for who, run in (("ours", ours), *peers.items()):
-                    turns[who].append(timed(run, trained, others, device, backward))
-            seconds = {who: statistics.median(s for s, _ in t) for who, t in turns.items()}
-            work = {}  # the backward pass's bytes are not counted; the head's flops are: it makes the logits twice
-            if read and not backward:
-                work["of_bandwidth"] = read / seconds["ours"] / copy
-            if flops:
-                work["of_matmul"] = (4 if backward else 1) * flops / seconds["ours"] / matmul
-            row = {"operation": name + (", forward + backward" if backward else ""), **{f"{who}_microseconds": round(1e6 * s, 1) for who, s in seconds.items()},
-                   "spread": {who: [round(1e6 * f(s for s, _ in t), 1) for f in (min, max)] for who, t in turns.items()},
-                   "times_as_fast": {who: round(seconds[who] / seconds["ours"], 2) for who in peers}, **{k: round(v, 3) for k, v in work.items()},
-                   "peak_mib": {who: round(max(m for _, m in t) / 2**20) for who, t in turns.items()}}
-            rows.append(row)
-            peer, = peers
-            print(f"{row['operation']:<48} {row['ours_microseconds']:>12,.1f} us   {row['times_as_fast'][peer]:>6.2f} x {peer:<6} "
-                  + "  ".join(f"{k.replace('_', ' ')} {v:.0%}" for k, v in work.items()) + (f"  memory {row['peak_mib']['ours']:,} of {row['peak_mib'][peer]:,} MiB" if device.type == "cuda" else ""), flush=True)
-    write(f"ops-{str(dtype)[6:]}", args, copy_gigabytes_per_second=round(copy / 1e9, 1), matmul_teraflops=round(matmul / 1e12, 1), rows=rows)
+    for case in cases(args.scale, device, dtype):
+        for backward in (False, True) if case.trained else (False,):
+            rows.append(measure(case, device, backward, args.repeats, copy, matmul))
+            show(rows[-1], case.peer, device.type == "cuda")
+    write(f"ops-{name_of(dtype)}", args, copy_gigabytes_per_second=round(copy / 1e9, 1),
+          matmul_teraflops=round(matmul / 1e12, 1), rows=rows)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@
 """
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def add_norm(x, delta, weight, eps):
-    """The residual add and RMSNorm of the sum over the last dimension (Zhang & Sennrich 2019): a pair of tensors like x.
+# ---- the layers ----------------------------------------------------------------------------------
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual add, and RMSNorm of the sum over the last dimension (Zhang & Sennrich 2019): two like x.
 
-    s = x + delta (x itself if delta is None);   s / sqrt(mean(s^2) + eps) * weight, in float32 up to the weight.
+    s = x + delta (x itself if delta is None);   s / sqrt(mean(s^2) + eps) * weight, float32 up to the weight.
     """
     s = x if delta is None else x + delta
     return s, _norm(s, weight, eps)
@@ -22,48 +24,58 @@ def _norm(x, weight, eps):
     return weight * F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype)
 
 
-def rotate(q, k, cos, sin, norms=None, eps=0.0):
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms=None, eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Rotary embedding (Su et al. 2021) of queries and keys, in the half-split order of Hugging Face weights.
 
-    q (B, T, H, D), k (B, T, K, D); cos, sin (B or 1, T, 1, D/2) in float32. With x = [a, b] split in the middle of D:
-    [a cos - b sin, b cos + a sin]. `norms`, Qwen3's two weights (D,), are for an RMSNorm of each head before it.
+    q (B, T, H, D), k (B, T, K, D); cos, sin (B or 1, T, 1, D/2) in float32. With x = [a, b] split in the
+    middle of D: [a cos - b sin, b cos + a sin]. `norms`, Qwen3's two weights (D,), are for an RMSNorm of each
+    head before it.
     """
     if norms:
-        q, k = _norm(q, norms[0], eps), _norm(k, norms[1], eps)
-    out = []
-    for x in (q, k):
-        a, b = x.float().chunk(2, dim=-1)
-        out.append(torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype))
-    return tuple(out)
+        q = _norm(q, norms[0], eps)
+        k = _norm(k, norms[1], eps)
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 
-def swiglu(gate, up):
+def _rotated(x, cos, sin):
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, with silu(g) = g * sigmoid(g) (Shazeer 2020)."""
     return F.silu(gate) * up
 
 
-def decode_attention(q, k, v, past_k, past_v, lengths):
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, lengths: Tensor,
+) -> Tensor:
     """One new token a row joins the cache and attends to its past and itself: softmax(q k^T / sqrt(D)) v.
 
-    q (B, H, D), k, v (B, K, D) of the new tokens, K dividing H; past_k, past_v (B, K, S, D), where row b has positions
-    0..lengths[b]-1 and gets the new one at lengths[b] < S. Returns (B, H, D).
+    q (B, H, D), k, v (B, K, D) of the new tokens, K dividing H; past_k, past_v (B, K, S, D), where row b has
+    positions 0..lengths[b]-1 and gets the new one at lengths[b] < S. Returns (B, H, D).
     """
-    (B, H, D), (_, K, S, _) = q.shape, past_k.shape
+    B, H, D = q.shape
+    K, S = past_k.shape[1:3]
     rows = torch.arange(B, device=q.device)
-    past_k[rows, :, lengths], past_v[rows, :, lengths] = k, v
+    past_k[rows, :, lengths] = k
+    past_v[rows, :, lengths] = v
     # The H/K query heads that share a key head become the rows of one small matrix: no key is repeated.
     q = q.reshape(B, K, H // K, D)
-    unseen = torch.arange(S, device=q.device) > lengths[:, None]  # (B, S)
     scores = (q.float() * D**-0.5) @ past_k.float().transpose(-1, -2)  # (B, K, H/K, S)
+    unseen = torch.arange(S, device=q.device) > lengths[:, None]  # (B, S)
     scores = scores.masked_fill_(unseen[:, None, None], float("-inf"))
     return (scores.softmax(-1).to(past_v.dtype) @ past_v).view(B, H, D)
 
 
-def uniform(key, position):
+# ---- the choice of a token -----------------------------------------------------------------------
+def uniform(key: Tensor, position: Tensor) -> Tensor:
     """A number in [0, 1) that depends on (key, position) only: the splitmix64 mixer (Steele et al. 2014).
 
-    key, position: int64 (B,), any values. Returns float32 (B,) on a grid of 2**-24. Integer arithmetic wraps modulo 2**64,
-    the same on every device.
+    key, position: int64 (B,), any values. Returns float32 (B,) on a grid of 2**-24. Integer arithmetic wraps
+    modulo 2**64, the same on every device.
     """
     x = key + (position + 1) * -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number
     x = (x ^ (x >> 30 & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # the masks make >> a logical shift
@@ -72,24 +84,35 @@ def uniform(key, position):
     return (x >> 40 & 0xFFFFFF).float() * 2.0**-24
 
 
-def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, seen=None):
+def next_tokens(
+    logits: Tensor,
+    u: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    penalty: float = 1.0,
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Choose a token a row by inverting the cumulative distribution at `u`, one uniform number a row.
 
-    logits (B, V) float32, overwritten; u (B,) in [0, 1). The cuts come in the order of vLLM: repetition penalty on the tokens
-    marked in `seen` (B, V) bool (the choice is then marked too), temperature, min-p, top-k, top-p, each on what the one before
-    has left; tokens of equal probability stay or go together. Temperature 0 takes the largest logit.
-    Returns tokens (B,) int64 and their log-probabilities (B,) under softmax(logits / temperature) *before* penalty and cuts:
-    the number a trainer recomputes (for temperature 0, at temperature 1).
+    logits (B, V) float32, overwritten; u (B,) in [0, 1). The cuts come in the order of vLLM: repetition
+    penalty on the tokens marked in `seen` (B, V) bool (the choice is then marked too), temperature, min-p,
+    top-k, top-p, each on what the one before has left; tokens of equal probability stay or go together.
+    Temperature 0 takes the largest logit. Returns tokens (B,) int64 and their log-probabilities (B,) under
+    softmax(logits / temperature) *before* penalty and cuts: the number a trainer recomputes (for temperature
+    0, at temperature 1).
     """
     own = logits
     if seen is not None:
         own = logits / (temperature or 1)
-        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(seen, penalised, logits)
     if temperature not in (0, 1):
         logits = logits.div_(temperature)
     p = logits.softmax(-1)
     if temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
+        tokens = logits.argmax(-1, keepdim=True)  # (B, 1)
     else:
         tokens = _invert(_cut(p, top_k, top_p, min_p), u)
     if seen is None:
@@ -107,13 +130,15 @@ def _cut(p, top_k, top_p, min_p):
         p = torch.where(p >= p.topk(top_k).values[:, -1:], p, 0)
     if top_p < 1:
         goal = top_p * p.sum(-1, keepdim=True)
-        # The shortest head whose mass reaches the goal. Sorting a vocabulary is slow: the largest 1,024 nearly always do.
+        # The shortest head whose mass reaches the goal. Sorting a vocabulary is slow: the largest 1,024
+        # nearly always do.
         for size in (min(top_k or 1024, V), V):
             head = p.topk(size).values
             mass = head.cumsum(-1)
             if size == V or bool((mass[:, -1:] >= goal).all()):
                 break
-        p = torch.where(p >= head.gather(1, (mass < goal).sum(-1, keepdim=True).clamp_(max=size - 1)), p, 0)
+        last_kept = (mass < goal).sum(-1, keepdim=True).clamp_(max=size - 1)
+        p = torch.where(p >= head.gather(1, last_kept), p, 0)
     return p
 
 
@@ -121,27 +146,37 @@ def _invert(p, u):
     """The first index whose cumulative weight exceeds u * total. p (B, V) unnormalised; returns (B, 1)."""
     cdf = p.cumsum(-1)
     total = cdf[:, -1:]
-    aim = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not reach total
-    return torch.searchsorted(cdf, aim, right=True).clamp_(max=p.shape[1] - 1)  # the clamp is for NaN, which the caller reports
+    just_below = torch.nextafter(total, torch.zeros_like(total))  # rounding must not reach the total
+    aim = torch.minimum(u[:, None] * total, just_below)
+    last = p.shape[1] - 1
+    # The clamp is for NaN, which the caller reports.
+    return torch.searchsorted(cdf, aim, right=True).clamp_(max=last)
 
 
-def linear_float32(hidden, weight):
-    """hidden (..., C) @ weight (V, C).T in float32, (..., V). On a GPU the product of bfloat16 is not rounded on its way out, as it is
-    not in the trainer's kernel: rounded logits would part sampler and trainer by some hundredths of a nat."""
+# ---- the head ------------------------------------------------------------------------------------
+def linear_float32(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden (..., C) @ weight (V, C).T in float32, (..., V).
+
+    On a GPU the product of bfloat16 is not rounded on its way out, as it is not in the trainer's kernel:
+    rounded logits would part sampler and trainer by some hundredths of a nat.
+    """
     if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(hidden.reshape(-1, hidden.shape[-1]), weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return torch.mm(flat, weight.T, out_dtype=torch.float32).view(*hidden.shape[:-1], -1)
     return (hidden @ weight.T).float()
 
 
 CHUNK_BYTES = 128 << 20  # of float32 logits at a time: 220 rows of a 152k vocabulary, 680 of SmolLM2's 49k
 
 
-def linear_logprob(hidden, weight, targets, temperature=1.0):
-    """Log-probability of `targets` and entropy of softmax(hidden @ weight.T / temperature), without holding the logits.
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of `targets` and entropy of softmax(hidden @ weight.T / temperature); no logits kept.
 
-    hidden (N, C), weight (V, C), targets (N,) in 0..V-1. Returns (logp, entropy), each (N,) float32; the entropy is a
-    measurement and has no gradient.
-    At most CHUNK_BYTES of logits live at once; the backward pass computes them again (one third more work on the head alone).
+    hidden (N, C), weight (V, C), targets (N,) in 0..V-1. Returns (logp, entropy), each (N,) float32; the
+    entropy is a measurement and has no gradient. At most CHUNK_BYTES of logits live at once; the backward
+    pass computes them again (one third more work on the head alone).
 
     With z = logits / T and p = softmax(z):   d logp_t / d logit_j = ([j = t] - p_j) / T
     """
@@ -151,11 +186,13 @@ def linear_logprob(hidden, weight, targets, temperature=1.0):
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        logp, entropy, total = (torch.empty(len(hidden), device=hidden.device) for _ in range(3))
+        logp = torch.empty(len(hidden), device=hidden.device)
+        entropy = torch.empty_like(logp)
+        total = torch.empty_like(logp)
         for rows in _chunks(hidden, weight):
             z = linear_float32(hidden[rows], weight).div_(temperature)  # (n, V)
             total[rows] = z.logsumexp(-1)
-            z -= total[rows, None]  # log p
+            z -= total[rows, None]  # now log p
             logp[rows] = z.gather(1, targets[rows, None])[:, 0]
             entropy[rows] = -(z.exp() * z.clamp_(min=-1e4)).sum(-1)  # the clamp: 0 * -inf is 0 here
         ctx.save_for_backward(hidden, weight, targets, total)
@@ -167,18 +204,24 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_logp, _):
         hidden, weight, targets, total = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, device=weight.device) if ctx.needs_input_grad[1] else None  # float32: a sum over chunks
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(weight.shape, device=weight.device)  # float32: a sum over chunks
         for rows in _chunks(hidden, weight):
-            p = linear_float32(hidden[rows], weight).div_(ctx.temperature).sub_(total[rows, None]).exp_()  # (n, V)
+            z = linear_float32(hidden[rows], weight).div_(ctx.temperature)  # (n, V)
+            p = z.sub_(total[rows, None]).exp_()
             g = grad_logp[rows, None]
             dz = p.mul_(-g).scatter_add_(1, targets[rows, None], g).div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = dz @ weight
-            if grad_weight is not None:
-                if weight.dtype == torch.float32:
-                    grad_weight.addmm_(dz.T, hidden[rows])
-                else:
-                    grad_weight += dz.T @ hidden[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+            if grad_weight is None:
+                continue
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(dz.T, hidden[rows])
+            else:
+                grad_weight += dz.T @ hidden[rows]
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 def _chunks(hidden, weight):

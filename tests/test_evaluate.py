@@ -1,39 +1,52 @@
+"""The figures are what they say: pass@k by brute force, intervals that cover, skills as a reader would count
+them.
+"""
 import itertools
 import json
-from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MINI
+from conftest import MINI, read_rows, refused
 
 import evaluate
 import tasks
+from checkpoint import Tokenizer
 from cli import UserError
-from evaluate import bootstrap, f1, forced_prompt, interval, pass_at, skills, wilson
-from model import Tokenizer
+from evaluate import bootstrap, f1, forced_prompt, interval, named_model, pass_at, skills, wilson
 from sample import Completion
 
 
+# ---- statistics ----------------------------------------------------------------------------------
 def test_pass_at_k_by_brute_force():
     for n, c in [(5, 0), (5, 2), (6, 6), (4, 1)]:
         samples = [1] * c + [0] * (n - c)
         for k in range(1, n + 1):
-            subsets = list(itertools.combinations(samples, k))
-            assert pass_at(k, n, c) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+            hits = [any(subset) for subset in itertools.combinations(samples, k)]
+            assert pass_at(k, n, c) == pytest.approx(np.mean(hits))
     with pytest.raises(UserError, match="pass@8 needs at least 8 samples"):
         pass_at(8, 4, 1)
 
 
-def test_intervals():
-    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-3) and wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-3)  # Wilson's own closed form, tabulated
-    assert interval([[0, 0]] * 20) == wilson(0, 20)
-    # The bootstrap by question must be wider than one that takes samples of a question for independent.
+def test_wilson_equals_its_tabulated_values():
+    assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-3)
+    assert wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-3)
+    assert interval([[0, 0]] * 20) == wilson(0, 20)  # no spread between questions
+
+
+def test_samples_of_a_question_are_not_independent():
+    """An interval by question must be wider than one that takes all samples for independent."""
     rng = np.random.default_rng(0)
     right = (rng.random((60, 1)) < 0.5).repeat(8, 1)
     low, high = interval(right)
-    assert high - low > 1.8 * (wilson(right.sum(), right.size)[1] - wilson(right.sum(), right.size)[0])
-    coverage = [low <= 0.3 <= high for low, high in (bootstrap((rng.random(80) < 0.3), seed=i, draws=400) for i in range(200))]
-    assert 0.88 < np.mean(coverage) < 0.99
+    naive_low, naive_high = wilson(right.sum(), right.size)
+    assert high - low > 1.8 * (naive_high - naive_low)
+
+
+def test_the_bootstrap_covers():
+    rng = np.random.default_rng(0)
+    intervals = [bootstrap(rng.random(80) < 0.3, seed=i, draws=400) for i in range(200)]
+    assert 0.88 < np.mean([low <= 0.3 <= high for low, high in intervals]) < 0.99
 
 
 def test_f1():
@@ -41,77 +54,107 @@ def test_f1():
     assert f1(pairs, True) == 0.5 and f1(pairs, False) == pytest.approx(2 / 3) and f1([], True) is None
 
 
+# ---- skills and budget forcing -------------------------------------------------------------------
+TRACE = """<think>
+<sample>
+a <answer>7</answer>
+</sample>
+<reflect>
+no <verdict>Incorrect</verdict>
+</reflect>
+Again.
+<sample>
+<answer>6</answer>
+</sample>
+<reflect>
+no <verdict>Incorrect</verdict>
+</reflect>
+</think>
+
+So
+
+<answer>
+6
+</answer>"""
+
+
 def test_skills():
     task = tasks.find("multiply-2")
     problem = tasks.Problem("", "", "", {"answer": "6"})
-    trace = ("<think>\n<sample>\na <answer>7</answer>\n</sample>\n<reflect>\nno <verdict>Incorrect</verdict>\n</reflect>\nAgain.\n<sample>\n<answer>6</answer>\n</sample>\n"
-             "<reflect>\nno <verdict>Incorrect</verdict>\n</reflect>\n</think>\n\nSo\n\n<answer>\n6\n</answer>")
-    assert skills(task, problem, trace) == {"answers": 2, "reflections": 2, "verdicts": [(False, False), (False, True)]}
-    assert skills(task, problem, "just <answer>6</answer>") == {"answers": 1, "reflections": 0, "verdicts": []}
+    verdicts = [(False, False), (False, True)]  # (said, true)
+    assert skills(task, problem, TRACE) == {"answers": 2, "reflections": 2, "verdicts": verdicts}
+    plain = "just <answer>6</answer>"
+    assert skills(task, problem, plain) == {"answers": 1, "reflections": 0, "verdicts": []}
 
 
-@pytest.mark.parametrize("text, kept", [
-    ("<think>\n<sample>\n7 * 8 = 56\n</sample>\n<reflect>\nx\n</reflect>\n</think>\n\nMy work above leads to this answer.\n\n<answer>\n56\n</answer>", "<think>\n<sample>\n7 * 8 = 56\n</sample>\n<reflect>\nx\n</reflect>\n<sample>\n"),
-    ("no tags é <answer>5</answer>", "no tags é <answer>5</answer>\n<sample>\n"),
-])
-def test_budget_forcing_appends_ids(text, kept):
-    """Rule 6: what stays is a prefix of the sampled ids, the very same, even if they are no ids that `encode` would give."""
+@pytest.mark.parametrize("text, cut, opened", [
+    (TRACE, TRACE[:TRACE.index("</think>")], "<sample>\n"),
+    ("no tags é <answer>5</answer>", "no tags é <answer>5</answer>", "\n<sample>\n"),
+], ids=["trace", "plain"])
+def test_budget_forcing_appends_ids(text, cut, opened):
+    """Rule 6: what stays is a prefix of the sampled ids, the very same, even if `encode` would give
+    others.
+    """
     tokenizer = Tokenizer(MINI)
-    tokens = [i for c in text for i in tokenizer.encode(c)]  # letter by letter: encoding the text again would give other ids
+    tokens = [i for character in text for i in tokenizer.encode(character)]
     assert tokens != tokenizer.encode(text)
-    ids, prefix = forced_prompt(tokenizer, Completion([1, 2, 3], tokens + [tokenizer.end_id]))
-    opened = tokenizer.encode("<sample>\n") if "think" in text else tokenizer.encode("\n<sample>\n")
-    assert ids == [1, 2, 3] + prefix and prefix[:-len(opened)] == tokens[:len(prefix) - len(opened)] and prefix[-len(opened):] == opened
-    assert tokenizer.decode(prefix) == kept
+    ids, kept = forced_prompt(tokenizer, Completion([1, 2, 3], tokens + [tokenizer.end_id]))
+    appended = tokenizer.encode(opened)
+    stayed = kept[:-len(appended)]
+    assert ids == [1, 2, 3] + kept
+    assert stayed == tokens[:len(stayed)] and kept == stayed + appended
+    assert tokenizer.decode(kept) == cut + opened
 
 
-class Page(HTMLParser):
-    """Checks that every tag closes and that nothing is loaded from elsewhere."""
-    def __init__(self):
-        super().__init__()
-        self.open, self.seen = [], set()
-
-    def handle_starttag(self, tag, attrs):
-        self.seen.add(tag)
-        assert not any(name in ("src", "href") for name, _ in attrs)
-        if tag not in ("meta",):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.seen.add(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def test_command(cmd, tmp_path):
-    status, out, err = cmd(evaluate, "--models", f"base={MINI},again={MINI}", "--tasks", "countdown-3-small,countdown-2-small", "--questions", "6", "--samples", "3", "--k", "1,2",
-                           "--max-new-tokens", "60", "--budget-forcing", "--device", "cpu")
+# ---- the command ---------------------------------------------------------------------------------
+def test_command(cmd):
+    names = "countdown-3-small,countdown-2-small"
+    status, out, err = cmd(
+        evaluate, "--models", f"base={MINI},again={MINI}", "--tasks", names, "--questions", "6",
+        "--device", "cpu", "--samples", "3", "--k", "1,2", "--max-new-tokens", "60", "--budget-forcing")
     assert status == 0, err
-    rows = [json.loads(line) for line in (tmp_path / "out/evaluate/results.jsonl").read_text().splitlines()]
-    cells = json.loads((tmp_path / "out/evaluate/summary.json").read_text())
-    assert len(rows) == 2 * 2 * 6 * 3 and len(cells) == 4
-    for cell in cells:
-        mine = [r for r in rows if r["model"] == cell["model"] and r["task"] == cell["task"]]
-        assert cell["accuracy"] == pytest.approx(np.mean([r["correct"] for r in mine])) and cell["interval"][0] <= cell["accuracy"] <= cell["interval"][1]
-        assert cell["lenient"] >= cell["accuracy"] and cell["pass"]["1"] == pytest.approx(cell["accuracy"]) and cell["pass"]["2"] >= cell["accuracy"]
-        assert all(r["forced"]["tokens"] <= 120 for r in mine) and all(r["forced"]["response"].startswith(r["response"].split("</think>")[0]) for r in mine if r["finish"] == "stop")
-    same = [c for c in cells if c["model"] == "again"]
-    assert all(c["difference"] == 0 and c["difference_interval"][0] < 0 < c["difference_interval"][1] for c in same)  # same questions, same seed, same model
-    page = Page()
-    page.feed((tmp_path / "out/evaluate/report.html").read_text())
-    assert page.open == [] and {"svg", "table", "details"} <= page.seen
     assert "accuracy" in out and "report.html" in out
+    results = read_rows("out/evaluate/results.jsonl")
+    cells = json.loads(Path("out/evaluate/summary.json").read_text())
+    assert len(results) == 2 * 2 * 6 * 3 and len(cells) == 4
+    for cell in cells:
+        mine = [r for r in results if r["model"] == cell["model"] and r["task"] == cell["task"]]
+        low, high = cell["interval"]
+        assert cell["accuracy"] == pytest.approx(np.mean([r["correct"] for r in mine]))
+        assert low <= cell["accuracy"] <= high and cell["lenient"] >= cell["accuracy"]
+        assert cell["pass"]["1"] == pytest.approx(cell["accuracy"]) and cell["pass"]["2"] >= cell["accuracy"]
+        for r in mine:
+            assert r["forced"]["tokens"] <= 120
+            if r["finish"] == "stop":
+                assert r["forced"]["response"].startswith(r["response"].split("</think>")[0])
+        if cell["model"] == "again":  # same questions, same seed, same model
+            low, high = cell["difference_interval"]
+            assert cell["difference"] == 0 and low < 0 < high
 
 
-def test_bad_input(cmd):
-    base = ("--models", MINI, "--device", "cpu", "--questions", "5")
-    for flags, message in [(("--k", "9", "--samples", "4"), "pass@9 needs at least 9"), (("--k", "x"), "give whole numbers"), (("--k", "1,-2"), "give whole numbers"), (("--questions", "0"), "makes its questions"), (("--tasks", "chess"), "unknown; the tasks are"),
-                           (("--split", "train"), "has no split 'train'"), (("--tasks", "gsm8k"), "no such file; gsm8k is not downloaded"), (("--models", "nowhere"), "no such folder")]:
-        status, _, err = cmd(evaluate, *base, *flags)
-        assert status == 2 and message in err and err.count("\n") == 1, (flags, err)
+@pytest.mark.parametrize("flags, message", [
+    (("--k", "9", "--samples", "4"), "pass@9 needs at least 9"),
+    (("--k", "x"), "give whole numbers"),
+    (("--k", "1,-2"), "give whole numbers"),
+    (("--questions", "0"), "makes its questions"),
+    (("--tasks", "chess"), "unknown; the tasks are"),
+    (("--split", "train"), "has no split 'train'"),
+    (("--tasks", "gsm8k"), "no such file; gsm8k is not downloaded"),
+    (("--models", "nowhere"), "no such folder"),
+    (("--models", "a=mini,a=mini"), "two models have the same name"),
+])
+def test_bad_input(cmd, flags, message):
+    refused(cmd, evaluate, ("--models", MINI, "--device", "cpu", "--questions", "5", *flags), message)
+
+
+def test_names_of_models():
+    assert named_model("sft=out/sft") == ("sft", "out/sft")
+    assert named_model("out/sft/") == ("sft", "out/sft/")
+    assert named_model("Qwen/Qwen3-0.6B") == ("Qwen3-0.6B", "Qwen/Qwen3-0.6B")
 
 
 def test_paper_figures_are_printed_for_its_tasks():
-    rows = evaluate.paper_rows({"countdown-4", "gsm8k", "mine"})
-    assert rows[0] == ["paper, 1.5B", "countdown-4", "gsm8k"] and rows[-1] == ["SkillFactory then GRPO", "42.1", "68.2"]
+    headings, *_, last = evaluate.paper_table({"countdown-4", "gsm8k", "mine"})
+    assert headings == ["paper, 1.5B", "countdown-4", "gsm8k"]
+    assert last == ["SkillFactory then GRPO", "42.1", "68.2"]
+    assert evaluate.paper_table({"mine"}) == []

@@ -1,176 +1,242 @@
+"""GRPO's objective has the right gradient, token by token, and a run leaves what a person needs to judge
+it.
+"""
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MINI, tiny
+from conftest import MINI, read_rows, tiny
+from torch import tensor
 
 import grpo
-from grpo import Group, advantages, policy_loss, response_logprobs, token_weights
+from grpo import Group, advantages, policy_loss, response_logprobs, token_weight
 from sample import Completion
 from train import Optimizer
 
-ARGS = SimpleNamespace(truncated="keep", loss="token-mean", max_new_tokens=20, clip_low=0.2, clip_high=0.2, kl=0.0, temperature=1.0, micro_batch_tokens=10_000)
+ARGS = SimpleNamespace(
+    truncated="keep",
+    loss="token-mean",
+    max_new_tokens=20,
+    clip_low=0.2,
+    clip_high=0.2,
+    kl=0.0,
+    temperature=1.0,
+    micro_batch_tokens=10_000,
+)
 PROMPT = [5, 9, 200, 31, 8]
 
 
-def completions(lengths=(4, 9, 1, 6), finish="stop", seed=0):
-    g, (_, tokenizer) = torch.Generator().manual_seed(seed), tiny()
-    return [Completion(PROMPT, torch.randint(0, 256, (n - 1,), generator=g).tolist() + [tokenizer.end_id], [-3.0] * n, finish) for n in lengths]
+def completions(lengths=(4, 9, 1, 6), seed=0):
+    """Responses of these lengths to PROMPT, each with its end token."""
+    generator = torch.Generator().manual_seed(seed)
+    _, tokenizer = tiny()
+    out = []
+    for n in lengths:
+        tokens = torch.randint(0, 256, (n - 1,), generator=generator).tolist() + [tokenizer.end_id]
+        out.append(Completion(PROMPT, tokens, [-3.0] * n, "stop"))
+    return out
 
 
-# ---- the objective ---------------------------------------------------------------------------------------------------
+def group_of(responses, advantage, place=0):
+    return Group(place, None, None, PROMPT, responses, advantages=advantage)
 
+
+# ---- the objective -------------------------------------------------------------------------------
 def test_advantages():
-    a = advantages(torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]))
-    assert torch.allclose(a[0], torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-4)
-    assert a.sum(-1).abs().max() < 1e-5 and (a[2:] == 0).all()  # rule 12
-    assert advantages(torch.tensor([[1.0, 0, 0, 0]]), normalise=False).tolist() == [[0.75, -0.25, -0.25, -0.25]]
+    """Rule 12: equal rewards give zeros."""
+    a = advantages(tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]))
+    assert torch.allclose(a[0], tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-4)
+    assert a.sum(-1).abs().max() < 1e-5 and (a[2:] == 0).all()
+    assert advantages(tensor([[1.0, 0, 0, 0]]), normalise=False).tolist() == [[0.75, -0.25, -0.25, -0.25]]
 
 
-@pytest.mark.parametrize("ratio, advantage, moves", [(1.5, 1.0, False), (1.5, -1.0, True), (0.5, 1.0, True), (0.5, -1.0, False), (1.1, 1.0, True), (0.9, -1.0, True)])
+@pytest.mark.parametrize("ratio, advantage, moves", [
+    (1.5, 1.0, False),
+    (1.5, -1.0, True),
+    (0.5, 1.0, True),
+    (0.5, -1.0, False),
+    (1.1, 1.0, True),
+    (0.9, -1.0, True),
+])
 def test_clip_quadrants(ratio, advantage, moves):
     """Rule 11: a token stops only where its ratio has left the range in the direction of its advantage."""
-    logp = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss, stats = policy_loss(logp, torch.zeros(1), torch.tensor([advantage]), torch.ones(1))
+    logp = tensor([math.log(ratio)], requires_grad=True)
+    loss, stats = policy_loss(logp, torch.zeros(1), tensor([advantage]), torch.ones(1))
     loss.backward()
     assert logp.grad.item() == pytest.approx(-ratio * advantage if moves else 0.0)
     assert stats["clip_fraction"] == (not moves)
 
 
 def test_clip_low_and_high_are_two_numbers():
-    logp = torch.tensor([math.log(1.25), math.log(0.75)], requires_grad=True)
-    policy_loss(logp, torch.zeros(2), torch.tensor([1.0, -1.0]), torch.ones(2), clip_low=0.2, clip_high=0.28)[0].backward()
+    logp = tensor([math.log(1.25), math.log(0.75)], requires_grad=True)
+    advantage = tensor([1.0, -1.0])
+    loss, _ = policy_loss(logp, torch.zeros(2), advantage, torch.ones(2), clip_low=0.2, clip_high=0.28)
+    loss.backward()
     assert logp.grad[0] != 0 and logp.grad[1] == 0
 
 
 def test_kl_term_is_k3():
-    logp, reference = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-1.5, -1.0])
-    loss, stats = policy_loss(logp, logp.detach(), torch.zeros(2), torch.tensor([0.5, 0.5]), reference=reference, kl=0.1)
-    k3 = [math.exp(r - p) - (r - p) - 1 for p, r in zip([-1.0, -2.0], [-1.5, -1.0])]
-    assert loss.item() == pytest.approx(0.1 * sum(k3) / 2) and stats["reference_kl"] == pytest.approx(sum(k3))
+    logp, reference = tensor([-1.0, -2.0], requires_grad=True), tensor([-1.5, -1.0])
+    weight = tensor([0.5, 0.5])
+    loss, stats = policy_loss(logp, logp.detach(), torch.zeros(2), weight, reference=reference, kl=0.1)
+    k3 = sum(math.exp(gap) - gap - 1 for gap in (-1.5 - -1.0, -1.0 - -2.0))
+    assert loss.item() == pytest.approx(0.1 * k3 / 2) and stats["reference_kl"] == pytest.approx(k3)
 
 
-def test_token_weights():
-    """Three ways to weigh responses of 2 and 6 tokens, as a sum over tokens."""
-    assert [w * n for w, n in zip(token_weights([2, 6], "token-mean", 2, 8, 10), (2, 6))] == [0.25, 0.75]
-    assert [w * n for w, n in zip(token_weights([2, 6], "sequence-mean", 2, 8, 10), (2, 6))] == [0.5, 0.5]
-    assert [w * n for w, n in zip(token_weights([2, 6], "constant", 2, 8, 10), (2, 6))] == pytest.approx([0.1, 0.3])
+@pytest.mark.parametrize("loss, shares", [
+    ("token-mean", [0.25, 0.75]),
+    ("sequence-mean", [0.5, 0.5]),
+    ("constant", [0.1, 0.3]),
+])
+def test_token_weights(loss, shares):
+    """Three ways to weigh responses of 2 and 6 tokens, each as the sum over its tokens."""
+    got = [n * token_weight(n, loss, n_responses=2, n_tokens=8, max_new_tokens=10) for n in (2, 6)]
+    assert got == pytest.approx(shares)
 
 
-# ---- one prompt, many responses --------------------------------------------------------------------------------------
-
+# ---- one prompt, many responses ------------------------------------------------------------------
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama3-rope"])
 @pytest.mark.parametrize("lengths", [(4, 9, 1, 6), (1, 1), (5,)])
 def test_shared_prompt_equals_separate_rows(family, lengths):
     """Values and gradients against one plain causal forward a response."""
-    group = completions(lengths)
-    (ours, _), (plain, _) = tiny(family), tiny(family)
+    responses = [c.tokens for c in completions(lengths)]
+    ours, _ = tiny(family)
+    plain, _ = tiny(family)
     upstream = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2))
-    logp, entropy = response_logprobs(ours, PROMPT, [c.tokens for c in group], 0.7)
+    logp, entropy = response_logprobs(ours, PROMPT, responses, 0.7)
     (logp * upstream).sum().backward()
-    want, wanted_entropy = [], []
-    for c in group:
-        full = (plain.logits(plain(torch.tensor([PROMPT + c.tokens[:-1]])))[0, len(PROMPT) - 1:] / 0.7).log_softmax(-1)
-        want.append(full[range(len(c.tokens)), c.tokens])
-        wanted_entropy.append(-(full.exp() * full).sum(-1))
+    want, want_entropy = [], []
+    for tokens in responses:
+        hidden = plain(tensor([PROMPT + tokens[:-1]]))[0, len(PROMPT) - 1:]
+        full = (plain.logits(hidden) / 0.7).log_softmax(-1)
+        want.append(full[range(len(tokens)), tokens])
+        want_entropy.append(-(full.exp() * full).sum(-1))
     (torch.cat(want) * upstream).sum().backward()
-    assert torch.allclose(logp, torch.cat(want), atol=1e-4) and torch.allclose(entropy, torch.cat(wanted_entropy), atol=1e-4)
-    for a, b in zip(ours.parameters(), plain.parameters()):
+    assert torch.allclose(logp, torch.cat(want), atol=1e-4)
+    assert torch.allclose(entropy, torch.cat(want_entropy), atol=1e-4)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-4, rtol=1e-3)
 
 
-# ---- the update ------------------------------------------------------------------------------------------------------
+def test_end_tokens_are_trained_and_prompts_are_not():
+    """Rule 10: the targets are the responses with their end tokens; no token of the prompt is one."""
+    model, tokenizer = tiny()
+    seen = []
+    real = model.logprobs
 
-def gradient(group, advantage, **change):
+    def logprobs(hidden, targets, temperature=1.0):
+        seen.extend(targets.tolist())
+        return real(hidden, targets, temperature)
+    model.logprobs = logprobs
+    a, b = completions((4, 3))
+    response_logprobs(model, PROMPT, [a.tokens, b.tokens], 1.0)
+    assert seen == a.tokens + b.tokens and seen.count(tokenizer.end_id) == 2
+
+
+# ---- the update ----------------------------------------------------------------------------------
+def gradient(*groups, **change):
+    """(the gradient that an update of the groups would step on or None, the norm it returns)."""
     model, _ = tiny()
     optimizer = Optimizer(model, 0.0)
-    grads = {}
-    optimizer.step = lambda lr: grads.update({n: w.grad.clone() for n, w in model.named_parameters()}) or 1.0
-    norm, sums = grpo.update(model, None, optimizer, [(Group(0, None, PROMPT, group, []), advantage)], SimpleNamespace(**{**vars(ARGS), **change}), 0.1)
-    return torch.cat([g.flatten() for g in grads.values()]) if grads else None, norm, sums
+    grads = []
+
+    def step(lr):
+        grads.extend(w.grad.flatten() for w in model.parameters())
+        return 1.0
+    optimizer.step = step
+    args = SimpleNamespace(**{**vars(ARGS), **change})
+    norm, _ = grpo.update(model, None, optimizer, list(groups), args, lr=0.1)
+    return torch.cat(grads) if grads else None, norm
+
+
+def close(a, b, atol=1e-5):
+    return torch.allclose(a, b, atol=atol, rtol=1e-4)
 
 
 def test_micro_batches_do_not_change_the_gradient():
     """Rule 9 for GRPO."""
-    group = completions()
-    whole = gradient(group, [1.0, -0.5, 0.5, -1.0])[0]
+    group = group_of(completions(), [1.0, -0.5, 0.5, -1.0])
+    whole, _ = gradient(group)
     for budget in (1, 12, 20):
-        assert torch.allclose(gradient(group, [1.0, -0.5, 0.5, -1.0], micro_batch_tokens=budget)[0], whole, atol=1e-5, rtol=1e-4)
+        assert close(gradient(group, micro_batch_tokens=budget)[0], whole)
 
 
 def test_equal_rewards_give_no_gradient_and_count_in_the_divisor():
     """Rule 12: alone, such a group makes no step at all; beside another it halves that one's weight."""
-    group = completions((5, 5))
-    assert gradient(group, [0.0, 0.0])[:2] == (None, None)
-    model, _ = tiny()
-    both = {}
-    optimizer = Optimizer(model, 0.0)
-    optimizer.step = lambda lr: both.update({n: w.grad.clone() for n, w in model.named_parameters()}) or 1.0
-    grpo.update(model, None, optimizer, [(Group(0, None, PROMPT, group, []), [1.0, -1.0]), (Group(1, None, PROMPT, completions((5, 5), seed=9), []), [0.0, 0.0])], ARGS, 0.1)
-    alone = gradient(group, [1.0, -1.0])[0]
-    assert torch.allclose(torch.cat([g.flatten() for g in both.values()]) * 2, alone, atol=1e-5, rtol=1e-4)
+    responses = completions((5, 5))
+    flat = group_of(completions((5, 5), seed=9), [0.0, 0.0], place=1)
+    mixed = group_of(responses, [1.0, -1.0])
+    assert gradient(flat) == (None, None)
+    assert close(2 * gradient(mixed, flat)[0], gradient(mixed)[0])
 
 
 def test_truncated_responses():
-    """keep trains them; mask leaves them out of the loss and of the divisor."""
-    group = completions()
-    group[1].finish = "length"
-    masked = gradient(group, [1.0, -1.0, 0.5, 0.2], truncated="mask")[0]
-    others = [group[0], group[2], group[3]]
-    assert torch.allclose(masked, gradient(others, [1.0, 0.5, 0.2])[0], atol=1e-6)
-    assert not torch.allclose(masked, gradient(group, [1.0, -1.0, 0.5, 0.2])[0], atol=1e-4)
-
-
-def test_the_end_token_is_trained_and_the_prompt_is_not():
-    """Rule 10: logp holds one number for each sampled token, the end token among them; the prompt's tokens as targets have none."""
-    model, tokenizer = tiny()
-    seen = []
-    real = model.logprobs
-    model.logprobs = lambda h, targets, t=1.0: seen.append(targets.tolist()) or real(h, targets, t)
-    group = completions((4, 3))
-    response_logprobs(model, PROMPT, [c.tokens for c in group], 1.0)
-    assert seen == [group[0].tokens + group[1].tokens] and seen[0].count(tokenizer.end_id) == 2
+    """`keep` trains them; `mask` leaves them out of the loss and of the divisor."""
+    responses = completions()
+    responses[1].finish = "length"
+    group = group_of(responses, [1.0, -1.0, 0.5, 0.2])
+    others = group_of([responses[0], responses[2], responses[3]], [1.0, 0.5, 0.2])
+    masked, _ = gradient(group, truncated="mask")
+    assert close(masked, gradient(others)[0], atol=1e-6)
+    assert not close(masked, gradient(group)[0], atol=1e-4)
 
 
 def test_random_reward_knows_nothing():
     args = SimpleNamespace(reward="random", seed=0)
-    coins = [coin for c in (True, False) for i in range(40) for coin in grpo.rewards_of(Group(i, None, [], [], [SimpleNamespace(correct=c)] * 8), args, 1)]
-    assert coins[:320] == coins[320:] and 0.4 < sum(coins) / len(coins) < 0.6
+
+    def coins(correct):
+        out = []
+        for place in range(40):
+            grades = [SimpleNamespace(correct=correct)] * 8
+            out += grpo.rewards_of(Group(place, None, None, [], [], grades), args, step=1)
+        return out
+    assert coins(True) == coins(False) and 0.4 < sum(coins(True)) / 320 < 0.6
 
 
 def test_questions_are_seen_once_a_pass():
-    problems = [(None, i) for i in range(20)]
-    passed = [grpo.choose(problems, step, 5, 0) for step in range(1, 9)]
-    assert sorted(i for c in passed[:4] for _, i in c) == sorted(i for c in passed[4:] for _, i in c) == list(range(20)) and passed[:4] != passed[4:]
+    problems = list(range(20))
+    steps = [grpo.choose(problems, step, 5, seed=0) for step in range(1, 9)]
+    first, second = sum(steps[:4], []), sum(steps[4:], [])
+    assert sorted(first) == sorted(second) == problems and first != second
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
+FLAGS = ("--model", MINI, "--device", "cpu", "--questions", "16", "--questions-per-step", "4",
+         "--mini-batch", "2", "--rollouts", "4", "--steps", "2", "--max-new-tokens", "60")
+FILES = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+         "model.safetensors", "run.json", "metrics.jsonl", "rollouts.jsonl", "state"}
 
-FLAGS = ("--model", MINI, "--questions", "16", "--questions-per-step", "4", "--mini-batch", "2", "--rollouts", "4", "--steps", "2", "--max-new-tokens", "60", "--device", "cpu")
 
-
-def test_a_run_leaves_what_the_spec_lists(cmd, tmp_path):
-    status, out, err = cmd(grpo, *FLAGS, "--eval-every", "2", "--eval-questions", "6", "--kl", "0.01")
+def test_a_run_leaves_what_is_promised(cmd):
+    status, _, err = cmd(grpo, *FLAGS, "--eval-every", "2", "--eval-questions", "6", "--kl", "0.01")
     assert status == 0, err
-    files = {p.name for p in (tmp_path / "out" / "grpo").iterdir()}
-    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors", "run.json", "metrics.jsonl", "rollouts.jsonl", "state"} <= files
-    rows = [json.loads(line) for line in (tmp_path / "out/grpo/metrics.jsonl").read_text().splitlines()]
-    # Rule 3 at every step: before the first update the trainer must find the sampler's numbers.
-    assert all(r["sampler_trainer_max"] is None or r["sampler_trainer_max"] < 1e-4 for r in rows) and any(r["sampler_trainer_max"] for r in rows)
-    assert "val" in rows[1] and 0 <= rows[1]["val"] <= 1
-    record = json.loads((tmp_path / "out/grpo/run.json").read_text())
+    out = Path("out/grpo")
+    assert {path.name for path in out.iterdir()} >= FILES
+    first, second = read_rows(out / "metrics.jsonl")
+    assert "val" not in first and 0 <= second["val"] <= 1
+    record = json.loads((out / "run.json").read_text())
     assert record["flags"]["clip_low"] == 0.2 and "torch" in record["versions"]
-    rollout = json.loads((tmp_path / "out/grpo/rollouts.jsonl").read_text().splitlines()[0])
-    assert {"step", "question", "response", "correct", "reason"} <= set(rollout)
+    rollout = read_rows(out / "rollouts.jsonl")[0]
+    assert {"step", "question", "response", "correct", "reason"} <= rollout.keys()
+
+
+def test_sampler_and_trainer_agree_at_every_step(cmd):
+    """Rule 3: before the first update of a step the trainer finds the sampler's numbers."""
+    cmd(grpo, *FLAGS)
+    differences = [row["sampler_trainer_max"] for row in read_rows("out/grpo/metrics.jsonl")]
+    measured = [x for x in differences if x is not None]
+    assert measured and max(measured) < 1e-4
 
 
 def test_warnings():
-    row = {"truncated": 0.95, "groups_with_signal": 0.0, "sampler_trainer_mean": 0.2}
-    assert len(list(grpo.warnings(row))) == 3
-    assert not list(grpo.warnings({"truncated": 0.1, "groups_with_signal": 0.5, "sampler_trainer_mean": 1e-6}))
+    bad = {"truncated": 0.95, "groups_with_signal": 0.0, "sampler_trainer_mean": 0.2}
+    good = {"truncated": 0.1, "groups_with_signal": 0.5, "sampler_trainer_mean": 1e-6}
+    assert len(grpo.warnings(bad)) == 3 and not grpo.warnings(good)
 
 
 def test_truncation_warning_appears(cmd):
-    assert "cut off at the budget; raise --max-new-tokens" in cmd(grpo, *FLAGS, "--max-new-tokens", "3")[1]
+    _, out, _ = cmd(grpo, *FLAGS, "--max-new-tokens", "3")
+    assert "cut off at the budget; raise --max-new-tokens" in out

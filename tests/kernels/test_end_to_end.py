@@ -1,5 +1,7 @@
-"""The model, the sampler and a training step with every kernel in place, against plain PyTorch: in the interpreter on a CPU, with
-CUDA graphs on a GPU."""
+"""The model, the sampler and a training step with every kernel in place equal plain PyTorch.
+
+In the interpreter on a CPU, with CUDA graphs on a GPU.
+"""
 import subprocess
 import sys
 
@@ -30,16 +32,20 @@ def tiny_there(family):
 
 def apart(model, c, temperature=1.0):
     """How far the sampler's log-probabilities of a completion are from the trainer's, token by token."""
+    tokens = torch.tensor([c.prompt + c.tokens[:-1]], device=DEVICE)
+    targets = torch.tensor(c.tokens, device=DEVICE)
     with torch.no_grad():
-        hidden = model(torch.tensor([c.prompt + c.tokens[:-1]], device=DEVICE))[0, len(c.prompt) - 1:]
-        return (model.logprobs(hidden, torch.tensor(c.tokens, device=DEVICE), temperature)[0].cpu() - torch.tensor(c.logprobs)).abs()
+        hidden = model(tokens)[0, len(c.prompt) - 1:]
+        logp, _ = model.logprobs(hidden, targets, temperature)
+    return (logp.cpu() - torch.tensor(c.logprobs)).abs()
 
 
-def test_the_rule(monkeypatch):
+def test_where_an_operation_runs(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("KERNELS", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert not kernels.uses_triton(cpu) and kernels.uses_triton(gpu, torch.bfloat16) and not kernels.uses_triton(gpu, torch.float64)
+    assert not kernels.uses_triton(cpu)
+    assert kernels.uses_triton(gpu, torch.bfloat16) and not kernels.uses_triton(gpu, torch.float64)
     monkeypatch.setenv("KERNELS", "triton")
     assert kernels.uses_triton(cpu) and not kernels.uses_triton(cpu, torch.float64)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -52,39 +58,60 @@ def test_the_rule(monkeypatch):
         kernels.uses_triton(cpu)
 
 
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch, checkpoint, sample, grpo
+model, tokenizer = checkpoint.load("mini", "cpu")
+completion, = sample.Sampler(model, tokenizer).generate([[5, 6]], 1, sample.Params(4))[0]
+logp, _ = model.logprobs(model(torch.tensor([[5, 6]]))[0], torch.tensor([6, 7]))
+logp.sum().backward()
+print(len(completion.tokens))
+"""
+
+
 def test_a_cpu_needs_no_triton():
     """Nor does macOS, for which there is none: with triton out of reach, everything runs."""
-    code = ("import sys; sys.modules['triton'] = None; import torch, model, sample, grpo; m, t = model.load('mini', 'cpu'); "
-            "c, = sample.Sampler(m, t).generate([[5, 6]], 1, sample.Params(4))[0]; (-m.logprobs(m(torch.tensor([[5, 6]]))[0], torch.tensor([6, 7]))[0]).sum().backward(); print(len(c.tokens))")
-    done = subprocess.run([sys.executable, "-c", code], env=environment(KERNELS="", CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True)
+    env = environment(KERNELS="", CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "4", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen2-untied", "qwen3", "llama"])
 def test_training_step(use, family):
     """Values and the gradient of every parameter, through all layers."""
-    tokens, targets = torch.randint(0, 300, (2, 19), device=DEVICE), torch.randint(0, 300, (38,), device=DEVICE)
-    weight = torch.randn(38, device=DEVICE)
-    results = []
+    tokens = torch.randint(0, 300, (2, 19), device=DEVICE)
+    targets = torch.randint(0, 300, (38,), device=DEVICE)
+    upstream = torch.randn(38, device=DEVICE)
+    results = {}
     for kind in ("reference", "triton"):
         use(kind)
         model, _ = tiny_there(family)
         logp, entropy = model.logprobs(model(tokens).flatten(0, 1), targets, 0.8)
-        (logp * weight).sum().backward()
-        results.append({"logp": logp, "entropy": entropy, **{n: w.grad for n, w in model.named_parameters()}})
-    for name, want in results[0].items():
-        error = (results[1][name] - want).abs().max() / want.abs().max()
+        (logp * upstream).sum().backward()
+        grads = {name: w.grad for name, w in model.named_parameters()}
+        results[kind] = {"logp": logp, "entropy": entropy, **grads}
+    for name, want in results["reference"].items():
+        error = (results["triton"][name] - want).abs().max() / want.abs().max()
         assert error < 1e-4, f"{name} is off by {error:.1e} of its largest value"
 
 
-@pytest.mark.parametrize("family, params", [("qwen2", Params(10, 0)), ("qwen3", Params(10)), ("qwen2", Params(5, 0.7, 20, 0.8, repetition_penalty=1.1))], ids=["greedy", "plain", "cuts"])
+@pytest.mark.parametrize("family, params", [
+    ("qwen2", Params(10, 0)),
+    ("qwen3", Params(10)),
+    ("qwen2", Params(5, 0.7, 20, 0.8, repetition_penalty=1.1)),
+], ids=["greedy", "plain", "cuts"])
 def test_sampling(use, family, params):
-    """The same tokens from both; log-probabilities equal the trainer's; and the next weights are seen, by captured graphs too."""
+    """The same tokens from both; log-probabilities equal the trainer's; the next weights are seen, by graphs
+    too.
+    """
     model, tokenizer = tiny_there(family)
-    samplers = {kind: Sampler(model, tokenizer, 3) for kind in ("reference", "triton")}
-    for kind, sampler in samplers.items():
+    samplers = {}
+    for kind in ("reference", "triton"):
         use(kind)
-        sampler.look, sampler.graphed = 4, GPU and kind == "triton"
+        samplers[kind] = Sampler(model, tokenizer, 3)
+        samplers[kind].look = 4
+        samplers[kind].graphed = GPU and kind == "triton"
     for _ in range(2):
         got = {}
         for kind, sampler in samplers.items():
@@ -95,7 +122,7 @@ def test_sampling(use, family, params):
         with torch.no_grad():
             for w in model.parameters():
                 w.mul_(1.2).add_(0.01)
-    assert not GPU or any(samplers["triton"].graphs.values())
+    assert not GPU or any(samplers["triton"].graphs.replays.values())
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -104,4 +131,5 @@ def test_bfloat16_stays_close(use):
     use("triton")
     model, tokenizer = tiny_there("qwen2")
     model = model.bfloat16()
-    assert all(apart(model, c).mean() < 0.05 for group in Sampler(model, tokenizer, 8).generate(PROMPTS, 4, Params(40)) for c in group)
+    for group in Sampler(model, tokenizer, 8).generate(PROMPTS, 4, Params(40)):
+        assert all(apart(model, c).mean() < 0.05 for c in group)

@@ -1,14 +1,15 @@
-"""Rule 18: every operation, in plain PyTorch and in Triton, equals its equation in float64, values and gradients.
+"""Rule 18: every operation, in plain PyTorch and in Triton, equals its equation in float64, values and
+gradients.
 
-On a machine without a GPU the Triton kernels run in Triton's interpreter, in float32 (it rounds bfloat16 products wrongly). On a
-GPU they run for real, in float32 and bfloat16, and fresh memory is poisoned with NaN first.
+On a machine without a GPU the Triton kernels run in Triton's interpreter, in float32 (it rounds bfloat16
+products wrongly). On a GPU they run for real, in float32 and bfloat16, and fresh memory is poisoned with NaN
+first.
 """
 import importlib
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from kernels import reference
 
@@ -17,19 +18,20 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-FILES = dict(add_norm="norm", rotate="rotary", swiglu="gate", decode_attention="attention", next_tokens="choice", uniform="choice", linear_logprob="logprob")
 
 both = pytest.mark.parametrize("kind", ["reference", "triton"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def operation(name, kind):
-    return getattr(reference if kind == "reference" else importlib.import_module(f"kernels.{FILES[name]}"), name)
+    module = reference if kind == "reference" else importlib.import_module(f"kernels.fused.{name}")
+    return getattr(module, name)
 
 
 def random(*shape, dtype=torch.float32, seed=0, apart=False):
-    """Normal numbers on the device; `apart`: a view whose rows do not lie side by side."""
-    x = torch.randn(*shape[:-1], shape[-1] + (3 if apart else 0), generator=torch.Generator().manual_seed(seed + sum(shape)))
+    """Normal numbers on the device; `apart`: a view whose rows are not side by side."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    x = torch.randn(*shape[:-1], shape[-1] + (3 if apart else 0), generator=generator)
     return x.to(DEVICE, dtype)[..., :shape[-1]]
 
 
@@ -39,30 +41,47 @@ def poison():
     del blocks
 
 
-def check(operation, exact, inputs, dtype, **kwargs):
-    """Values and gradients of operation(*inputs) against exact(*inputs) in float64, each output with an upstream gradient of its own."""
-    ours = [x.detach().requires_grad_(x.is_floating_point()) if torch.is_tensor(x) else x for x in inputs]
-    wide = [x.detach().double().requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
+def close(got, want, dtype, what):
+    error = (got.double() - want).abs().max().item()
+    scale = max(1.0, want.abs().max().item())
+    # NaN fails.
+    assert error <= TOLERANCE[dtype] * scale, f"{what} is off by {error:.2e} where values reach {scale:.1f}"
+
+
+def differentiable(x):
+    return torch.is_tensor(x) and x.is_floating_point()
+
+
+def gradients(outputs, inputs, upstream):
+    pairs = [(out, up) for out, up in zip(outputs, upstream, strict=True) if out.requires_grad]
+    outputs, upstream = zip(*pairs, strict=True)
+    leaves = [x for x in inputs if differentiable(x)]
+    return torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)
+
+
+def check(ours, exact, inputs, dtype):
+    """Values and gradients of ours(*inputs) against exact(*inputs) in float64.
+
+    Each output has an upstream gradient of its own, which is not contiguous.
+    """
+    given = [x.detach().requires_grad_() if differentiable(x) else x for x in inputs]
+    wide = [x.detach().double().requires_grad_() if differentiable(x) else x for x in inputs]
     poison()
-    got, want = operation(*ours, **kwargs), exact(*wide, **kwargs)
-    for i, (g, w) in enumerate(zip(got, want)):
+    got = ours(*given)
+    want = exact(*wide)
+    upstream = []
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
         close(g, w, dtype, f"output {i}")
-    up = [random(*w.shape[:-1], 2 * w.shape[-1], dtype=g.dtype, seed=9 + i)[..., ::2] for i, (g, w) in enumerate(zip(got, want))]  # not contiguous
-    grads = lambda out, at, up: torch.autograd.grad([o for o in out if o.requires_grad], [x for x in at if torch.is_tensor(x) and x.requires_grad],
-                                                    [u for o, u in zip(out, up) if o.requires_grad], allow_unused=True)
+        upstream.append(random(*w.shape[:-1], 2 * w.shape[-1], dtype=g.dtype, seed=9 + i)[..., ::2])
     poison()
-    for i, (g, w) in enumerate(zip(grads(got, ours, up), grads(want, wide, [u.double() for u in up]))):
+    got = gradients(got, given, upstream)
+    want = gradients(want, wide, [u.double() for u in upstream])
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
         if w is not None:
             close(g, w, dtype, f"gradient {i}")
 
 
-def close(got, want, dtype, what):
-    error, scale = (got.double() - want).abs().max().item(), max(1.0, want.abs().max().item())
-    assert error <= TOLERANCE[dtype] * scale, f"{what} is off by {error:.2e} where values reach {scale:.1f}"  # NaN fails
-
-
-# ---- the layers ------------------------------------------------------------------------------------------------------
-
+# ---- the layers ----------------------------------------------------------------------------------
 def exact_norm(x, w, eps):
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * w
 
@@ -75,9 +94,11 @@ def test_add_norm(kind, dtype, shape, add):
     def exact(x, delta, w, eps):
         s = x if delta is None else x + delta
         return s, exact_norm(s, w, eps)
-    x, delta, w = random(*shape, dtype=dtype, apart=True), random(*shape, dtype=dtype, seed=1, apart=True), random(shape[-1], dtype=dtype, seed=2)
-    inputs = (x, delta, w, 1e-6) if add else (x, None, w, 1e-6)
-    check(operation("add_norm", kind), exact, inputs, dtype)
+
+    x = random(*shape, dtype=dtype, apart=True)
+    delta = random(*shape, dtype=dtype, seed=1, apart=True) if add else None
+    w = random(shape[-1], dtype=dtype, seed=2)
+    check(operation("add_norm", kind), exact, (x, delta, w, 1e-6), dtype)
 
 
 @both
@@ -86,91 +107,123 @@ def test_add_norm(kind, dtype, shape, add):
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 def test_rotate(kind, dtype, shape, norm, shared):
-    """`shared`: one row of angles for the whole batch. The rotation as complex numbers."""
+    """`shared`: one row of angles for the whole batch. The exact rotation is a product of complex numbers."""
     B, T, H, K, D = shape
     angle = 5 * random(1 if shared else B, T, 1, D // 2)
     turn = torch.polar(torch.ones_like(angle).double(), angle.double())
 
+    def turned(x, w):
+        x = exact_norm(x, w, 1e-6) if norm else x
+        z = torch.complex(*x.chunk(2, -1)) * turn
+        return torch.cat((z.real, z.imag), -1)
+
     def exact(q, k, cos, sin, wq, wk):
-        out = []
-        for x, w in ((q, wq), (k, wk)):
-            x = exact_norm(x, w, 1e-6) if norm else x
-            z = torch.complex(*x.chunk(2, -1)) * turn
-            out.append(torch.cat((z.real, z.imag), -1))
-        return out
+        return turned(q, wq), turned(k, wk)
 
     def ours(q, k, cos, sin, wq, wk):
         cos, sin = (x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (cos, sin))
         return operation("rotate", kind)(q, k, cos, sin, (wq, wk) if norm else None, 1e-6)
-    q, k = random(B, T, H, D, dtype=dtype, apart=True), random(B, T, K, D, dtype=dtype, seed=1)
-    check(ours, exact, (q, k, angle.cos(), angle.sin(), random(D, dtype=dtype, seed=2), random(D, dtype=dtype, seed=3)), dtype)
+
+    q = random(B, T, H, D, dtype=dtype, apart=True)
+    k = random(B, T, K, D, dtype=dtype, seed=1)
+    wq, wk = random(D, dtype=dtype, seed=2), random(D, dtype=dtype, seed=3)
+    check(ours, exact, (q, k, angle.cos(), angle.sin(), wq, wk), dtype)
 
 
 @both
 @dtypes
 @pytest.mark.parametrize("shape", [(1,), (3, 1024), (5, 7, 131)], ids=str)
 def test_swiglu(kind, dtype, shape):
-    exact = lambda g, u: [g / (1 + (-g).exp()) * u]
-    check(lambda g, u: [operation("swiglu", kind)(g, u)], exact, (3 * random(*shape, dtype=dtype, apart=True), random(*shape, dtype=dtype, seed=1)), dtype)
+    def exact(gate, up):
+        return [gate / (1 + (-gate).exp()) * up]
+
+    def ours(gate, up):
+        return [operation("swiglu", kind)(gate, up)]
+
+    gate = 3 * random(*shape, dtype=dtype, apart=True)
+    check(ours, exact, (gate, random(*shape, dtype=dtype, seed=1)), dtype)
 
 
-# ---- decode attention ------------------------------------------------------------------------------------------------
+# ---- decode attention ----------------------------------------------------------------------------
+def exact_decode_attention(q, k, v, past_k, past_v, lengths):
+    rows = []
+    for b, n in enumerate(lengths.tolist()):
+        group = q.shape[1] // k.shape[1]
+        keys = torch.cat((past_k[b, :, :n], k[b, :, None]), 1).double()  # (K, n + 1, D)
+        values = torch.cat((past_v[b, :, :n], v[b, :, None]), 1).double()
+        keys, values = (x.repeat_interleave(group, 0) for x in (keys, values))  # (H, n + 1, D)
+        scores = torch.einsum("hd,hsd->hs", q[b].double(), keys) / math.sqrt(q.shape[-1])
+        rows.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), values))
+    return torch.stack(rows)
+
 
 @both
 @dtypes
 @pytest.mark.parametrize("H, K, D", [(4, 2, 16), (14, 2, 64), (3, 3, 24), (5, 1, 128)])
 @pytest.mark.parametrize("parts", [0, 1, 3, 5])
 def test_decode_attention(kind, dtype, H, K, D, parts):
-    """Rows from no past at all to a full slot, in a cache whose slots are a slice of a larger one and hold NaN beyond the past."""
-    lengths, S = torch.tensor([0, 1, 63, 64, 65, 199], device=DEVICE), 200
-    B = len(lengths)
+    """Rows from no past at all to a full slot, in a cache that is a slice of a larger one and holds NaN
+    beyond the past.
+    """
+    lengths = torch.tensor([0, 1, 63, 64, 65, 199], device=DEVICE)
+    B, S = len(lengths), 200
     caches = [random(B + 2, K, S, D, dtype=dtype, seed=i) for i in (1, 2)]
-    q, k, v = random(B, H, D, dtype=dtype, apart=True), random(B, K, D, dtype=dtype, seed=3, apart=True), random(B, K, D, dtype=dtype, seed=4, apart=True)
-    want = torch.empty(B, H, D, dtype=torch.float64, device=DEVICE)
-    for b, n in enumerate(lengths.tolist()):
-        keys, values = (torch.cat((c[b, :, :n].double(), new[b, :, None].double()), 1).repeat_interleave(H // K, 0) for c, new in zip(caches, (k, v)))  # (H, n + 1, D)
-        weights = (torch.einsum("hd,hsd->hs", q[b].double(), keys) / math.sqrt(D)).softmax(-1)
-        want[b] = torch.einsum("hs,hsd->hd", weights, values)
-    before = [c.clone() for c in caches]
+    q = random(B, H, D, dtype=dtype, apart=True)
+    k = random(B, K, D, dtype=dtype, seed=3, apart=True)
+    v = random(B, K, D, dtype=dtype, seed=4, apart=True)
+    want = exact_decode_attention(q, k, v, *caches, lengths)
+    before = [cache.clone() for cache in caches]
     if kind == "triton":
-        for c in caches:
+        for cache in caches:
             for b, n in enumerate(lengths.tolist()):
-                c[b, :, n:] = float("nan")
+                cache[b, :, n:] = float("nan")
     poison()
-    got = operation("decode_attention", kind)(q, k, v, *(c[:B] for c in caches), lengths, **({"parts": parts} if kind == "triton" else {}))
+    more = {"parts": parts} if kind == "triton" else {}
+    got = operation("decode_attention", kind)(q, k, v, *(cache[:B] for cache in caches), lengths, **more)
     close(got, want, dtype, "output")
-    for cache, old, new in zip(caches, before, (k, v)):
+    for cache, old, new in zip(caches, before, (k, v), strict=True):
         for b, n in enumerate(lengths.tolist()):
-            assert torch.equal(cache[b, :, n], new[b]) and torch.equal(cache[b, :, :n], old[b, :, :n])
+            assert torch.equal(cache[b, :, n], new[b])  # the new token has joined
+            assert torch.equal(cache[b, :, :n], old[b, :, :n])  # the past is what it was
         assert torch.equal(cache[B:], old[B:])
 
 
-# ---- the choice of a token -------------------------------------------------------------------------------------------
+# ---- the choice of a token -----------------------------------------------------------------------
+def splitmix(key, position):
+    """The mixer on Python's unbounded integers."""
+    mask = 2**64 - 1
+    x = (key + (position + 1) * 0x9E3779B97F4A7C15) & mask
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+    return ((x ^ x >> 31) >> 40) / 2**24
+
 
 @both
 def test_uniform_is_splitmix64(kind):
-    """Against Python's unbounded integers; and the numbers are spread evenly."""
-    def splitmix(key, position):
-        mask = 2**64 - 1
-        x = (key + (position + 1) * 0x9E3779B97F4A7C15) & mask
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
-        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
-        return ((x ^ x >> 31) >> 40) / 2**24
+    """To the bit; and the numbers are spread evenly."""
     uniform = operation("uniform", kind)
-    keys, positions = torch.tensor([0, 1, -1, 2**62, -(2**63), 987654321] * 30, device=DEVICE), torch.tensor([0, 5, 7, 4096, 1, 100_000] * 30, device=DEVICE)
-    assert uniform(keys, positions).tolist() == [splitmix(k, p) for k, p in zip(keys.tolist(), positions.tolist())]
-    u = uniform(torch.full((100_000,), 42, device=DEVICE), torch.arange(100_000, device=DEVICE)).cpu()
+    keys = [0, 1, -1, 2**62, -(2**63), 987654321] * 30
+    positions = [0, 5, 7, 4096, 1, 100_000] * 30
+    got = uniform(torch.tensor(keys, device=DEVICE), torch.tensor(positions, device=DEVICE))
+    assert got.tolist() == [splitmix(k, p) for k, p in zip(keys, positions, strict=True)]
+    n = 100_000
+    u = uniform(torch.full((n,), 42, device=DEVICE), torch.arange(n, device=DEVICE)).cpu()
     assert abs(u.mean() - 0.5) < 0.005 and (u.histc(10, 0, 1) / 10_000 - 1).abs().max() < 0.05
 
 
 def survivors(z, temperature, top_k, top_p, min_p):
-    """The distribution after the cuts, in float64 by sorting and loops, as vLLM orders them; equal logits stand or fall together."""
+    """The distribution after the cuts, in float64 by sorting and loops, as vLLM orders them.
+
+    Equal logits stay or go together.
+    """
     p = (z.double() / temperature).softmax(-1)
     if min_p:
         p = torch.where(p >= min_p * p.max(), p, 0)
     if top_k:
         p = torch.where(p >= p.sort(descending=True).values[min(top_k, len(p)) - 1], p, 0)
-    p, above, out = p / p.sum(), 0.0, torch.zeros_like(p)
+    p = p / p.sum()
+    out = torch.zeros_like(p)
+    above = 0.0
     for value in p.unique().flip(0).tolist():
         if above < top_p:
             out[p == value] = value
@@ -178,7 +231,18 @@ def survivors(z, temperature, top_k, top_p, min_p):
     return out / out.sum()
 
 
-CUTS = [(1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.0), (1.0, 0, 0.8, 0.0), (0.7, 20, 0.8, 0.0), (1.5, 0, 1.0, 0.1), (1.0, 3, 0.5, 0.05), (1.5, 0, 0.9, 0.01), (3.0, 0, 0.999, 0.0), (1.0, 99999, 0.9, 0.0)]
+CUTS = [  # temperature, top-k, top-p, min-p
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 0, 1.0, 0.0),
+    (0.7, 5, 1.0, 0.0),
+    (1.0, 0, 0.8, 0.0),
+    (0.7, 20, 0.8, 0.0),
+    (1.5, 0, 1.0, 0.1),
+    (1.0, 3, 0.5, 0.05),
+    (1.5, 0, 0.9, 0.01),
+    (3.0, 0, 0.999, 0.0),
+    (1.0, 99999, 0.9, 0.0),
+]
 
 
 @both
@@ -186,113 +250,148 @@ CUTS = [(1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.0), (1.0, 0, 0.8
 @pytest.mark.parametrize("V", [40, 9001])
 @pytest.mark.parametrize("ties", [False, True])
 def test_next_tokens_invert_the_distribution(kind, cuts, V, ties):
-    """u near both ends and in the middle of a token's share of the distribution must draw it: the first and the last token that
-    survive, the likeliest and one in between. `ties`: logits as a bfloat16 product leaves them, many of them equal."""
+    """u near both ends and in the middle of a token's part of the distribution must draw it.
+
+    Tried for the first and the last token that survive, the likeliest and one in between. `ties`: logits as a
+    bfloat16 product leaves them, many of them equal.
+    """
     logits = 2 * torch.randn(V, generator=torch.Generator().manual_seed(V))
     if ties:
         logits = (logits * 4).round() / 4
     want = survivors(logits, *cuts)
     alive = (want > 2e-5).nonzero()[:, 0]
-    chosen = torch.stack((alive[0], alive[len(alive) // 2], alive[-1], want.argmax())).repeat_interleave(3)
-    u = (want.cumsum(0)[chosen] - want[chosen] * torch.tensor([0.95, 0.5, 0.05]).repeat(4)).float()
+    tried = torch.stack((alive[0], alive[len(alive) // 2], alive[-1], want.argmax())).repeat_interleave(3)
+    inside = torch.tensor([0.95, 0.5, 0.05]).repeat(4)
+    u = (want.cumsum(0)[tried] - want[tried] * inside).float()
+    padding = torch.full((3,), 99.0)  # of the vocabulary, which must not be seen
+    wide = torch.cat((logits, padding)).repeat(12, 1).to(DEVICE)
     poison()
-    wide = torch.cat((logits, torch.full((3,), 99.0))).repeat(12, 1).to(DEVICE)  # the padding of the vocabulary, which must not be seen
     tokens, logp = operation("next_tokens", kind)(wide[:, :V], u.to(DEVICE), *cuts)
-    assert tokens.tolist() == chosen.tolist()
-    close(logp.cpu(), (logits.double() / cuts[0]).log_softmax(-1)[chosen], torch.float32, "log-probability")
+    assert tokens.tolist() == tried.tolist()
+    exact = (logits.double() / cuts[0]).log_softmax(-1)[tried]
+    close(logp.cpu(), exact, torch.float32, "log-probability")
 
 
 @both
 @pytest.mark.parametrize("cuts", [{}, {"top_k": 7, "top_p": 0.9}])
 def test_extreme_u_and_logits(kind, cuts):
-    """u just below 1 must not fall off the end, nor onto a token of probability 0; minus infinity is a logit like any other."""
+    """u just below 1 must not fall off the end, nor onto a token of probability 0; minus infinity is a logit
+    like any.
+    """
+    next_tokens = operation("next_tokens", kind)
+    ends = torch.tensor([0.0, 1 - 2**-24], device=DEVICE)
     for low in (-1e4, float("-inf")):
         logits = torch.full((2, 30), low, device=DEVICE)
         logits[:, [3, 17]] = 0.0
-        assert operation("next_tokens", kind)(logits, torch.tensor([0.0, 1 - 2**-24], device=DEVICE), **cuts)[0].tolist() == [3, 17]
+        assert next_tokens(logits, ends, **cuts)[0].tolist() == [3, 17]
     logits = random(40, 300)
     logits[:, 200:] = float("-inf")  # a sum that rounding leaves short of its aim must not end here
-    tokens, logp = operation("next_tokens", kind)(logits, torch.full((40,), 1 - 2**-24, device=DEVICE), **cuts)
+    tokens, logp = next_tokens(logits, torch.full((40,), 1 - 2**-24, device=DEVICE), **cuts)
     assert tokens.max() < 200 and logp.isfinite().all()
 
 
 @both
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_repetition_penalty(kind, temperature):
-    """vLLM's: positive logits of seen tokens are divided, negative ones multiplied. The choice is marked, in its own row only, and
-    the log-probability is the model's own."""
+    """vLLM's: positive logits of seen tokens are divided, negative ones multiplied.
+
+    The choice is marked, in its own row only, and the log-probability is the model's own.
+    """
     V, B = 5001, 4
-    logits, seen = 3 * random(B, V) - torch.tensor([[0.0], [0.0], [15.0], [15.0]], device=DEVICE), random(B, V, seed=1) > 0  # two rows of negative ones
-    marks, want = seen.clone(), torch.where(seen, torch.where(logits > 0, logits / 1.5, logits * 1.5), logits)
+    lower = torch.tensor([[0.0], [0.0], [15.0], [15.0]], device=DEVICE)  # two rows of negative logits
+    logits = 3 * random(B, V) - lower
+    seen = random(B, V, seed=1) > 0
+    marks = seen.clone()
+    want = torch.where(seen, torch.where(logits > 0, logits / 1.5, logits * 1.5), logits)
     u = torch.tensor([0.1, 0.4, 0.7, 0.99], device=DEVICE)
     padded = torch.cat((logits, torch.full((B, 5), 99.0, device=DEVICE)), 1)[:, :V]
     tokens, logp = operation("next_tokens", kind)(padded, u, temperature, top_k=50, penalty=1.5, seen=marks)
     if temperature == 0:
         assert torch.equal(tokens, want.argmax(-1))
     else:
-        for b in range(B):
+        for b, token in enumerate(tokens.tolist()):
             cdf = survivors(want[b].cpu(), temperature, 50, 1.0, 0.0).cumsum(0)
-            assert cdf[tokens[b]] - 1e-5 >= u[b].cpu() - 2e-5 and (tokens[b] == 0 or cdf[tokens[b] - 1] <= u[b].cpu() + 1e-5)
+            assert cdf[token] - 1e-5 >= u[b].cpu() - 2e-5
+            assert token == 0 or cdf[token - 1] <= u[b].cpu() + 1e-5
     seen[torch.arange(B, device=DEVICE), tokens] = True
     assert torch.equal(marks, seen)
-    close(logp, (logits.double() / (temperature or 1)).log_softmax(-1).gather(1, tokens[:, None])[:, 0], torch.float32, "log-probability")
+    exact = (logits.double() / (temperature or 1)).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    close(logp, exact, torch.float32, "log-probability")
 
 
 def test_greedy_takes_the_first_of_equals():
-    """Across blocks too, and from logits that lie the other way round."""
+    """Across blocks too, and from logits whose rows are columns in memory."""
     logits = random(9001, 3).T
-    for row, equals in enumerate([(7, 8), (10, 8000), (4095, 4096, 9000)]):
-        logits[row, list(equals)] = 50.0
-    assert operation("next_tokens", "triton")(logits, torch.zeros(3, device=DEVICE), 0)[0].tolist() == [7, 10, 4095]
+    for row, equals in enumerate([[7, 8], [10, 8000], [4095, 4096, 9000]]):
+        logits[row, equals] = 50.0
+    tokens, _ = operation("next_tokens", "triton")(logits, torch.zeros(3, device=DEVICE), 0)
+    assert tokens.tolist() == [7, 10, 4095]
 
 
 @both
 def test_broken_logits_are_reported(kind):
-    """A NaN or an infinity anywhere in a row gives a log-probability that is not finite: the sampler stops there."""
+    """A NaN or an infinity anywhere in a row gives a log-probability that is not finite: the sampler stops
+    there.
+    """
     for bad in (float("nan"), float("inf")):
         logits = random(2, 700)
         logits[1, 300] = bad
         tokens, logp = operation("next_tokens", kind)(logits, torch.tensor([0.3, 0.6], device=DEVICE))
-        assert logp[0].isfinite() and not logp[1].isfinite() and 0 <= tokens.min() and tokens.max() < 700
+        assert logp[0].isfinite() and not logp[1].isfinite()
+        assert tokens.min() >= 0 and tokens.max() < 700
 
 
-# ---- the head --------------------------------------------------------------------------------------------------------
-
+# ---- the head ------------------------------------------------------------------------------------
 @both
 @dtypes
 @pytest.mark.parametrize("N, V, C", [(1, 40, 16), (37, 301, 33), (50, 700, 24)])
 @pytest.mark.parametrize("parts", [0, 1, 3])
 def test_linear_logprob(kind, dtype, N, V, C, parts, monkeypatch):
-    """Odd shapes, several parts of the vocabulary both ways, a gradient of its own for every token (some of them 0), and weights
-    that are the first rows of a larger matrix."""
+    """Odd shapes, several parts of the vocabulary both ways, and weights that are the first rows of a larger
+    matrix.
+    """
     if kind == "triton":
-        monkeypatch.setattr(importlib.import_module("kernels.logprob"), "D_BYTES", 256 * N * 4)
+        monkeypatch.setattr(importlib.import_module("kernels.fused.linear_logprob"), "D_BYTES", 256 * N * 4)
     else:
         monkeypatch.setattr(reference, "CHUNK_BYTES", 4 * V * 7)
-    targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(N)).to(DEVICE)
-    targets[0] = V - 1
 
     def exact(hidden, weight, targets, temperature):
         logp = (hidden @ weight.T / temperature).log_softmax(-1)
-        return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1).detach()
-    inputs = (random(N, C, dtype=dtype, apart=True), random(V + 3, C, dtype=dtype, seed=1, apart=True)[:V], targets, 0.7)
-    more = {"parts": parts} if kind == "triton" else {}
-    check(lambda *inputs: operation("linear_logprob", kind)(*inputs, **more), exact, inputs, dtype)
+        entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(1, targets[:, None])[:, 0], entropy.detach()
+
+    def ours(*inputs):
+        more = {"parts": parts} if kind == "triton" else {}
+        return operation("linear_logprob", kind)(*inputs, **more)
+
+    hidden = random(N, C, dtype=dtype, apart=True)
+    weight = random(V + 3, C, dtype=dtype, seed=1, apart=True)[:V]
+    targets = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(N)).to(DEVICE)
+    targets[0] = V - 1
+    check(ours, exact, (hidden, weight, targets, 0.7), dtype)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_logits_are_never_held():
-    """Rule 14 at a real vocabulary: 8k tokens would have 5 GB of float32 logits, and as much for their gradient."""
-    hidden, weight = random(8192, 256, dtype=torch.bfloat16).requires_grad_(), random(151_665, 256, dtype=torch.bfloat16).requires_grad_()
+    """Rule 14 at a real vocabulary: 8k tokens would have 5 GB of float32 logits, and as much for their
+    gradient.
+    """
+    N, V = 8192, 151_665
+    hidden = random(N, 256, dtype=torch.bfloat16).requires_grad_()
+    weight = random(V, 256, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.zeros(N, dtype=torch.long, device=DEVICE)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    operation("linear_logprob", "triton")(hidden, weight, torch.zeros(8192, dtype=torch.long, device=DEVICE))[0].sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < 8192 * 151_665 * 4 / 4
+    operation("linear_logprob", "triton")(hidden, weight, targets)[0].sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < N * V * 4 / 4
 
 
 @both
 def test_no_rows_no_gradient(kind):
-    hidden, weight = torch.zeros(0, 16, device=DEVICE, requires_grad=True), random(40, 16).requires_grad_()
-    logp, entropy = operation("linear_logprob", kind)(hidden, weight, torch.zeros(0, dtype=torch.long, device=DEVICE))
+    hidden = torch.zeros(0, 16, device=DEVICE, requires_grad=True)
+    weight = random(40, 16).requires_grad_()
+    targets = torch.zeros(0, dtype=torch.long, device=DEVICE)
+    logp, entropy = operation("linear_logprob", kind)(hidden, weight, targets)
     logp.sum().backward()
-    assert logp.shape == entropy.shape == (0,) and hidden.grad.shape == (0, 16) and not weight.grad.any()
+    assert logp.shape == entropy.shape == (0,)
+    assert hidden.grad.shape == (0, 16) and not weight.grad.any()

@@ -2,8 +2,8 @@
 
     t = sigmoid(g)        dg = dy u t (1 + g (1 - t))        du = dy g t
 
-Bytes a bfloat16 value: forward reads g, u and writes y: 6 (silu and product apart: 10). Backward reads dy, g, u and writes
-dg, du: 10; nothing but the two inputs is kept for it.
+Bytes a bfloat16 value: forward reads g, u and writes y: 6 (silu and product apart: 10). Backward reads dy, g,
+u and writes dg, du: 10; nothing but the two inputs is kept for it.
 """
 import torch
 import triton
@@ -15,15 +15,18 @@ BLOCK = tl.constexpr(1024)
 @triton.jit
 def _forward(gate, up, y, n):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g, u = tl.load(gate + at, at < n, 0.0).to(tl.float32), tl.load(up + at, at < n, 0.0).to(tl.float32)
+    g = tl.load(gate + at, at < n, 0.0).to(tl.float32)
+    u = tl.load(up + at, at < n, 0.0).to(tl.float32)
     tl.store(y + at, g * tl.sigmoid(g) * u, at < n)
 
 
 @triton.jit
 def _backward(dy, gate, up, dgate, dup, n):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g, u = tl.load(gate + at, at < n, 0.0).to(tl.float32), tl.load(up + at, at < n, 0.0).to(tl.float32)
-    d, t = tl.load(dy + at, at < n, 0.0).to(tl.float32), tl.sigmoid(g)
+    g = tl.load(gate + at, at < n, 0.0).to(tl.float32)
+    u = tl.load(up + at, at < n, 0.0).to(tl.float32)
+    d = tl.load(dy + at, at < n, 0.0).to(tl.float32)
+    t = tl.sigmoid(g)
     tl.store(dgate + at, d * u * t * (1 + g * (1 - t)), at < n)
     tl.store(dup + at, d * g * t, at < n)
 
@@ -31,8 +34,10 @@ def _backward(dy, gate, up, dgate, dup, n):
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
-        gate, up, y = gate.contiguous(), up.contiguous(), torch.empty_like(gate, memory_format=torch.contiguous_format)
-        _forward[(triton.cdiv(y.numel(), BLOCK.value),)](gate, up, y, y.numel())
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        n = y.numel()
+        _forward[(triton.cdiv(n, BLOCK.value),)](gate, up, y, n)
         ctx.save_for_backward(gate, up)
         return y
 
@@ -40,8 +45,11 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _backward[(triton.cdiv(dy.numel(), BLOCK.value),)](dy.contiguous(), gate, up, dgate, dup, dy.numel())
+        n = dy.numel()
+        _backward[(triton.cdiv(n, BLOCK.value),)](dy.contiguous(), gate, up, dgate, dup, n)
         return dgate, dup
 
 
-swiglu = _SwiGLU.apply  # as `reference.swiglu`
+def swiglu(gate, up):
+    """As `reference.swiglu`."""
+    return _SwiGLU.apply(gate, up)

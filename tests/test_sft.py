@@ -1,0 +1,116 @@
+"""SFT trains the assistant's turn and its end, nothing else, however a step is cut."""
+import math
+
+import pytest
+import torch
+from conftest import CHAT, MINI, refused, tiny, write_jsonl
+
+import sft
+from sft import Example, learning_rate, loss_of, make_batches
+
+SFT = ("--model", MINI, "--data", "chat.jsonl", "--tokens-per-batch", "256", "--device", "cpu")
+
+
+def examples_of(rows):
+    _, tokenizer = tiny()
+    write_jsonl("rows.jsonl", rows)
+    return sft.read_examples("rows.jsonl", tokenizer, 256), tokenizer
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+def test_loss_is_of_the_assistant_turn_and_its_end():
+    """Rule 10, with an independent sum over the tokens of dense logits."""
+    examples, tokenizer = examples_of(CHAT[:5])
+    model, _ = tiny()
+    want = 0.0
+    for example, chat in zip(examples, CHAT, strict=False):
+        user, assistant = chat["messages"]
+        prompt = tokenizer.chat([user])
+        ids = prompt + tokenizer.encode(assistant["content"]) + [tokenizer.end_id]
+        assert example == Example(ids, start=len(prompt))
+        logp = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
+        want -= sum(logp[t - 1, ids[t]] for t in range(len(prompt), len(ids)))
+    assert torch.allclose(loss_of(model, examples), want, rtol=1e-5)
+
+
+def test_masks_come_from_lengths():
+    """Rule 10: the targets are the trained tokens with their end, though the pad id occurs among them."""
+    examples, tokenizer = examples_of(CHAT[:5])
+    model, _ = tiny()
+    seen = []
+
+    def logprobs(hidden, targets):
+        seen.extend(targets.tolist())
+        return torch.zeros(len(targets), requires_grad=True), None
+    model.logprobs = logprobs
+    loss_of(model, examples)
+    assert seen == [token for example in examples for token in example.trained]
+    assert seen.count(tokenizer.end_id) == 5
+
+
+def gradients(examples, cuts):
+    """The gradient of all weights, from micro-batches of the examples at these indices."""
+    model, _ = tiny("qwen3")
+    count = sum(len(example.trained) for example in examples)
+    for cut in cuts:
+        (loss_of(model, [examples[i] for i in cut]) / count).backward()
+    return torch.cat([w.grad.flatten() for w in model.parameters()])
+
+
+def test_micro_batches_do_not_change_the_gradient():
+    """Rule 9, with rows of different lengths, where a mean of means would differ."""
+    rows = []
+    for i, chat in enumerate(CHAT[:8]):
+        user, assistant = chat["messages"]
+        rows.append({"messages": [user, {**assistant, "content": assistant["content"] * (1 + i)}]})
+    examples, _ = examples_of(rows)
+    whole = gradients(examples, [range(8)])
+    for cuts in ([range(0, 4), range(4, 8)], [[0, 7], [1, 6], [2, 5], [3, 4]], [[i] for i in range(8)]):
+        assert torch.allclose(gradients(examples, cuts), whole, atol=1e-5, rtol=1e-4)
+
+
+# ---- batches and schedule ------------------------------------------------------------------------
+def test_an_epoch_sees_every_example_once():
+    examples = [Example([0] * n, 1) for n in (5, 3, 9, 4, 2, 7)]
+    batches = make_batches(examples, tokens_per_batch=10, seed=0, epoch=0)
+    assert sorted(len(e) for batch in batches for e in batch) == [2, 3, 4, 5, 7, 9]
+    assert all(sum(map(len, batch)) <= 10 for batch in batches)
+    assert make_batches(examples, 10, 0, 0) == batches != make_batches(examples, 10, 0, 1)
+
+
+def test_schedule():
+    rates = [learning_rate(step, 100, 2.0) for step in range(1, 101)]
+    assert rates[0] == 0.4 and max(rates) == rates[4] == 2.0 and 0 < rates[-1] < 0.002
+    assert rates[52] == pytest.approx(1 + math.cos(math.pi * 48 / 96))
+
+
+# ---- input ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("row, message", [
+    ({"messages": "no"}, "chat.jsonl: row 1: messages must be a list"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "the last of the messages must be the assistant's"),
+    ({"text": "x"}, "chat.jsonl:1: the key 'messages' is missing"),
+])
+def test_bad_rows(cmd, row, message):
+    write_jsonl("chat.jsonl", [row])
+    refused(cmd, sft, SFT, message)
+
+
+def test_bad_input(cmd):
+    refused(cmd, sft, SFT, "sft.py: chat.jsonl: no such file")
+    write_jsonl("chat.jsonl", CHAT)
+    refused(cmd, sft, (*SFT, "--context", "8"), "every row is longer than --context 8")
+    refused(cmd, sft, (*SFT, "--context", "5000"), "has a context of 2048")
+    assert "at least 0" in cmd(sft, "--lr", "-1")[2]
+
+
+def test_rows_over_the_context_are_counted(cmd):
+    user, assistant = CHAT[0]["messages"]
+    long = {"messages": [user, {**assistant, "content": "word " * 300}]}
+    write_jsonl("chat.jsonl", [*CHAT, long])
+    status, out, _ = cmd(sft, *SFT, "--context", "200")
+    assert status == 0 and "left out 1 of 29 rows" in out
