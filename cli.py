@@ -176,7 +176,7 @@ def refuse_existing(path: str | Path) -> None:
         raise UserError(f"--out {path} exists; give another --out, or move it away")
 
 
-def run_record(args: argparse.Namespace) -> dict:
+def run_record(args) -> dict:
     """The command, every flag, versions and git commit, as `run.json` keeps them."""
     versions = {"python": sys.version.split()[0]}
     for package in ("torch", "tokenizers", "safetensors", "numpy", "triton"):

@@ -11,7 +11,6 @@ tells a wrong answer from a response that never came to its end.
 Left out: several GPUs (start one process a task), going on with an interrupted evaluation, judging by another
 model.
 """
-import argparse
 import json
 import math
 import os
@@ -26,15 +25,7 @@ from tqdm import tqdm
 import tasks
 from checkpoint import Tokenizer, config_of, find_folder, load, read_json
 from cli import (
-    UserError,
-    command,
-    natural,
-    number,
-    parser,
-    positive,
-    refuse_existing,
-    run_record,
-    to_json,
+    UserError, command, natural, number, parser, positive, refuse_existing, run_record, to_json,
     write_whole,
 )
 from grading import verdict
@@ -192,7 +183,7 @@ class Plan:
     ks: list[int]  # of pass@k
 
 
-def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args: argparse.Namespace) -> list[dict]:
+def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args) -> list[dict]:
     """The rows of results.jsonl for one model and task, one a sample."""
     tokenizer, task, problems = sampler.tokenizer, plan.task, plan.problems
     prompts = [tokenizer.chat(task.prompt(problem, args.style)) for problem in problems]
@@ -428,7 +419,7 @@ def whole_numbers(text: str) -> list[int]:
     return ks
 
 
-def make_plans(args: argparse.Namespace) -> list[Plan]:
+def make_plans(args) -> list[Plan]:
     plans = []
     for task in tasks.find_all(args.tasks, args.data_dir):
         problems = task.problems(args.split, args.questions, args.seed)
@@ -473,9 +464,7 @@ def main():
     print(f"\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
-def write_results(
-    out: Path, cells: list[dict], results: dict, rows: list[dict], args: argparse.Namespace,
-) -> None:
+def write_results(out: Path, cells: list[dict], results: dict, rows: list[dict], args) -> None:
     """Add the rows of a new cell to results.jsonl; make summary.json and the page anew."""
     from report import page
     with open(out / "results.jsonl", "a", encoding="utf-8") as f:

@@ -14,7 +14,6 @@ A prompt runs once through training too: its responses attend to one copy of it 
 
 To try another reward, edit `rewards_of`. Left out: asynchronous rollouts, a value model, tools.
 """
-import argparse
 import random
 import time
 from copy import deepcopy
@@ -30,19 +29,8 @@ from cli import UserError, command, natural, number, parser, positive
 from model import Attend, Transformer
 from sample import Completion, Params, Sampler
 from train import (
-    Optimizer,
-    Run,
-    check_finite,
-    interruptible,
-    lr_or_default,
-    micro_batches,
-    progress,
-    rank,
-    say,
-    start_processes,
-    total,
-    training_flags,
-    world,
+    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, rank, say,
+    start_processes, total, training_flags, world,
 )
 
 MINIATURE_LR = 3e-4
@@ -206,9 +194,7 @@ def choose(problems: list, step: int, count: int, seed: int) -> list:
     return order[step_in_pass * count:(step_in_pass + 1) * count]
 
 
-def roll_out(
-    sampler: Sampler, chosen: list, args: argparse.Namespace, params: Params, step: int,
-) -> list[Group]:
+def roll_out(sampler: Sampler, chosen: list, args, params: Params, step: int) -> list[Group]:
     """This process's part of the step's questions [(task, problem)], answered, graded and compared."""
     tokenizer = sampler.tokenizer
     groups = []
@@ -226,7 +212,7 @@ def roll_out(
     return groups
 
 
-def rewards_of(group: Group, args: argparse.Namespace, step: int) -> list[float]:
+def rewards_of(group: Group, args, step: int) -> list[float]:
     """The reward of each rollout: 1 for a correct answer, else 0.
 
     The control `--reward random` tosses coins that know nothing of the answers.
@@ -237,7 +223,7 @@ def rewards_of(group: Group, args: argparse.Namespace, step: int) -> list[float]
     return [float(grade.correct) for grade in group.grades]
 
 
-def validate(sampler: Sampler, problems: list, args: argparse.Namespace, params: Params) -> float:
+def validate(sampler: Sampler, problems: list, args, params: Params) -> float:
     """The part of the validation questions answered right, one sample each, over all processes."""
     mine = problems[rank()::world()]
     prompts = [sampler.tokenizer.chat(task.prompt(problem)) for task, problem in mine]
@@ -268,7 +254,7 @@ def update(
     reference: Transformer | None,
     optimizer: Optimizer,
     groups: list[Group],
-    args: argparse.Namespace,
+    args,
     lr: float,
 ) -> tuple[float | None, dict[str, float]]:
     """One optimizer step on a mini-batch, of which `groups` is this process's part: (gradient norm, sums).
@@ -295,14 +281,12 @@ def update(
     return norm, sums
 
 
-def in_loss(completion: Completion, args: argparse.Namespace) -> bool:
+def in_loss(completion: Completion, args) -> bool:
     """Whether a rollout is part of the loss and its divisor."""
     return args.truncated == "keep" or completion.finish == "stop"
 
 
-def responses_to_train(
-    group: Group, args: argparse.Namespace, n_responses: int, n_tokens: int, keep_all: bool,
-) -> list[Response]:
+def responses_to_train(group: Group, args, n_responses: int, n_tokens: int, keep_all: bool) -> list[Response]:
     """The rollouts of a group that are run: those with an advantage, or all if a KL term needs them."""
     kept = []
     for completion, advantage in zip(group.completions, group.advantages, strict=True):
@@ -318,11 +302,7 @@ def responses_to_train(
 
 
 def backward(
-    model: Transformer,
-    reference: Transformer | None,
-    prompt: list[int],
-    responses: list[Response],
-    args: argparse.Namespace,
+    model: Transformer, reference: Transformer | None, prompt: list[int], responses: list[Response], args,
 ) -> dict[str, float]:
     """Add the gradient of some responses to one prompt. Returns their statistics, summed over tokens."""
     def by_token(values):
@@ -497,7 +477,7 @@ def arguments():
     return args
 
 
-def read_problems(args: argparse.Namespace, tokenizer: Tokenizer, context: int) -> tuple[list, list]:
+def read_problems(args, tokenizer: Tokenizer, context: int) -> tuple[list, list]:
     """([(task, problem)] to train on, the same to validate on).
 
     Refuses now what would fail in the middle of the run.

@@ -22,15 +22,7 @@ from pathlib import Path
 
 import tasks
 from cli import (
-    UserError,
-    command,
-    natural,
-    parser,
-    positive,
-    read_jsonl,
-    refuse_existing,
-    to_json,
-    write_whole,
+    UserError, command, natural, parser, positive, read_jsonl, refuse_existing, to_json, write_whole,
 )
 from grading import TRACE_TAGS
 

@@ -7,7 +7,7 @@
 Four ideas carry the speed. A group's prompt is run once and its cache is forked to every sample. A row that
 ends gives its slot to the next request at once. Live rows are kept in the first slots, so that a step is one
 dense batch. On a GPU a step, the choice of the token included, is one CUDA graph, and the host looks at what
-was chosen every eighth token only.
+was chosen every eighth token only. Slots and graphs are in `cache.py`.
 
 One idea carries the trust: a token is drawn with one uniform number that depends on (seed, request, index,
 position) only. So a completion is the same in whatever batch, slot, order or process it was made, as far as a
@@ -15,37 +15,29 @@ matrix product of another shape rounds the same (a near-tie can fall the other w
 
 Left out: paged cache, speculative decoding, quantised weights, prefixes shared between different prompts.
 """
-import argparse
 import hashlib
 import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import tasks
+from cache import (
+    GRAIN, MOST_SLOTS, Graphs, KVCache, SlotState, bucket, free_memory, slot_capacity, slot_count,
+)
 from checkpoint import Tokenizer, load
 from cli import (
-    UserError,
-    command,
-    natural,
-    number,
-    parser,
-    positive,
-    read_jsonl,
-    run_record,
-    to_json,
-    write_whole,
+    UserError, command, natural, number, parser, positive, read_jsonl, run_record, to_json, write_whole,
 )
 from grading import verdict
-from kernels import decode_attention, next_tokens, uniform, uses_triton
-from model import Attend, Config, Transformer, causal
+from kernels import next_tokens, uniform, uses_triton
+from model import Transformer
 
 
 # ---- what is asked and what comes back -----------------------------------------------------------
@@ -101,96 +93,11 @@ class Sequence:
         return len(self.completion.prompt) + len(self.completion.tokens) - 1
 
 
-# ---- the cache -----------------------------------------------------------------------------------
-class KVCache:
-    """Keys and values of every layer in slots of fixed capacity: k, v (layers, slots, K, capacity, D).
-
-    A token of Qwen2.5-1.5B takes 28 KiB in bfloat16 (2 x 28 layers x 2 heads x 128 x 2 bytes): 128 slots of
-    4,608 tokens are 17 GB.
-    """
-
-    def __init__(self, config: Config, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, config.head_dim)
-        # Zeros, not empty: a masked position gets weight 0, and 0 * NaN would be NaN.
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.slots = slots
-        self.capacity = capacity
-
-    @property
-    def nbytes(self) -> int:
-        return 2 * self.k.nbytes
-
-    @staticmethod
-    def bytes_per_token(config: Config, dtype: torch.dtype) -> int:
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-
-    def prefill(self, slots: list[int]) -> Attend:
-        """An Attend for prompts padded on the right, one to each slot of the list.
-
-        What lands beyond a prompt's length is overwritten by decoding before anything reads it.
-        """
-        slots = torch.tensor(slots, device=self.k.device)
-
-        def attend(layer, q, k, v):
-            width = k.shape[1]
-            self.k[layer, slots, :, :width] = k.transpose(1, 2)  # (B, K, T, D)
-            self.v[layer, slots, :, :width] = v.transpose(1, 2)
-            return causal(layer, q, k, v)
-        return attend
-
-    def decode(self, lengths: Tensor, longest: int) -> Attend:
-        """An Attend for one new token in each of the first len(lengths) slots.
-
-        It lands at position lengths[slot] <= longest.
-        """
-        B = len(lengths)
-
-        def attend(layer, q, k, v):
-            past_k = self.k[layer, :B, :, :longest + 1]  # (B, K, S, D)
-            past_v = self.v[layer, :B, :, :longest + 1]
-            o = decode_attention(q[:, 0], k[:, 0], v[:, 0], past_k, past_v, lengths)  # (B, H, D)
-            return o[:, None]  # (B, 1, H, D)
-        return attend
-
-    def copy(self, source: int, targets: list[int], length: int) -> None:
-        """Copy the first `length` positions of a slot to others."""
-        self.k[:, targets, :, :length] = self.k[:, source, None, :, :length]
-        self.v[:, targets, :, :length] = self.v[:, source, None, :, :length]
-
-
-class SlotState:
-    """What a decoding step knows of each slot beside its keys and values.
-
-    CUDA graphs point at it: written in place only.
-    """
-
-    def __init__(self, slots: int, device: torch.device):
-        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)  # what each feeds next
-        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # positions in its cache
-        self.noise_keys = torch.zeros(slots, dtype=torch.long, device=device)  # names its random numbers
-        self.logprobs = torch.zeros(slots, device=device)  # of `tokens`, once they were sampled
-        self.seen: Tensor | None = None  # (slots, vocab) bool: the ids it has met, for a repetition penalty
-
-    def note_seen(self, vocab: int) -> None:
-        """Begin to keep `seen`, which takes a byte a slot and token."""
-        if self.seen is None:
-            self.seen = torch.zeros(len(self.tokens), vocab, dtype=torch.bool, device=self.tokens.device)
-
-    def open(self, slot: int, prompt: list[int], noise_key: int) -> None:
-        # Prefill leaves out the last prompt token: the first decoding step feeds it, so tokens are chosen in
-        # one place only.
-        self.tokens[slot] = prompt[-1]
-        self.lengths[slot] = len(prompt) - 1
-        self.noise_keys[slot] = noise_key
-        if self.seen is not None:
-            self.seen[slot] = False
-            self.seen[slot, torch.tensor(prompt, device=self.seen.device)] = True
-
-    def move(self, source: int, target: int) -> None:
-        for state in (self.tokens, self.lengths, self.noise_keys, self.seen):
-            if state is not None:
-                state[target] = state[source]
+# ---- the sampler ---------------------------------------------------------------------------------
+PREFILL_TOKENS = 8192  # of one prefill batch, padding included: bounds its activations
+# Tokens of every row between two looks of the host; what a row chose after its end is dropped.
+LOOK = {"cpu": 1, "cuda": 8}
+CACHE_FRACTION = 0.6  # of the free memory, for a cache that is given back
 
 
 def noise_key(seed: int, request: Request, index: int) -> int:
@@ -198,73 +105,6 @@ def noise_key(seed: int, request: Request, index: int) -> int:
     identity = request.identity if request.identity is not None else json.dumps(request.prompt)
     digest = hashlib.blake2b(f"{seed}/{index}/{identity}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
-
-
-# ---- policies: how long a slot is, how many there are, how many a step runs ----------------------
-PREFILL_TOKENS = 8192  # of one prefill batch, padding included: bounds its activations
-MOST_SLOTS = {"cpu": 128, "cuda": 512}  # more rows no longer make a step cheaper per token
-# A slot has a multiple of this many positions: a prompt a little longer must not cost all graphs.
-GRAIN = {"cpu": 64, "cuda": 256}
-# Tokens of every row between two looks of the host; what a row chose after its end is dropped.
-LOOK = {"cpu": 1, "cuda": 8}
-CACHE_FRACTION = 0.6  # of the free memory, for a cache that is given back
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def slot_capacity(needed: int, current: int | None, growing: bool, context: int, grain: int) -> int:
-    """Positions of a slot, if the longest waiting request needs `needed` and slots have `current` today.
-
-    `growing`: longer requests came while others ran. More will, so slots double rather than grow by a little
-    each time. A cache whose slots are long enough, and at most four times too long, stays as it is.
-
-    slot_capacity(100, None, False, 2048, 64)  ->  128
-    slot_capacity(100, 256, False, 2048, 64)   ->  256
-    slot_capacity(300, 256, True, 2048, 64)    ->  512
-    """
-    if growing and current is not None and current < needed:
-        needed = max(needed, min(2 * current, context))
-    needed = round_up(needed, grain)
-    if current is not None and needed <= current <= 4 * needed:
-        return current
-    return needed
-
-
-def slot_count(waiting: int, current: int, wanted: int, fitting: int, most: int) -> int:
-    """How many slots to have, where `waiting` samples wait and `fitting` fit in memory.
-
-    `wanted` is the caller's word, or 0 to take what fits, up to `most`. May exceed `fitting`, for the caller
-    to refuse.
-
-    slot_count(waiting=10, current=0, wanted=0, fitting=50, most=128)  ->  10
-    slot_count(waiting=999, current=0, wanted=0, fitting=50, most=128)  ->  50
-    """
-    wanted = wanted or min(most, max(fitting, 1))
-    return min(wanted, max(waiting, current))
-
-
-def bucket(live: int) -> int:
-    """How many slots a step with `live` rows runs under CUDA graphs: few numbers, as each costs a graph.
-
-    bucket(5) -> 8      bucket(20) -> 32      bucket(130) -> 192
-    """
-    if live <= 16:
-        return 1 << (live - 1).bit_length()  # 1, 2, 4, 8, 16
-    return round_up(live, 16 if live <= 128 else 64)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
-    if device.type == "cuda":
-        unused_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused_by_torch
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def prefill_batches(prompts: list[tuple[int, list[int]]]) -> Iterator[list[tuple[int, list[int]]]]:
@@ -279,36 +119,6 @@ def prefill_batches(prompts: list[tuple[int, list[int]]]) -> Iterator[list[tuple
         yield batch
 
 
-class Graphs:
-    """CUDA graphs of one decoding step, one for each kind of step."""
-
-    def __init__(self):
-        self.replays: dict[Any, Callable | None] = {}
-        # Their memory. One for all: they never run at the same time, and the first is usually the largest.
-        self.pool = None
-
-    def run(self, kind: Any, step: Callable[[], None]) -> None:
-        """Run a step. The first of a kind runs as it is, which compiles its kernels.
-
-        The second is captured, and from then on replayed.
-        """
-        if kind not in self.replays:
-            self.replays[kind] = None
-            step()
-            return
-        if self.replays[kind] is None:
-            self.replays[kind] = self.capture(step)
-        self.replays[kind]()
-
-    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            step()
-        return graph.replay
-
-
-# ---- the sampler ---------------------------------------------------------------------------------
 class Sampler:
     """Generates completions.
 
@@ -632,9 +442,7 @@ class Reflections:
     found: dict[int, dict] = field(default_factory=dict)
 
 
-def attempt_requests(
-    args: argparse.Namespace, problems: list, done: set, tokenizer: Tokenizer,
-) -> deque[Request]:
+def attempt_requests(args, problems: list, done: set, tokenizer: Tokenizer) -> deque[Request]:
     """A request for each question and style, for the attempts that are not `done`."""
     queue = deque()
     for task, problem in problems:
@@ -677,7 +485,7 @@ def reflection_request(row: dict, n: int, tokenizer: Tokenizer) -> Request:
     return Request(prompt, list(range(n)), identity, tag=Reflections(row))
 
 
-def already_done(args: argparse.Namespace) -> set:
+def already_done(args) -> set:
     """The (id, style, index) already in --out; a new --out gets its run.json beside it.
 
     Checks that the file was made with the same settings, and cuts off a last line that is not whole.
@@ -726,7 +534,7 @@ class Tally:
                 "with the grade")
 
 
-def answer_by_hand(args: argparse.Namespace, params: Params) -> None:
+def answer_by_hand(args, params: Params) -> None:
     """--prompt: print samples of one text."""
     model, tokenizer = load(args.model, args.device, args.dtype)
     prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])

@@ -23,19 +23,8 @@ from checkpoint import Tokenizer, device_and_dtype, load
 from cli import UserError, command, number, parser, positive, read_jsonl
 from model import Transformer
 from train import (
-    Optimizer,
-    Run,
-    check_finite,
-    interruptible,
-    lr_or_default,
-    micro_batches,
-    progress,
-    rank,
-    say,
-    start_processes,
-    total,
-    training_flags,
-    world,
+    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, rank, say,
+    start_processes, total, training_flags, world,
 )
 
 MINIATURE_LR = 3e-3

@@ -22,17 +22,8 @@ from string import ascii_lowercase
 
 from cli import UserError, read_jsonl
 from grading import (
-    OPERATORS,
-    check_choice,
-    check_countdown,
-    check_exact,
-    check_integer,
-    check_math,
-    check_word,
-    dictionary,
-    extract_answer,
-    integer_of,
-    math_verify,
+    OPERATORS, check_choice, check_countdown, check_exact, check_integer, check_math, check_word,
+    dictionary, extract_answer, integer_of, math_verify,
 )
 
 

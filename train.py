@@ -275,7 +275,7 @@ class Run:
     removed. So a kill at any moment leaves a whole checkpoint, and `--resume` cuts the logs back to its step.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args):
         self.out = Path(args.out)
         self.save_every = args.save_every
         record = self.out / "run.json"

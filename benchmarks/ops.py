@@ -13,14 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from common import (  # isort: skip (sets the path)
-    SHAPES,
-    VOCABULARY,
-    machine,
-    name_of,
-    roofline,
-    seconds_of,
-    write,
+from common import (  # first of ours: it sets the path
+    SHAPES, VOCABULARY, machine, name_of, roofline, seconds_of, write,
 )
 
 import torch

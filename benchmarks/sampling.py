@@ -16,16 +16,8 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from common import (  # isort: skip (sets the path)
-    compare,
-    folder_of,
-    load_model,
-    name_of,
-    refuse_missing,
-    roofline,
-    seconds_of,
-    short_name,
-    synchronize,
+from common import (  # first of ours: it sets the path
+    compare, folder_of, load_model, name_of, refuse_missing, roofline, seconds_of, short_name, synchronize,
     write,
 )
 

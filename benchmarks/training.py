@@ -24,15 +24,8 @@ import tempfile
 import time
 from types import SimpleNamespace
 
-from common import (  # isort: skip (sets the path)
-    compare,
-    folder_of,
-    load_model,
-    name_of,
-    refuse_missing,
-    roofline,
-    short_name,
-    synchronize,
+from common import (  # first of ours: it sets the path
+    compare, folder_of, load_model, name_of, refuse_missing, roofline, short_name, synchronize,
 )
 
 import torch

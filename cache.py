@@ -1,0 +1,205 @@
+"""The sampler's slots: their keys and values, how long and how many they are, the CUDA graphs that point at them.
+
+    cache = KVCache(config, slots=128, capacity=4608, device=device, dtype=dtype)
+    model(prompts, attend=cache.prefill([0, 1]))                # the keys and values of two prompts
+    cache.copy(0, [2, 3], length=150)                           # one of them forked to two more samples
+    model(tokens[:, None], lengths[:, None], attend=cache.decode(lengths, longest))     # a token more in each
+
+`model.py` knows nothing of it: both methods return an Attend, which writes the cache and then attends.
+
+Left out: pages (a slot is one stretch of memory), quantised caches, moving slots to the host.
+"""
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import decode_attention
+from model import Attend, Config, causal
+
+
+# ---- keys and values -----------------------------------------------------------------------------
+class KVCache:
+    """Keys and values of every layer in slots of fixed capacity: k, v (layers, slots, K, capacity, D).
+
+    A token of Qwen2.5-1.5B takes 28 KiB in bfloat16 (2 x 28 layers x 2 heads x 128 x 2 bytes): 128 slots of
+    4,608 tokens are 17 GB.
+    """
+
+    def __init__(self, config: Config, slots: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, capacity, config.head_dim)
+        # Zeros, not empty: a masked position gets weight 0, and 0 * NaN would be NaN.
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.slots = slots
+        self.capacity = capacity
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.k.nbytes
+
+    @staticmethod
+    def bytes_per_token(config: Config, dtype: torch.dtype) -> int:
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+    def prefill(self, slots: list[int]) -> Attend:
+        """An Attend for prompts padded on the right, one to each slot of the list.
+
+        What lands beyond a prompt's length is overwritten by decoding before anything reads it.
+        """
+        slots = torch.tensor(slots, device=self.k.device)
+
+        def attend(layer, q, k, v):
+            width = k.shape[1]
+            self.k[layer, slots, :, :width] = k.transpose(1, 2)  # (B, K, T, D)
+            self.v[layer, slots, :, :width] = v.transpose(1, 2)
+            return causal(layer, q, k, v)
+        return attend
+
+    def decode(self, lengths: Tensor, longest: int) -> Attend:
+        """An Attend for one new token in each of the first len(lengths) slots.
+
+        It lands at position lengths[slot] <= longest.
+        """
+        B = len(lengths)
+
+        def attend(layer, q, k, v):
+            past_k = self.k[layer, :B, :, :longest + 1]  # (B, K, S, D)
+            past_v = self.v[layer, :B, :, :longest + 1]
+            o = decode_attention(q[:, 0], k[:, 0], v[:, 0], past_k, past_v, lengths)  # (B, H, D)
+            return o[:, None]  # (B, 1, H, D)
+        return attend
+
+    def copy(self, source: int, targets: list[int], length: int) -> None:
+        """Copy the first `length` positions of a slot to others."""
+        self.k[:, targets, :, :length] = self.k[:, source, None, :, :length]
+        self.v[:, targets, :, :length] = self.v[:, source, None, :, :length]
+
+
+class SlotState:
+    """What a decoding step knows of each slot beside its keys and values.
+
+    CUDA graphs point at it: written in place only.
+    """
+
+    def __init__(self, slots: int, device: torch.device):
+        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)  # what each feeds next
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # positions in its cache
+        self.noise_keys = torch.zeros(slots, dtype=torch.long, device=device)  # names its random numbers
+        self.logprobs = torch.zeros(slots, device=device)  # of `tokens`, once they were sampled
+        self.seen: Tensor | None = None  # (slots, vocab) bool: the ids it has met, for a repetition penalty
+
+    def note_seen(self, vocab: int) -> None:
+        """Begin to keep `seen`, which takes a byte a slot and token."""
+        if self.seen is None:
+            self.seen = torch.zeros(len(self.tokens), vocab, dtype=torch.bool, device=self.tokens.device)
+
+    def open(self, slot: int, prompt: list[int], noise_key: int) -> None:
+        # Prefill leaves out the last prompt token: the first decoding step feeds it, so tokens are chosen in
+        # one place only.
+        self.tokens[slot] = prompt[-1]
+        self.lengths[slot] = len(prompt) - 1
+        self.noise_keys[slot] = noise_key
+        if self.seen is not None:
+            self.seen[slot] = False
+            self.seen[slot, torch.tensor(prompt, device=self.seen.device)] = True
+
+    def move(self, source: int, target: int) -> None:
+        for state in (self.tokens, self.lengths, self.noise_keys, self.seen):
+            if state is not None:
+                state[target] = state[source]
+
+
+# ---- how long a slot is, how many there are, how many a step runs --------------------------------
+MOST_SLOTS = {"cpu": 128, "cuda": 512}  # more rows no longer make a step cheaper per token
+# A slot has a multiple of this many positions: a prompt a little longer must not cost all graphs.
+GRAIN = {"cpu": 64, "cuda": 256}
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def slot_capacity(needed: int, current: int | None, growing: bool, context: int, grain: int) -> int:
+    """Positions of a slot, if the longest waiting request needs `needed` and slots have `current` today.
+
+    `growing`: longer requests came while others ran. More will, so slots double rather than grow by a little
+    each time. A cache whose slots are long enough, and at most four times too long, stays as it is.
+
+    slot_capacity(100, None, False, 2048, 64)  ->  128
+    slot_capacity(100, 256, False, 2048, 64)   ->  256
+    slot_capacity(300, 256, True, 2048, 64)    ->  512
+    """
+    if growing and current is not None and current < needed:
+        needed = max(needed, min(2 * current, context))
+    needed = round_up(needed, grain)
+    if current is not None and needed <= current <= 4 * needed:
+        return current
+    return needed
+
+
+def slot_count(waiting: int, current: int, wanted: int, fitting: int, most: int) -> int:
+    """How many slots to have, where `waiting` samples wait and `fitting` fit in memory.
+
+    `wanted` is the caller's word, or 0 to take what fits, up to `most`. May exceed `fitting`, for the caller
+    to refuse.
+
+    slot_count(waiting=10, current=0, wanted=0, fitting=50, most=128)  ->  10
+    slot_count(waiting=999, current=0, wanted=0, fitting=50, most=128)  ->  50
+    """
+    wanted = wanted or min(most, max(fitting, 1))
+    return min(wanted, max(waiting, current))
+
+
+def bucket(live: int) -> int:
+    """How many slots a step with `live` rows runs under CUDA graphs: few numbers, as each costs a graph.
+
+    bucket(5) -> 8      bucket(20) -> 32      bucket(130) -> 192
+    """
+    if live <= 16:
+        return 1 << (live - 1).bit_length()  # 1, 2, 4, 8, 16
+    return round_up(live, 16 if live <= 128 else 64)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated."""
+    if device.type == "cuda":
+        unused_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused_by_torch
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+# ---- graphs --------------------------------------------------------------------------------------
+class Graphs:
+    """CUDA graphs of one decoding step, one for each kind of step."""
+
+    def __init__(self):
+        self.replays: dict[Any, Callable | None] = {}
+        # Their memory. One for all: they never run at the same time, and the first is usually the largest.
+        self.pool = None
+
+    def run(self, kind: Any, step: Callable[[], None]) -> None:
+        """Run a step. The first of a kind runs as it is, which compiles its kernels.
+
+        The second is captured, and from then on replayed.
+        """
+        if kind not in self.replays:
+            self.replays[kind] = None
+            step()
+            return
+        if self.replays[kind] is None:
+            self.replays[kind] = self.capture(step)
+        self.replays[kind]()
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            step()
+        return graph.replay

@@ -1,0 +1,54 @@
+"""How many slots there are, how long they are and which graphs run them: few, and never more than fit."""
+import pytest
+
+from cache import Graphs, bucket, slot_capacity, slot_count
+
+
+@pytest.mark.parametrize("needed, current, growing, want", [
+    (100, None, False, 128),  # whole grains
+    (100, 256, False, 256),  # long enough: stays
+    (100, 1024, False, 128),  # more than four times too long: made anew
+    (300, 256, False, 320),
+    (300, 256, True, 512),  # doubles while others run
+    (300, 1200, True, 1200),
+    (300, 200, True, 448),  # twice 200, in whole grains
+])
+def test_slot_capacity(needed, current, growing, want):
+    assert slot_capacity(needed, current, growing, context=2048, grain=64) == want
+
+
+def test_slot_capacity_never_doubles_beyond_the_context():
+    assert slot_capacity(1100, 1088, True, context=1500, grain=64) == 1536
+
+
+@pytest.mark.parametrize("waiting, current, wanted, fitting, want", [
+    (10, 0, 0, 50, 10),
+    (999, 0, 0, 50, 50),
+    (999, 0, 0, 500, 128),  # more are no faster
+    (5, 20, 0, 50, 20),  # what is there stays
+    (999, 0, 7, 50, 7),  # the caller's word
+    (999, 0, 70, 50, 70),  # which fit_cache refuses
+    (999, 0, 0, 0, 1),  # so does it this one, with the figures
+])
+def test_slot_count(waiting, current, wanted, fitting, want):
+    assert slot_count(waiting, current, wanted, fitting, most=128) == want
+
+
+def test_buckets():
+    expected = {1: 1, 2: 2, 3: 4, 5: 8, 16: 16, 17: 32, 20: 32, 128: 128, 129: 192, 200: 256}
+    assert {n: bucket(n) for n in expected} == expected
+    assert all(bucket(n) >= n for n in range(1, 600)) and len({bucket(n) for n in range(1, 513)}) < 20
+
+
+def test_a_step_is_captured_the_second_time(monkeypatch):
+    """The first run of a kind compiles its kernels, which a capture could not."""
+    made = []
+
+    def capture(self, step):
+        made.append("captured")
+        return lambda: made.append("replayed")
+    monkeypatch.setattr(Graphs, "capture", capture)
+    graphs = Graphs()
+    for _ in range(3):
+        graphs.run("kind", lambda: made.append("run"))
+    assert made == ["run", "captured", "replayed", "replayed"]
