@@ -1,4 +1,4 @@
-"""The sampler's slots: their keys and values, how long and how many they are, the CUDA graphs that point at them.
+"""The sampler's slots: keys and values, how long and how many they are, and the CUDA graphs that point there.
 
     cache = KVCache(config, slots=128, capacity=4608, device=device, dtype=dtype)
     model(prompts, attend=cache.prefill([0, 1]))                # the keys and values of two prompts
