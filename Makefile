@@ -1,5 +1,6 @@
 # make demo    the whole method on the miniature, on a laptop's CPU
 # make test    the tests
+# make lint    ruff, with the settings of pyproject.toml
 # make bench   every benchmark in a size that shows in a minute that it runs; its figures mean nothing
 # Each makes its own virtual environment in .venv and installs requirements.txt; nothing else is needed but Python 3.11+.
 
@@ -17,7 +18,7 @@ EVAL = 200
 SIZES = countdown-3-small,countdown-4-small,countdown-5-small
 DEMO = out/demo
 
-.PHONY: demo test bench
+.PHONY: demo test lint bench
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt
@@ -25,6 +26,10 @@ DEMO = out/demo
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q tests
+
+lint: .venv/installed
+	.venv/bin/pip install --quiet $(shell grep ^ruff tests/requirements.txt)
+	.venv/bin/ruff check .
 
 bench: .venv/installed
 	@$(RUN) out="--repeats 1 --out out/benchmarks"; \

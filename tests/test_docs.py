@@ -1,0 +1,116 @@
+"""What the documents say is so: examples run, cited tests exist, links lead somewhere, line counts are near."""
+import random
+import re
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+import grpo
+import rearrange
+import tasks
+
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXTEND = (ROOT / "docs" / "extend.md").read_text()
+TASK, REWARD, RECIPE = re.findall(r"```python\n(.*?)```", EXTEND, re.DOTALL)
+
+
+# ---- docs/extend.md ------------------------------------------------------------------------------
+def run_in(module, code):
+    """Run an example as if it were written at the end of a module; returns the names it then has."""
+    names = dict(vars(module))
+    exec(code, names)
+    return names
+
+
+def test_the_task(monkeypatch):
+    names = run_in(tasks, TASK)
+    monkeypatch.setattr(tasks, "GENERATED", names["GENERATED"])
+    task = tasks.find("remainder-2")
+    train, test = task.problems("sft", 10), task.problems("test", 10)
+    assert not {p.id for p in train} & {p.id for p in test}
+    for problem in train:
+        assert task.grade(problem, f"<answer>{problem.truth['answer']}</answer>").correct
+        assert not task.grade(problem, "<answer>99</answer>").correct
+    assert len(TASK.strip().splitlines()) <= 15
+
+
+def test_the_reward():
+    rewards_of = run_in(grpo, REWARD)["rewards_of"]
+    completions = [SimpleNamespace(tokens=[0] * n) for n in (5, 10, 15)]
+    grades = [SimpleNamespace(correct=correct) for correct in (True, True, False)]
+    group = grpo.Group(0, None, None, [], completions, grades)
+    assert rewards_of(group, None, 1) == [1.1, 1.0, 0.0]
+
+
+def test_the_recipe():
+    draw, _ = run_in(rearrange, RECIPE)["RECIPES"].pop("until-right")
+    pairs = [rearrange.Pair(f"{i}", "", "6", i % 3 == 0, "plain", i) for i in range(30)]
+    traces = draw(pairs, random.Random(0), 3)
+    assert len(traces) == 10
+    for trace in traces:
+        assert [pair.correct for pair in trace] == [False] * (len(trace) - 1) + [True]
+
+
+# ---- README --------------------------------------------------------------------------------------
+def test_the_snippet_runs(capsys):
+    code = README[README.index("    from checkpoint import load"):README.index("## A real model")]
+    exec(re.sub("^    ", "", code, flags=re.MULTILINE), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_line_counts_are_near():
+    counts = re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", README, re.MULTILINE)
+    assert len(counts) >= 13
+    for name, said in counts:
+        lines = (ROOT / name).read_text().count("\n")
+        assert abs(lines - int(said)) <= 0.1 * lines, f"{name} has {lines} lines"
+
+
+def test_every_file_of_the_root_is_in_the_readme():
+    for path in ROOT.glob("*.py"):
+        assert f"`{path.name}`" in README, path.name
+
+
+def test_commands_of_the_readme_exist():
+    """Every flag that a document names belongs to some command."""
+    flags = set()
+    for script in ("sample", "rearrange", "sft", "grpo", "evaluate", "train", "cli"):
+        flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / f"{script}.py").read_text()))
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        flags |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
+    others = {"--help", "--nproc-per-node"}
+    for document in DOCUMENTS:
+        named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", document.read_text()))
+        assert named <= flags | others, (document.name, named - flags - others)
+
+
+# ---- links and rules -----------------------------------------------------------------------------
+def anchors(path):
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for target, _, anchor in re.findall(r"\]\((?!http)([^)#]*)(#([^)]*))?\)", document.read_text()):
+        path = (document.parent / target).resolve() if target else document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), (target, anchor)
+
+
+def test_rules_cite_tests_that_exist():
+    text = (ROOT / "docs" / "rules.md").read_text()
+    assert [int(n) for n in re.findall(r"^(\d+)\. \*\*", text, re.MULTILINE)] == list(range(1, 20))
+    sources = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(sources.values()), re.MULTILINE))
+    for cited in re.findall(r"`(test_\w+)`|::(test_\w+)`", text):
+        assert (cited[0] or cited[1]) in defined, cited
+    numbers = re.findall(r"[Rr]ules? (\d+)(?:(?:,| and) (\d+))?", "\n".join(sources.values()))
+    assert {int(n) for pair in numbers for n in pair if n} <= set(range(1, 20))
+
+
+def test_every_test_file_says_what_it_protects():
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        assert path.read_text().startswith('"""'), path.name
