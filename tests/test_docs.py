@@ -1,4 +1,4 @@
-"""What the documents say is so: examples run, cited tests exist, links lead somewhere, line counts are near."""
+"""What the documents say is so: examples run, cited tests exist, links lead somewhere, line counts hold."""
 import random
 import re
 from types import SimpleNamespace
