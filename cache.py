@@ -1,11 +1,12 @@
-"""The sampler's slots: keys and values, how long and how many they are, and the CUDA graphs that point there.
+"""The sampler's cache: slots of keys and values, how many and how long, and the CUDA graphs that point there.
 
     cache = KVCache(config, slots=128, capacity=4608, device=device, dtype=dtype)
     model(prompts, attend=cache.prefill([0, 1]))                # the keys and values of two prompts
     cache.copy(0, [2, 3], length=150)                           # one of them forked to two more samples
-    model(tokens[:, None], lengths[:, None], attend=cache.decode(lengths, longest))     # a token more in each
+    model(tokens[:, None], lengths[:, None], attend=cache.decode(lengths, longest))     # one more in each
 
-`model.py` knows nothing of it: both methods return an Attend, which writes the cache and then attends.
+`model.py` knows nothing of it: `prefill` and `decode` return an Attend, which writes the cache and then
+attends. When a row ends, the sampler copies the last live row into its slot (`Sampler.close`).
 
 Left out: pages (a slot is one stretch of memory), quantised caches, moving slots to the host.
 """
@@ -44,12 +45,12 @@ class KVCache:
     def bytes_per_token(config: Config, dtype: torch.dtype) -> int:
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
-    def prefill(self, slots: list[int]) -> Attend:
+    def prefill(self, slot_ids: list[int]) -> Attend:
         """An Attend for prompts padded on the right, one to each slot of the list.
 
         What lands beyond a prompt's length is overwritten by decoding before anything reads it.
         """
-        slots = torch.tensor(slots, device=self.k.device)
+        slots = torch.tensor(slot_ids, device=self.k.device)
 
         def attend(layer, q, k, v):
             width = k.shape[1]
@@ -74,6 +75,7 @@ class KVCache:
 
     def copy(self, source: int, targets: list[int], length: int) -> None:
         """Copy the first `length` positions of a slot to others."""
+        # (layers, n, K, length, D) from (layers, 1, K, length, D)
         self.k[:, targets, :, :length] = self.k[:, source, None, :, :length]
         self.v[:, targets, :, :length] = self.v[:, source, None, :, :length]
 
@@ -91,12 +93,12 @@ class SlotState:
         self.logprobs = torch.zeros(slots, device=device)  # of `tokens`, once they were sampled
         self.seen: Tensor | None = None  # (slots, vocab) bool: the ids it has met, for a repetition penalty
 
-    def note_seen(self, vocab: int) -> None:
+    def track_seen(self, vocab: int) -> None:
         """Begin to keep `seen`, which takes a byte a slot and token."""
         if self.seen is None:
             self.seen = torch.zeros(len(self.tokens), vocab, dtype=torch.bool, device=self.tokens.device)
 
-    def open(self, slot: int, prompt: list[int], noise_key: int) -> None:
+    def fill(self, slot: int, prompt: list[int], noise_key: int) -> None:
         # Prefill leaves out the last prompt token: the first decoding step feeds it, so tokens are chosen in
         # one place only.
         self.tokens[slot] = prompt[-1]
@@ -107,6 +109,7 @@ class SlotState:
             self.seen[slot, torch.tensor(prompt, device=self.seen.device)] = True
 
     def move(self, source: int, target: int) -> None:
+        """What goes with `KVCache.copy` when a row moves; its log-probability has been read already."""
         for state in (self.tokens, self.lengths, self.noise_keys, self.seen):
             if state is not None:
                 state[target] = state[source]
@@ -123,7 +126,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def slot_capacity(needed: int, current: int | None, growing: bool, context: int, grain: int) -> int:
-    """Positions of a slot, if the longest waiting request needs `needed` and slots have `current` today.
+    """Positions of a slot, if the longest waiting request needs `needed` and slots have `current` so far.
 
     `growing`: longer requests came while others ran. More will, so slots double rather than grow by a little
     each time. A cache whose slots are long enough, and at most four times too long, stays as it is.

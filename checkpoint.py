@@ -25,8 +25,8 @@ from kernels import uses_triton
 from model import Config, Transformer
 
 # ---- text and ids --------------------------------------------------------------------------------
-# The system turn that a family's template adds when the user gives none. Recognised by its text; the template
-# is never run.
+# The system turn that a family's template adds when the user gives none, recognised by its text: the template
+# is never run. The first that is found counts, and Qwen's holds the last.
 DEFAULT_SYSTEMS = (
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
@@ -70,7 +70,7 @@ class Tokenizer:
             raise UserError(f"{folder}: the tokenizer cannot be read ({str(e).splitlines()[0]})") from e
         self.bpe.no_padding()
         self.bpe.no_truncation()
-        # <|im_end|> in a question is ten characters of text, not the end of a turn.
+        # The library's name for: encode their text as ordinary text. <|im_end|> in a question ends no turn.
         self.bpe.encode_special_tokens = True
         self.size = max(self.bpe.get_vocab(with_added_tokens=True).values()) + 1
 
@@ -81,7 +81,7 @@ class Tokenizer:
                             "<|start_header_id|> (Llama 3), so no chat format fits it")
         template = str(config.get("chat_template") or "")
         template += self.files.get("chat_template.jinja", b"").decode()
-        self.llama_dated = "Cutting Knowledge Date" in template  # Llama 3.1 and later
+        self.has_dates = "Cutting Knowledge Date" in template  # Llama 3.1 and later
         self.default_system = next((text for text in DEFAULT_SYSTEMS if text in template), None)
         self.end_id = self.bpe.token_to_id("<|eot_id|>" if self.llama else "<|im_end|>")
         self.stop_ids = sorted({self.end_id, *self._eos_of(config, generation)})
@@ -132,7 +132,7 @@ class Tokenizer:
 
     def _llama3(self, messages: list[dict]) -> list[int]:
         turns = [(message["role"], message["content"].strip()) for message in messages]
-        if self.llama_dated:  # the template always opens with two dates; the second is its fixed fallback
+        if self.has_dates:  # the template always opens with two dates; the second is its fixed fallback
             system = turns.pop(0)[1] if turns[0][0] == "system" else ""
             dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024"
             turns.insert(0, ("system", f"{dates}\n\n{system}"))
@@ -206,7 +206,7 @@ def find_folder(model: str | Path) -> Path:
     The only code that uses the network.
     """
     name = str(model)
-    if name == "mini":  # the one that ships with the project, from whatever folder a command is started
+    if name == "mini":  # the one that ships with the project, wherever the command is started
         return Path(__file__).parent / "mini"
     if Path(model).is_dir():
         return Path(model)
@@ -217,10 +217,11 @@ def find_folder(model: str | Path) -> Path:
     wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
-    # ValueError: no name of a hub id.
+    # ValueError: not a valid hub id.
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"--model {name}: no such folder here, and the hub did not give it ({reason})") from e
+        raise UserError(f"--model {name}: no such folder here, "
+                        f"and it could not be fetched from the hub ({reason})") from e
 
 
 def read_json(path: Path) -> dict:
@@ -248,7 +249,7 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
             raise UserError(f"{index}: the shard {shard!r} lies outside the folder; it is not read")
         try:
             with safe_open(folder / shard, "pt", device=str(device)) as f:
-                for name in f.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                for name in f.keys():  # noqa: SIM118 (a safetensors file is not a dict)
                     weights[name] = f.get_tensor(name)
         except FileNotFoundError as e:
             raise UserError(f"{folder / shard}: no such file, but the index lists it; "
@@ -269,8 +270,7 @@ def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[
     tokenizer = Tokenizer(folder)
     if tokenizer.size > config.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.size} ids but the model only "
-                        f"{config.vocab_size}; "
-                        "the two do not belong together")
+                        f"{config.vocab_size}; the two do not belong together")
     with torch.device("meta"):
         transformer = Transformer(config)
     weights = read_weights(folder, device)
@@ -318,11 +318,11 @@ def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[torch.d
     if dtype == "auto":
         dtype = "bfloat16" if found.type == "cuda" else "float32"
     dtype = getattr(torch, dtype)
-    uses_triton(found, dtype)  # now, for it refuses a wrong KERNELS: before anything is written
+    uses_triton(found, dtype)  # refuses a wrong KERNELS now, before anything is written
     return found, dtype
 
 
-# ---- saving one ----------------------------------------------------------------------------------
+# ---- saving a folder -----------------------------------------------------------------------------
 def save(path: str | Path, model: Transformer, tokenizer: Tokenizer) -> None:
     """Write a Hugging Face folder that transformers and vLLM load unchanged.
 
@@ -335,13 +335,13 @@ def save(path: str | Path, model: Transformer, tokenizer: Tokenizer) -> None:
     for name, content in tokenizer.files.items():
         if name != "generation_config.json":
             write_whole(path / name, content.decode("utf-8"))
-    # Engines stop where generation_config.json says. A base model's ends a document, not a turn, so our stop
-    # ids go in.
+    # Engines stop where generation_config.json says. A base model's names the end of a document, not that of
+    # a turn, so our stop ids go in.
     generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
     generation["eos_token_id"] = tokenizer.stop_ids
     write_whole(path / "generation_config.json", json.dumps(generation, indent=2))
     config = {**model.config.source, "torch_dtype": str(model.dtype).removeprefix("torch.")}
-    # Transformers 5 writes this key; one of the two must go, or they could disagree.
+    # transformers 5's name for torch_dtype goes, or the two could disagree.
     config.pop("dtype", None)
     write_whole(path / "config.json", json.dumps(config, indent=2))
 
@@ -350,7 +350,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file that is there whole or not at all."""
     tmp = f"{path}.tmp"
     try:
-        # Which tells transformers that the tensors are PyTorch's.
+        # The metadata tells transformers that the tensors are PyTorch's.
         save_file(tensors, tmp, metadata={"format": "pt"})
     except SafetensorError as e:  # a full disk comes out as this
         Path(tmp).unlink(missing_ok=True)

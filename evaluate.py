@@ -47,7 +47,7 @@ def wilson(right: float, n: int, z: float = 1.96) -> Interval:
 def bootstrap(means, seed: int = 0, draws: int = 4000) -> Interval:
     """95% interval of the mean over questions.
 
-    The questions are drawn again, not the samples, which hang together.
+    It resamples questions, not samples: those of one question are correlated.
     """
     means = np.asarray(means, dtype=float)
     n = len(means)
@@ -73,8 +73,8 @@ def interval(right) -> Interval:
 def paired(differences) -> Interval:
     """95% interval of a mean difference over questions.
 
-    Where all questions agree the bootstrap would claim certainty; the bound there is what n questions can
-    exclude (Wilson at 0 of n).
+    If every question has the same difference, a bootstrap has width 0. Then the margin is the upper end of
+    the Wilson interval of 0 out of n.
     """
     differences = np.asarray(differences, dtype=float)
     if differences.std() > 0:
@@ -96,9 +96,9 @@ def pass_at(k: int, n: int, c: int) -> float:
 
 
 def f1(verdicts: list[tuple[bool, bool]], label: bool) -> float | None:
-    """F1 of the verdicts [(said, true)] for one class; None if the class never occurs on either side."""
-    hits = sum(said == label and true == label for said, true in verdicts)
-    misses = sum((said == label) != (true == label) for said, true in verdicts)
+    """F1 of the verdicts [(said, actual)] for one class; None if the class never occurs on either side."""
+    hits = sum(said == label and actual == label for said, actual in verdicts)
+    misses = sum((said == label) != (actual == label) for said, actual in verdicts)
     if not hits and not misses:
         return None
     return 2 * hits / (2 * hits + misses)
@@ -111,10 +111,11 @@ BLOCK = re.compile(r"<sample>(.*?)</sample>\s*(?:<reflect>(.*?)</reflect>)?", re
 def skills(task: tasks.Task, problem: tasks.Problem, text: str) -> dict:
     """What a response shows of the skills: answers, reflections, and each verdict with the grade it judged.
 
-    The answers are those inside <think> (outside is only the final one); without <think>, all.
+    The answers are those inside <think> (outside is only the final one); without <think>, all. Reflections
+    are counted in the whole text.
     """
     thought = text.partition("<think>")[2].partition("</think>")[0] or text
-    verdicts = []  # (said, true)
+    verdicts = []  # (said, actual)
     for attempt, reflection in BLOCK.findall(thought):
         said = verdict(reflection)
         if said is not None:
@@ -128,19 +129,19 @@ def skills(task: tasks.Task, problem: tasks.Problem, text: str) -> dict:
 
 # ---- budget forcing ------------------------------------------------------------------------------
 def forced_prompt(tokenizer: Tokenizer, completion: Completion) -> tuple[list[int], list[int]]:
-    """(ids to go on from, ids kept of the response), for a response that ended within its budget.
+    """(the prompt to go on from, what it adds to the old one), for a response that ended within its budget.
 
     Cut before the last </think> (at the end, if there is none) and open a new <sample>. The ids that stay are
     the sampled ones and the new ones are appended as ids: nothing is decoded and encoded again, so no token
     before the cut can change.
     """
-    kept = completion.tokens[:-1]  # the stop token goes in any case
-    cut = tokenizer.decode(kept).rfind("</think>")
+    beginning = completion.tokens[:-1]  # without the stop token
+    cut = tokenizer.decode(beginning).rfind("</think>")
     if cut >= 0:
-        kept = kept[:longest_prefix(tokenizer, kept, cut)]
-    line = "" if tokenizer.decode(kept).endswith("\n") else "\n"
-    kept = kept + tokenizer.encode(f"{line}<sample>\n")
-    return completion.prompt + kept, kept
+        beginning = beginning[:longest_prefix(tokenizer, beginning, cut)]
+    line = "" if tokenizer.decode(beginning).endswith("\n") else "\n"
+    beginning = beginning + tokenizer.encode(f"{line}<sample>\n")
+    return completion.prompt + beginning, beginning
 
 
 def longest_prefix(tokenizer: Tokenizer, ids: list[int], characters: int) -> int:
@@ -156,24 +157,27 @@ def longest_prefix(tokenizer: Tokenizer, ids: list[int], characters: int) -> int
 
 
 def force(sampler: Sampler, problems, groups, params: Params, seed: int, bar) -> list[list[Completion]]:
-    """The responses, each that ended by itself going on with its thinking, up to twice the budget in all."""
+    """The responses; each that stopped by itself is made to think on, up to twice the budget in all."""
     context = sampler.model.config.max_position_embeddings
     out = [list(group) for group in groups]
     queue = deque()
     for i, (problem, group) in enumerate(zip(problems, groups, strict=True)):
         for j, completion in enumerate(group):
-            prompt, kept = forced_prompt(sampler.tokenizer, completion)
-            left = 2 * params.max_new_tokens - len(kept)
-            if completion.finish == "stop" and left > 0 and len(prompt) < context:
-                queue.append(Request(prompt, [j], f"forced/{problem.id}", max_new_tokens=left, tag=(i, kept)))
+            if completion.finish != "stop":
+                continue
+            prompt, beginning = forced_prompt(sampler.tokenizer, completion)
+            left = 2 * params.max_new_tokens - len(beginning)
+            if left > 0 and len(prompt) < context:
+                identity = f"forced/{problem.id}"
+                queue.append(Request(prompt, [j], identity, max_new_tokens=left, payload=(i, beginning)))
     for request, j, completion in sampler.stream(queue, params, seed):
-        i, kept = request.tag
-        out[i][j] = Completion(groups[i][j].prompt, kept + completion.tokens, [], completion.finish)
+        i, beginning = request.payload
+        out[i][j] = Completion(groups[i][j].prompt, beginning + completion.tokens, [], completion.finish)
         bar.update()
     return out
 
 
-# ---- one model on one task -----------------------------------------------------------------------
+# ---- a cell: one model on one task ---------------------------------------------------------------
 @dataclass
 class Plan:
     """A task with its questions and how often each is asked."""
@@ -184,7 +188,7 @@ class Plan:
 
 
 def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args) -> list[dict]:
-    """The rows of results.jsonl for one model and task, one a sample."""
+    """The rows of results.jsonl for one model and task, one per sample."""
     tokenizer, task, problems = sampler.tokenizer, plan.task, plan.problems
     prompts = [tokenizer.chat(task.prompt(problem, args.style)) for problem in problems]
     identities = [problem.id for problem in problems]
@@ -234,19 +238,15 @@ def forced_result(task, problem, completion, tokenizer):
     }
 
 
-def summarise(rows: list[dict], first: list[dict], plan: Plan) -> dict:
-    """The figures of one cell.
-
-    `first`: the rows of the first model on the same task, for the paired difference.
-    """
-    def table(rows, value):
-        """(questions, samples) of a figure of each row."""
-        return np.array([value(row) for row in rows], dtype=float).reshape(-1, plan.samples)
+def summarise(rows: list[dict], baseline: list[dict] | None, plan: Plan) -> dict:
+    """The figures of a cell. `baseline`: the first model's rows on the task, None for the first itself."""
+    def by_question(values):
+        return np.array(values, dtype=float).reshape(-1, plan.samples)  # (questions, samples)
 
     def mean(name):
         return float(np.mean([row[name] for row in rows]))
 
-    right = table(rows, lambda row: row["correct"])
+    right = by_question([row["correct"] for row in rows])
     pass_at_k = {}
     for k in plan.ks:
         pass_at_k[k] = float(np.mean([pass_at(k, plan.samples, int(c)) for c in right.sum(1)]))
@@ -270,12 +270,12 @@ def summarise(rows: list[dict], first: list[dict], plan: Plan) -> dict:
         "f1_incorrect": f1(verdicts, False),
         "verdicts": len(verdicts),
     }
-    if first is not rows:
-        difference = right - table(first, lambda row: row["correct"])
+    if baseline is not None:
+        difference = right - by_question([row["correct"] for row in baseline])
         cell["difference"] = float(difference.mean(1).mean())
         cell["difference_interval"] = paired(difference.mean(1))
     if "forced" in rows[0]:
-        forced = table(rows, lambda row: row["forced"]["correct"])
+        forced = by_question([row["forced"]["correct"] for row in rows])
         cell["forced"] = forced.mean()
         cell["forced_interval"] = interval(forced)
         cell["forced_tokens"] = float(np.mean([row["forced"]["tokens"] for row in rows]))
@@ -289,20 +289,20 @@ def percent(x: float) -> str:
     return f"{100 * x:.1f}"
 
 
-def bounds(interval: Interval) -> str:
-    low, high = interval
+def bounds(ends: Interval) -> str:
+    low, high = ends
     return f"[{percent(low)}, {percent(high)}]"
 
 
-def change(x: float, interval: Interval) -> str:
-    return f"{100 * x:+.1f} {bounds(interval)}"
+def change(x: float, ends: Interval) -> str:
+    return f"{100 * x:+.1f} {bounds(ends)}"
 
 
 def two_places(x: float | None) -> str:
     return "-" if x is None else f"{x:.2f}"
 
 
-def columns(cell: dict) -> dict[str, str]:
+def table_row(cell: dict) -> dict[str, str]:
     """{heading: text}, the row of a cell in the table."""
     row = {
         "model": cell["model"],
@@ -336,7 +336,7 @@ def by_task(cells: list[dict]) -> list[dict]:
 
 def table_of(cells: list[dict]) -> list[list[str]]:
     """Headings, then a row for each cell."""
-    rows = [columns(cell) for cell in cells]
+    rows = [table_row(cell) for cell in cells]
     return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
@@ -351,8 +351,8 @@ def paper_table(names: set[str]) -> list[list[str]]:
         return []
     rows = [["paper, 1.5B", *common]]
     for arm, figures in paper["arms"].items():
-        by_task = dict(zip(paper["tasks"], figures, strict=True))
-        rows.append([arm, *(f"{by_task[name]:.1f}" for name in common)])
+        figure_of = dict(zip(paper["tasks"], figures, strict=True))
+        rows.append([arm, *(f"{figure_of[name]:.1f}" for name in common)])
     return rows
 
 
@@ -373,7 +373,8 @@ def arguments():
                         "the first is what the others are compared with")
     p.add_argument("--tasks", default="countdown-3-small,countdown-4-small,countdown-5-small",
                    help=f"separated by commas: {tasks.NAMES}")
-    p.add_argument("--split", default="test", help=f"which problems: {', '.join(tasks.SPLITS)}")
+    p.add_argument("--split", default="test",
+                   help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
     p.add_argument("--questions", type=natural, default=100,
                    help="how many of each task (0: all rows of a file)")
     p.add_argument("--samples", type=natural, default=0,
@@ -410,13 +411,10 @@ def named_model(text: str) -> tuple[str, str]:
 
 
 def whole_numbers(text: str) -> list[int]:
-    try:
-        ks = [int(k) for k in text.split(",")]
-    except ValueError:
-        ks = [0]
-    if min(ks) < 1:
+    ks = text.split(",")
+    if not all(k.strip().isdecimal() and int(k) > 0 for k in ks):
         raise UserError(f"--k {text}: give whole numbers from 1 on, separated by commas, such as 1,4")
-    return ks
+    return [int(k) for k in ks]
 
 
 def make_plans(args) -> list[Plan]:
@@ -425,7 +423,7 @@ def make_plans(args) -> list[Plan]:
         problems = task.problems(args.split, args.questions, args.seed)
         samples = args.samples or (4 if len(problems) >= 100 else 34)
         ks = args.k or [samples]
-        pass_at(max(ks), samples, 0)  # refuse before the work, not after
+        pass_at(max(ks), samples, 0)  # refuses a k above the samples: before the work, not after
         plans.append(Plan(task, problems, samples, ks))
     return plans
 
@@ -440,7 +438,7 @@ def main():
         config_of(read_json(config), config)
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 
-    first, _ = args.models[0]
+    first, _ = args.models[0]  # its name
     cells = []
     results = {}  # (model, task): rows
     for name, folder in args.models:
@@ -452,7 +450,7 @@ def main():
             task = plan.task.name
             rows = run_cell(name, sampler, plan, params, args)
             results[name, task] = rows
-            cell = summarise(rows, results[first, task], plan)
+            cell = summarise(rows, None if name == first else results[first, task], plan)
             cells.append(cell)
             write_results(out, cells, results, rows, args)
             print(f"{name} on {task}: {percent(cell['accuracy'])}%", flush=True)
@@ -466,7 +464,7 @@ def main():
 
 def write_results(out: Path, cells: list[dict], results: dict, rows: list[dict], args) -> None:
     """Add the rows of a new cell to results.jsonl; make summary.json and the page anew."""
-    from report import page
+    from report import page  # here, so that the page is a leaf: it can be deleted with its two lines
     with open(out / "results.jsonl", "a", encoding="utf-8") as f:
         f.writelines(to_json(row) + "\n" for row in rows)
     write_whole(out / "summary.json", json.dumps(cells, indent=2))

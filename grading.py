@@ -1,5 +1,7 @@
 """The tags of a response, the answer in it, and the checkers that say whether it is right. Pure Python.
 
+`Task.grade` in tasks.py puts the two together.
+
     extract_answer("<think>...</think> <answer> 2 </answer>")           # ("2", "")
     check_countdown("(2 + 3) * 20", {"numbers": [2, 3, 20], "target": 100})   # "": right
     check_countdown("2 + 3", {"numbers": [2, 3, 20], "target": 100})          # "uses [2, 3], the numbers ..."
@@ -87,11 +89,11 @@ def parse(text: str) -> tuple[Fraction, list[int]]:
 
 
 class ExpressionParser:
-    """Recursive descent, a method for each rule of the grammar. Equal ranks go from left to right.
+    """Recursive descent, a method for each rule of the grammar. Operators are left-associative.
 
         sum     = product (("+" | "-") product)*
         product = atom (("*" | "/") atom)*
-        atom    = integer | "(" sum ")"
+        atom    = integer | "(" sum ")"          integers have no sign
     """
 
     def __init__(self, tokens: list[str]):
@@ -146,7 +148,7 @@ def apply(symbol: str, a: Fraction, b: Fraction) -> Fraction:
 
 # ---- checkers: (answer, truth) -> "" if right, else the reason -----------------------------------
 def check_countdown(answer: str, truth: dict) -> str:
-    """An expression (perhaps with `= target`), or lines `Step 1: a op b = c` that lead to the target.
+    """An expression (perhaps with `= 100`, its value as text), or lines `Step 1: a op b = c` to the target.
 
     Either way each number is used exactly once.
     """
@@ -203,14 +205,15 @@ def _check_steps(answer, numbers, target):
 
 
 INTEGER = re.compile(r"\$? ?([-+−]?)\$? ?([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)? ?(%|[A-Za-z]+)?")
-# Words that change the number.
-NO_UNIT = {"k", "m", "b", "hundred", "thousand", "million", "billion", "dozen", "x", "e"}
+# Words that change the number: "3 k" is not 3 of something.
+NOT_UNITS = {"k", "m", "b", "hundred", "thousand", "million", "billion", "dozen", "x", "e"}
 
 
 def integer_of(text: str) -> int | None:
     """The integer that a text is, or None.
 
-    It may have thousands separators, a currency sign before and one word of a unit after.
+    It may have thousands separators, decimals of zero, a currency sign before and a percent sign or one word
+    of a unit after.
 
     integer_of("$1,234.00 dollars")  ->  1234
     """
@@ -218,7 +221,7 @@ def integer_of(text: str) -> int | None:
     if not match:
         return None
     sign, digits, unit = match.groups()
-    if (unit or "").lower() in NO_UNIT:
+    if (unit or "").lower() in NOT_UNITS:
         return None
     value = int(digits.replace(",", ""))
     return -value if sign in ("-", "−") else value
@@ -250,18 +253,18 @@ def check_choice(answer: str, truth: dict) -> str:
     return "is another choice" if named else "is no choice"
 
 
-def math_verify():
+def load_math_verify():
     """The library for math equivalence, which is not among the requirements."""
     try:
         import math_verify
     except ImportError as e:
-        raise UserError("grading math needs the math-verify library: pip install "
-                        "math-verify[antlr4_13_2]") from e
+        raise UserError("grading math needs the math-verify library: "
+                        "pip install math-verify[antlr4_13_2]") from e
     return math_verify
 
 
 def check_math(answer: str, truth: dict) -> str:
-    library = math_verify()
+    library = load_math_verify()
     if len(answer) > LONGEST:
         return f"longer than {LONGEST} characters"
     gold = library.parse(f"${truth['answer']}$")

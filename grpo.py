@@ -8,9 +8,11 @@
 On one question the model writes a group of answers; one that is better than its group's mean is made
 likelier, token by token, as far as the clip allows. The weights that sample are the weights that train: there
 is no second engine and nothing to sync. The old log-probabilities are the sampler's own, so the ratio is
-exact even where sampler and trainer round differently; how far the two are apart is in the log of every step.
+to the policy that really sampled; how far sampler and trainer are apart is in the log of every step.
 
-A prompt runs once through training too: its responses attend to one copy of it (`shared_prompt`).
+Words: a *rollout* is one sampled answer, from the sampler a `Completion`, in the loss a `Response`; a *group*
+is a question with its rollouts. In training the responses of a micro-batch attend to one copy of their prompt
+(`shared_prompt`).
 
 To try another reward, edit `rewards_of`. Left out: asynchronous rollouts, a value model, tools.
 """
@@ -29,40 +31,42 @@ from cli import UserError, command, natural, number, parser, positive
 from model import Attend, Transformer
 from sample import Completion, Params, Sampler
 from train import (
-    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, rank, say,
-    start_processes, total, training_flags, world,
+    Optimizer, Run, check_finite, interruptible, largest, lr_or_default, micro_batches, progress, rank, say,
+    start_processes, summed, total, training_flags, world,
 )
 
 MINIATURE_LR = 3e-4
 # Of the memory that is free before the first step: on a GPU the cache stays while the model trains.
-CACHE_FRACTION = 0.3
+SAMPLER_CACHE_FRACTION = 0.3
 
 
 # ---- the objective -------------------------------------------------------------------------------
 def advantages(rewards: Tensor, normalise: bool = True) -> Tensor:
-    """How much better each rollout is than its group's mean: rewards (questions, rollouts) -> the same shape.
+    """How much better each rollout is than its group's mean: rewards (..., rollouts) -> the same shape.
 
     Divided by the group's standard deviation unless `normalise` is off (Dr. GRPO, Liu et al. 2025, leaves it
     out, since it weighs easy and hard questions more). A group whose rewards are all equal gets zeros: it has
     nothing to compare.
 
-    advantages([[1, 0, 0, 0]])  ->  [[1.5, -0.5, -0.5, -0.5]]
+    advantages([1, 0, 0, 0])  ->  [1.5, -0.5, -0.5, -0.5]
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    if not normalise:
-        return centred
-    return centred / (rewards.std(-1, keepdim=True) + 1e-6)
+    advantage = rewards - rewards.mean(-1, keepdim=True)
+    if normalise:
+        advantage = advantage / (rewards.std(-1, keepdim=True) + 1e-6)
+    # The mean of equal numbers may be off by a rounding, which the division would blow up.
+    equal = (rewards == rewards[..., :1]).all(-1, keepdim=True)
+    return advantage.masked_fill(equal, 0.0)
 
 
-def token_weight(length: int, loss: str, n_responses: int, n_tokens: int, max_new_tokens: int) -> float:
+def token_weight(length: int, averaging: str, n_responses: int, n_tokens: int, max_new_tokens: int) -> float:
     """The weight that each token of a response of `length` tokens has in the loss of a mini-batch.
 
     `n_responses` and `n_tokens` are those of the whole mini-batch, over all processes, groups without a
     gradient included: a group of equal rewards adds nothing to the sum but counts in the divisor.
     """
-    if loss == "token-mean":  # every token alike (DAPO, Yu et al. 2025)
+    if averaging == "token-mean":  # every token alike (DAPO, Yu et al. 2025)
         return 1 / n_tokens
-    if loss == "sequence-mean":  # every response alike (the first GRPO)
+    if averaging == "sequence-mean":  # every response alike (the first GRPO)
         return 1 / (n_responses * length)
     return 1 / (n_responses * max_new_tokens)  # constant: length has no pull of its own (Dr. GRPO)
 
@@ -79,17 +83,16 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """The clipped objective (Schulman et al. 2017), to be minimised.
 
-    All tensors (N,), one entry a response token.
+    All tensors are (N,), one entry per response token. `weight` holds the division (`token_weight`).
 
         ratio   = exp(logp - old_logp)
         clipped = clip(ratio, 1 - clip_low, 1 + clip_high)
         loss    = -sum(weight * min(ratio * A, clipped * A)) + kl * sum(weight * k3)
         k3      = exp(reference - logp) - (reference - logp) - 1
 
-    k3 is an unbiased estimate of KL(policy || reference) that is never negative (Schulman 2020).
-
-    So a token stops moving once its ratio has left the clip range in the direction of its advantage, and only
-    then. Returns (loss, {name: sum over tokens}).
+    The first term has no gradient for a token whose ratio has left the clip range in the direction of its
+    advantage. k3 is an unbiased estimate of KL(policy || reference) that is never negative (Schulman 2020).
+    Returns (loss, {name: sum over tokens}).
     """
     log_ratio = logp - old_logp
     ratio = log_ratio.exp()
@@ -108,17 +111,22 @@ def policy_loss(
 
 
 # ---- one prompt, many responses ------------------------------------------------------------------
-def shared_prompt(prompt_length: int, n: int, width: int) -> Attend:
-    """An Attend for one flat row [prompt | response 0 | response 1 | ...].
+def shared_prompt(P: int, n: int, L: int, device: torch.device) -> Attend:
+    """An Attend for one flat row [prompt | response 0 | response 1 | ...] of T = P + n * L tokens.
 
-    Each of the n responses is padded to `width` tokens.
-
-    The prompt sees itself; a response sees the prompt and its own past. Same values and gradients as running
-    prompt + response once per response, for the price of one prompt.
-
-        P = prompt_length     T = P + n * width
+    The prompt has P tokens, each of the n responses is padded to L. The prompt sees itself; a response sees
+    the prompt and its own past. Same values and gradients as running prompt + response once per response, for
+    the price of one prompt (but in attention, where each response has a copy of the prompt's keys and
+    values).
     """
-    P = prompt_length
+    mask = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)  # token i sees P + i + 1 positions
+
+    def split(x, H):
+        """(1, T, H or K, D) -> the prompt's part (1, H, P, D) and the responses' (n, H, L, D)."""
+        x = x[0].transpose(0, 1)  # (H or K, T, D)
+        x = x.repeat_interleave(H // len(x), 0)  # (H, T, D): with a mask, fused kernels want equal heads
+        responses = x[:, P:].unflatten(1, (n, L)).transpose(0, 1) if L else None
+        return x[None, :, :P], responses
 
     def attend(layer, q, k, v):  # q (1, T, H, D), k and v (1, T, K, D) -> (1, T, H, D)
         H = q.shape[2]
@@ -127,21 +135,13 @@ def shared_prompt(prompt_length: int, n: int, width: int) -> Attend:
         prompt_v, response_v = split(v, H)
         o = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True)  # (1, H, P, D)
         of_prompt = o[0].transpose(0, 1)  # (P, H, D)
-        if width == 0:  # responses of one token: predicted, never fed
+        if L == 0:  # responses of one token: predicted, never fed
             return of_prompt[None]
-        seen_k = torch.cat((prompt_k.expand(n, -1, -1, -1), response_k), 2)  # (n, H, P + width, D)
+        seen_k = torch.cat((prompt_k.expand(n, -1, -1, -1), response_k), 2)  # (n, H, P + L, D)
         seen_v = torch.cat((prompt_v.expand(n, -1, -1, -1), response_v), 2)
-        mask = torch.ones(width, P + width, dtype=torch.bool, device=q.device).tril(P)
-        o = F.scaled_dot_product_attention(response_q, seen_k, seen_v, attn_mask=mask)  # (n, H, width, D)
-        of_responses = o.transpose(1, 2).flatten(0, 1)  # (n * width, H, D)
+        o = F.scaled_dot_product_attention(response_q, seen_k, seen_v, attn_mask=mask)  # (n, H, L, D)
+        of_responses = o.transpose(1, 2).flatten(0, 1)  # (n * L, H, D)
         return torch.cat((of_prompt, of_responses))[None]
-
-    def split(x, H):
-        """(1, T, H or K, D) -> the prompt's part (1, H, P, D) and the responses' (n, H, width, D)."""
-        x = x[0].transpose(0, 1)  # (H or K, T, D)
-        x = x.repeat_interleave(H // len(x), 0)  # (H, T, D): with a mask, the fused kernels want equal heads
-        of_responses = x[:, P:].unflatten(1, (n, width)).transpose(0, 1) if width else None
-        return x[None, :, :P], of_responses
 
     return attend
 
@@ -149,9 +149,12 @@ def shared_prompt(prompt_length: int, n: int, width: int) -> Attend:
 def response_logprobs(
     model: Transformer, prompt: list[int], responses: list[list[int]], temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) of every token of `responses` after `prompt`: flat, (N,), response by response."""
+    """(logp, entropy) of every token of `responses` after `prompt`: flat, (N,), response by response.
+
+    A finished response ends with the stop token that the sampler chose: it is a target like any other.
+    """
     P = len(prompt)
-    width = max(map(len, responses)) - 1  # a response's last token is predicted but never fed
+    L = max(map(len, responses)) - 1  # a response's last token is predicted but never fed
     tokens = list(prompt)
     positions = list(range(P))
     predicting = []  # where in the flat row the next token is predicted, for each token of the responses
@@ -159,16 +162,17 @@ def response_logprobs(
     for response in responses:
         first_fed = len(tokens)
         fed = response[:-1]
-        tokens += fed + [0] * (width - len(fed))
-        positions += range(P, P + width)
+        tokens += fed + [0] * (L - len(fed))
+        positions += range(P, P + L)
         predicting.append(P - 1)  # the prompt's last token predicts every response's first
         predicting += range(first_fed, first_fed + len(fed))  # then each fed token predicts the next
         targets += response
-    tokens = torch.tensor([tokens], device=model.device)  # (1, T)
-    positions = torch.tensor([positions], device=model.device)  # (1, T)
-    predicting = torch.tensor(predicting, device=model.device)  # (N,)
-    targets = torch.tensor(targets, device=model.device)  # (N,)
-    hidden = model(tokens, positions, shared_prompt(P, len(responses), width))[0]  # (T, C)
+    device = model.device
+    tokens = torch.tensor([tokens], device=device)  # (1, T)
+    positions = torch.tensor([positions], device=device)  # (1, T)
+    predicting = torch.tensor(predicting, device=device)  # (N,)
+    targets = torch.tensor(targets, device=device)  # (N,)
+    hidden = model(tokens, positions, shared_prompt(P, len(responses), L, device))[0]  # (T, C)
     return model.logprobs(hidden[predicting], targets, temperature)
 
 
@@ -187,7 +191,10 @@ class Group:
 
 
 def choose(problems: list, step: int, count: int, seed: int) -> list:
-    """The questions of a step. Each pass over the data has its own order, a function of (seed, pass)."""
+    """The questions of a step. Each pass over the data has its own order, a function of (seed, pass).
+
+    Questions that do not fill a step are left out of that pass.
+    """
     steps_in_a_pass = len(problems) // count
     passes, step_in_pass = divmod(step - 1, steps_in_a_pass)
     order = random.Random(f"{seed}/{passes}").sample(problems, len(problems))
@@ -208,7 +215,7 @@ def roll_out(sampler: Sampler, chosen: list, args, params: Params, step: int) ->
         group.completions = completions
         group.grades = [group.task.grade(group.problem, tokenizer.text(c.tokens)) for c in completions]
         group.rewards = rewards_of(group, args, step)
-        group.advantages = advantages(torch.tensor([group.rewards]), not args.no_std)[0].tolist()
+        group.advantages = advantages(torch.tensor(group.rewards), normalise=not args.no_std).tolist()
     return groups
 
 
@@ -224,7 +231,7 @@ def rewards_of(group: Group, args, step: int) -> list[float]:
 
 
 def validate(sampler: Sampler, problems: list, args, params: Params) -> float:
-    """The part of the validation questions answered right, one sample each, over all processes."""
+    """The fraction of the validation questions answered correctly, one sample each, over all processes."""
     mine = problems[rank()::world()]
     prompts = [sampler.tokenizer.chat(task.prompt(problem)) for task, problem in mine]
     answered = sampler.generate(prompts, 1, params, args.seed)
@@ -243,7 +250,7 @@ class Response:
     old_logprobs: list[float]  # the sampler's, one a token
     advantage: float  # the same for all its tokens
     weight: float  # of each of its tokens in the loss of the mini-batch
-    cost: int  # tokens that go through the model: its own, and its part of the prompt that all of them share
+    cost: int  # about the tokens it puts through the model: its own, and its part of the prompt they share
 
 
 SUMMED = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "reference_kl", "entropy", "difference")
@@ -266,16 +273,16 @@ def update(
     n_responses, n_tokens = total([len(counted), sum(len(c.tokens) for c in counted)], model.device)
     keep_all = reference is not None
     sums = dict.fromkeys(SUMMED, 0.0)
-    largest = 0.0  # difference of sampler and trainer at one token
+    largest_difference = 0.0  # of sampler and trainer, at one token
     for group in groups:
         responses = responses_to_train(group, args, n_responses, n_tokens, keep_all)
         for part in micro_batches(responses, lambda response: response.cost, args.micro_batch_tokens):
             stats = backward(model, reference, group.prompt, part, args)
-            largest = max(largest, stats.pop("largest_difference"))
+            largest_difference = max(largest_difference, stats.pop("largest_difference"))
             for name, value in stats.items():
                 sums[name] += value
-    sums = dict(zip(sums, total(list(sums.values()), model.device), strict=True))
-    sums["largest_difference"], = total([largest], model.device, "MAX")
+    sums = summed(sums, model.device)
+    sums["largest_difference"] = largest(largest_difference, model.device)
     check_finite(sums["loss"], "loss")
     norm = optimizer.step(lr) if sums["trained_tokens"] else None
     return norm, sums
@@ -304,12 +311,13 @@ def responses_to_train(group: Group, args, n_responses: int, n_tokens: int, keep
 def backward(
     model: Transformer, reference: Transformer | None, prompt: list[int], responses: list[Response], args,
 ) -> dict[str, float]:
-    """Add the gradient of some responses to one prompt. Returns their statistics, summed over tokens."""
+    """Backpropagate the loss of responses that share a prompt. Returns statistics, summed over tokens."""
+    lengths = torch.tensor([len(r.tokens) for r in responses], device=model.device)
+
     def by_token(values):
         return torch.tensor(values, device=model.device).repeat_interleave(lengths)
 
     ids = [r.tokens for r in responses]
-    lengths = torch.tensor([len(r.tokens) for r in responses], device=model.device)
     advantage = by_token([r.advantage for r in responses])  # (N,)
     weight = by_token([r.weight for r in responses])  # (N,)
     old_logp = torch.tensor([x for r in responses for x in r.old_logprobs], device=model.device)  # (N,)
@@ -333,30 +341,32 @@ def backward(
 
 
 # ---- what a step tells ---------------------------------------------------------------------------
-def measure(groups: list[Group], updates: list[tuple], device: torch.device) -> dict:
-    """The figures of a step over all processes: means per response or per trained token.
+def measure(groups: list[Group], update_results: list[tuple], device: torch.device) -> dict:
+    """The figures of a step over all processes: means per rollout or per trained token.
 
-    `updates`: the (gradient norm, sums) of each mini-batch.
+    `update_results`: the (gradient norm, sums) of each mini-batch. `loss` is the sum of theirs, `grad_norm`
+    the mean.
     """
     completions = [c for group in groups for c in group.completions]
-    n_groups, n, reward, right, tokens, cut, mixed = total([
-        len(groups),
-        len(completions),
-        sum(sum(group.rewards) for group in groups),
-        sum(grade.correct for group in groups for grade in group.grades),
-        sum(len(c.tokens) for c in completions),
-        sum(c.finish == "length" for c in completions),
-        sum(len(set(group.rewards)) > 1 for group in groups),
-    ], device)
-    norms = [norm for norm, _ in updates if norm is not None]
-    sums = {name: sum(s[name] for _, s in updates) for name in SUMMED}
+    counts = summed({
+        "groups": len(groups),
+        "mixed": sum(len(set(group.rewards)) > 1 for group in groups),
+        "rollouts": len(completions),
+        "reward": sum(sum(group.rewards) for group in groups),
+        "correct": sum(grade.correct for group in groups for grade in group.grades),
+        "tokens": sum(len(c.tokens) for c in completions),
+        "truncated": sum(c.finish == "length" for c in completions),
+    }, device)
+    n = counts["rollouts"]
+    norms = [norm for norm, _ in update_results if norm is not None]
+    sums = {name: sum(s[name] for _, s in update_results) for name in SUMMED}
     trained = max(1, sums["trained_tokens"])
     row = {
-        "reward": reward / n,
-        "correct": right / n,
-        "groups_with_signal": mixed / n_groups,
-        "response_tokens": tokens / n,
-        "truncated": cut / n,
+        "reward": counts["reward"] / n,
+        "correct": counts["correct"] / n,
+        "groups_with_signal": counts["mixed"] / counts["groups"],
+        "response_tokens": counts["tokens"] / n,
+        "truncated": counts["truncated"] / n,
         "loss": sums["loss"],
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "updates": len(norms),
@@ -368,15 +378,15 @@ def measure(groups: list[Group], updates: list[tuple], device: torch.device) -> 
         "sampler_trainer_max": None,
     }
     # At the first update the weights are still those that sampled: here sampler and trainer must agree.
-    first = next((s for _, s in updates if s["trained_tokens"]), None)
+    first = next((s for _, s in update_results if s["trained_tokens"]), None)
     if first:
         row["sampler_trainer_mean"] = first["difference"] / first["trained_tokens"]
         row["sampler_trainer_max"] = first["largest_difference"]
     return row
 
 
-def warnings(row: dict) -> list[str]:
-    """What in the figures of a step asks for a hand."""
+def warnings_of(row: dict) -> list[str]:
+    """What in the figures of a step needs attention."""
     found = []
     if row["truncated"] > 0.9:
         found.append(f"{row['truncated']:.0%} of the responses were cut off at the budget; "
@@ -460,8 +470,8 @@ def arguments():
     g.add_argument("--no-std", action="store_true",
                    help="do not divide advantages by the group's standard deviation")
     g.add_argument("--truncated", choices=["keep", "mask"], default="keep",
-                   help="responses cut off at the budget: train on them (reward 0), or leave them out of "
-                        "loss and divisor")
+                   help="responses cut off at the budget: "
+                        "train on them (reward 0), or leave them out of loss and divisor")
     g.add_argument("--reward", choices=["correct", "random"], default="correct",
                    help="random is a control: a coin that ignores the answer")
     training_flags(p)
@@ -489,9 +499,8 @@ def read_problems(args, tokenizer: Tokenizer, context: int) -> tuple[list, list]
     problems = of("rl", args.questions)
     held_out = of("val", args.eval_questions) if args.eval_every else []
     if len(problems) < args.questions_per_step:
-        raise UserError(f"--questions-per-step {args.questions_per_step}: there are only {len(problems)} "
-                        "questions; "
-                        "raise --questions or lower it")
+        raise UserError(f"--questions-per-step {args.questions_per_step}: "
+                        f"there are only {len(problems)} questions; raise --questions or lower it")
     for task, problem in problems + held_out:
         n = len(tokenizer.chat(task.prompt(problem)))
         if n >= context:
@@ -516,11 +525,10 @@ def main():
     model.recompute = args.recompute
     lr = lr_or_default(args.lr, model, MINIATURE_LR)
     updates = run.updates
-    sampler = Sampler(model, tokenizer, args.slots, CACHE_FRACTION)
+    sampler = Sampler(model, tokenizer, args.slots, SAMPLER_CACHE_FRACTION)
     params = Params(args.max_new_tokens, args.temperature)
     say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} "
-        "rollouts, "
-        f"learning rate {lr:g}")
+        f"rollouts, learning rate {lr:g}")
     if run.step >= args.steps:
         say(f"{run.out} is finished already")
         return
@@ -532,12 +540,12 @@ def main():
             groups = roll_out(sampler, chosen, args, params, step)
             rolled_out = time.time()
 
-            made = []  # (gradient norm, sums) of each update
+            update_results = []
             for first in range(0, args.questions_per_step, args.mini_batch):
                 batch = [group for group in groups if first <= group.place < first + args.mini_batch]
-                made.append(update(model, reference, optimizer, batch, args, lr))
+                update_results.append(update(model, reference, optimizer, batch, args, lr))
 
-            row = {"step": step, **measure(groups, made, device), "lr": lr}
+            row = {"step": step, **measure(groups, update_results, device), "lr": lr}
             updates += row["updates"]
             rollout_seconds = rolled_out - started
             tokens = row["response_tokens"] * args.questions_per_step * args.rollouts
@@ -547,7 +555,7 @@ def main():
             if held_out and step % args.eval_every == 0:
                 row["val"] = validate(sampler, held_out, args, params)
             run.log(row)
-            for text in warnings(row):
+            for text in warnings_of(row):
                 say(f"warning, step {step}: {text}")
             if rank() == 0:
                 log_rollouts(run, groups, tokenizer, step)

@@ -4,15 +4,16 @@
     model.logits(hidden[:, -1]).argmax(-1)                     # the likeliest next token of each row
     model.logprobs(hidden[0], targets)                         # what training needs: no logits are kept
 
-One class serves Qwen2/2.5, Qwen3 and Llama 3 / SmolLM2. They differ in three facts of the config (a bias on
-q, k, v; a norm on q and k; a head tied to the embedding) and in the rotary frequencies. Parameters have
-Hugging Face's names, so loading needs no mapping.
+One class serves Qwen2/2.5, Qwen3 and Llama 3 / SmolLM2. They differ in a few switches of the config (biases
+on q, k, v and on o; a norm on q and k; a head tied to the embedding) and in the rotary frequencies.
+Parameters have Hugging Face's names, so loading needs no mapping: hence `self.model` inside the model.
 
 Letters in shape comments:
 
     B rows               T tokens of a row                   N tokens of several rows, flattened
     C width              V vocabulary
     H query heads        K key/value heads, dividing H       D head width
+    S cached positions
 
 Left out: sliding windows, mixture of experts, YaRN and other rotary scalings than Llama 3's, tensor
 parallelism.
@@ -31,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import add_norm, linear_float32, linear_logprob, rotate, swiglu
 
 # Attention is an argument of `forward`: (layer, q (B, T, H, D), k and v (B, T, K, D)) -> (B, T, H, D).
-# Training passes `causal`; the sampler passes a method of its cache, which first writes k and v there.
+# Training passes `causal`; the sampler passes what its cache returns, which first writes k and v there.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -76,6 +77,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.o_bias)
+        # Only for their weights, with Hugging Face's names: `rotate` applies them.
         self.q_norm = RMSNorm(D, self.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(D, self.eps) if config.qk_norm else None
 
@@ -121,7 +123,7 @@ class Transformer(nn.Module):
         })
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # No buffer but a plain tensor: not saved, and float32 whatever the weights are.
+        # Not a buffer but a plain tensor: it is not saved and stays float32; `checkpoint.load` moves it.
         self.frequencies = rope_frequencies(config)
         self.vocab = config.vocab_size  # `checkpoint.load` lowers it to the tokenizer's size
         self.recompute = False  # True: keep no activations inside the layers, a third more work
@@ -153,15 +155,15 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits, float32: hidden (..., C) -> (..., vocab).
 
-        A view of the padded product: its width is a round number, which is the faster one.
+        A view of the product with the padded vocabulary, whose size is a round number and so the faster one.
         """
         return linear_float32(hidden, self.head)[..., :self.vocab]
 
     def logprobs(self, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probability of `targets` (N,) after `hidden` (N, C), and the entropy there: two float32 (N,).
 
-        This one number is the loss of SFT, the ratio of GRPO and the check of the sampler. The logits are
-        never held at once.
+        It is the loss of SFT, the ratio of GRPO and the check of the sampler. The logits are never held
+        whole: some 128 MiB at a time, or tiles in Triton (see kernels/).
         """
         return linear_logprob(hidden, self.head[:self.vocab], targets, temperature)
 

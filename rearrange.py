@@ -16,6 +16,7 @@ import json
 import random
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,7 +30,7 @@ from grading import TRACE_TAGS
 
 @dataclass(frozen=True)
 class Pair:
-    """One attempt and one reflection whose verdict agrees with the grade ("" in recipes that use none)."""
+    """One attempt and one reflection whose verdict agrees with the grade ("" if none is there or needed)."""
     attempt: str
     reflection: str
     answer: str | None
@@ -48,25 +49,25 @@ def flaw(row: dict) -> str:
         return "cut off at the budget"
     if any(tag in row["solution"] for tag in TRACE_TAGS):
         return "holds a tag of the traces"
-    if row["style"].endswith("-hint") and "hint" in row["solution"].lower():
+    if row["style"].endswith("-hint") and "hint" in row["solution"].lower():  # `sample.py --hint` names it so
         return "mentions the hint"
     return ""
 
 
 def leaks(reflection: dict) -> bool:
-    """Whether a reflection counts: whole, its verdict equal to the grade, no tag or worked example copied."""
+    """Whether a reflection copied the worked example of its prompt."""
     return any(word in reflection["text"] for word in tasks.REFLECT_LEAKS)
 
 
 def valid(reflection: dict, correct: bool) -> bool:
-    """Whether a reflection counts: whole, its verdict equal to the grade, no tag or example copied."""
+    """Whether a reflection counts: whole, its verdict equal to the grade, no tag or worked example copied."""
     whole = reflection["finish"] == "stop"
     holds_a_tag = any(tag in reflection["text"] for tag in TRACE_TAGS)
     return whole and reflection["verdict"] is correct and not holds_a_tag and not leaks(reflection)
 
 
 def pairs_of(
-    rows: list[dict], rng: random.Random, dropped: Counter, need_reflection: bool = True,
+    rows: list[dict], rng: random.Random, dropped: Counter, needs_reflection: bool = True,
 ) -> list[Pair]:
     """The pairs of one question: each usable attempt with one of its valid reflections.
 
@@ -76,7 +77,7 @@ def pairs_of(
     for row in rows:
         reflections = [r for r in row["reflections"] if valid(r, row["correct"])]
         reason = flaw(row)
-        if not reason and need_reflection and not reflections:
+        if not reason and needs_reflection and not reflections:
             reason = "no valid reflection"
             if any(leaks(r) for r in row["reflections"]):
                 reason += " (one leaked the prompt's example)"
@@ -89,27 +90,28 @@ def pairs_of(
     return pairs
 
 
-# ---- recipes: (pairs of one question, rng, most) -> traces ---------------------------------------
-# `most` is --max-correct. To try an order of your own, write such a function and name it in RECIPES.
+# ---- recipes: how traces are drawn from the pairs of one question --------------------------------
+# Each is a function of (pairs, rng, most), where `most` is --max-correct. To try an order of your own, write
+# such a function and name it in RECIPES.
 def paper(pairs: list[Pair], rng: random.Random, most: int) -> list[Trace]:
-    """Algorithm 1 of the paper.
+    """Algorithm 1 of the paper: traces end on a correct pair and have more correct pairs than incorrect.
 
-    Every trace ends on a correct pair and has more correct pairs than incorrect ones.
+    Each correct pair is used exactly once, over all traces; each incorrect one at most once.
     """
     right, wrong = _pools(pairs, rng)
     traces = []
     while right:
         n_right = min(rng.randint(1, most), len(right))
         n_wrong = min(rng.randint(0, n_right - 1), len(wrong))
-        *others, last = _draw(right, n_right)
-        others += _draw(wrong, n_wrong)
+        *others, last = _take(right, n_right)
+        others += _take(wrong, n_wrong)
         rng.shuffle(others)
         traces.append([*others, last])
     return traces
 
 
-def unordered(pairs: list[Pair], rng: random.Random, most: int) -> list[Trace]:
-    """The paper's draws, shuffled to the end: a trace may finish wrong (the ablation `random`)."""
+def random_order(pairs: list[Pair], rng: random.Random, most: int) -> list[Trace]:
+    """The paper's draws with the last pair shuffled too: a trace may end wrong."""
     traces = []
     for trace in paper(pairs, rng, most):
         rng.shuffle(trace)
@@ -120,7 +122,7 @@ def unordered(pairs: list[Pair], rng: random.Random, most: int) -> list[Trace]:
 
 
 def full(pairs: list[Pair], rng: random.Random, most: int) -> list[Trace]:
-    """For N = 1..most: N - 1 pairs of any kind, then a correct one."""
+    """For N = 1..most: N - 1 pairs of any kind, then a correct one. Pairs are used again."""
     right = [p for p in pairs if p.correct]
     if not right:
         return []
@@ -138,8 +140,8 @@ def backtrack(pairs: list[Pair], rng: random.Random, most: int) -> list[Trace]:
     traces = []
     while right and wrong:
         last = wrong.pop()
-        others = _draw(right, min(rng.randint(1, most), len(right)))
-        others += _draw(wrong, min(rng.randint(0, len(others) - 1), len(wrong)))
+        others = _take(right, min(rng.randint(1, most), len(right)))
+        others += _take(wrong, min(rng.randint(0, len(others) - 1), len(wrong)))
         rng.shuffle(others)
         traces.append([*others, last])
     return traces
@@ -150,8 +152,8 @@ def confirm(pairs: list[Pair], rng: random.Random, most: int) -> list[Trace]:
     right, wrong = _pools(pairs, rng)
     traces = []
     while len(right) >= 2:
-        before = _draw(wrong, min(rng.randint(0, most), len(wrong)))
-        traces.append([*before, *_draw(right, 2)])
+        before = _take(wrong, min(rng.randint(0, most), len(wrong)))
+        traces.append([*before, *_take(right, 2)])
     return traces
 
 
@@ -173,49 +175,57 @@ def _pools(pairs, rng):
     return right, wrong
 
 
-def _draw(pool, n):
+def _take(pool, n):
     return [pool.pop() for _ in range(n)]
 
 
-RECIPES = {  # name: (how traces are drawn, what it is)
-    "paper": (paper, "Algorithm 1: ends right, correct pairs outnumber incorrect ones"),
-    "full": (full, "for N = 1..--max-correct: N-1 random pairs, then a correct one"),
-    "backtrack": (backtrack, "ends on an incorrect pair, then returns to an earlier correct answer"),
-    "confirm": (confirm, "ends on two correct pairs and says so"),
-    "random": (unordered, "ablation: the paper's draws in any order, may end wrong"),
-    "no-reflection": (paper, "ablation: the paper's order without the <reflect> blocks"),
-    "star": (star, "baseline: each correct attempt as it is"),
-    "unarranged": (unarranged, "control: the attempts that `paper` draws, right or wrong, each as it is"),
+@dataclass(frozen=True)
+class Recipe:
+    draw: Callable[[list[Pair], random.Random, int], list[Trace]]
+    about: str
+    tagged: bool = True  # False: the attempt is the whole response
+    reflections: bool = True  # False: no <reflect> blocks
+    needs_reflection: bool = True  # False: an attempt without a valid reflection is used too
+    closing: str = "closing"  # the kind of phrase before the final answer
+    returns: bool = False  # the final answer is the last correct pair's, not the last pair's
+
+
+RECIPES = {
+    "paper": Recipe(paper, "Algorithm 1: ends right, correct pairs outnumber incorrect ones"),
+    "full": Recipe(full, "for N = 1..--max-correct: N-1 random pairs, then a correct one"),
+    "backtrack": Recipe(backtrack, "ends on an incorrect pair, then returns to an earlier correct answer",
+                        closing="returning", returns=True),
+    "confirm": Recipe(confirm, "ends on two correct pairs and says so", closing="confirming"),
+    "random": Recipe(random_order, "ablation: the paper's draws in any order, may end wrong"),
+    "no-reflection": Recipe(paper, "ablation: the paper's order without the <reflect> blocks",
+                            reflections=False, needs_reflection=False),
+    "star": Recipe(star, "baseline: each correct attempt as it is", tagged=False, needs_reflection=False),
+    # Needs reflections, though it shows none: its attempts are those that `paper` draws.
+    "unarranged": Recipe(unarranged, "control: the attempts that `paper` draws, right or wrong, each alone",
+                         tagged=False),
 }
-UNTAGGED = ("star", "unarranged")  # the attempt is the whole response
-WITHOUT_REFLECTION = ("star", "no-reflection")  # an attempt needs no valid reflection to be used
 
 
 # ---- from pairs to text --------------------------------------------------------------------------
-def build(trace: Trace, recipe: str, phrases: dict, rng: random.Random) -> list[tuple[str, str]]:
+def build(trace: Trace, recipe: Recipe, phrases: dict, rng: random.Random) -> list[tuple[str, str]]:
     """The assistant turn of a trace, as a list of (kind, text) parts; joined, they are the text."""
-    if recipe in UNTAGGED:
+    if not recipe.tagged:
         return [("attempt", trace[0].attempt)]
     parts = [("tag", "<think>\n")]
     for i, pair in enumerate(trace):
         if i > 0:
             before = "correct" if trace[i - 1].correct else "incorrect"
-            glue = rng.choice(phrases[before] + phrases["neutral"])
-            parts.append(("glue", glue + "\n"))
-        kind = "right" if pair.correct else "wrong"
+            phrase = rng.choice(phrases[before] + phrases["neutral"])
+            parts.append(("phrase", phrase + "\n"))
+        kind = "correct" if pair.correct else "incorrect"
         parts += [("tag", "<sample>\n"), (kind, pair.attempt), ("tag", "\n</sample>\n")]
-        if recipe != "no-reflection":
+        if recipe.reflections:
             parts += [("tag", "<reflect>\n"), ("reflection", pair.reflection), ("tag", "\n</reflect>\n")]
-    parts.append(("tag", "</think>\n\n"))
-
     final = trace[-1]
-    closing = "closing"
-    if recipe == "backtrack":
+    if recipe.returns:
         final = next(p for p in reversed(trace) if p.correct)
-        closing = "returning"
-    elif recipe == "confirm":
-        closing = "confirming"
-    parts.append(("glue", rng.choice(phrases[closing])))
+    phrase = rng.choice(phrases[recipe.closing])
+    parts += [("tag", "</think>\n\n"), ("phrase", phrase)]
     parts += [("tag", "\n\n<answer>\n"), ("answer", final.answer), ("tag", "\n</answer>")]
     return parts
 
@@ -244,10 +254,10 @@ def _is_phrase(text):
 
 COLOURS = {  # ANSI codes of the kinds of parts
     "tag": "2",
-    "right": "32",
-    "wrong": "31",
+    "correct": "32",
+    "incorrect": "31",
     "reflection": "36",
-    "glue": "35",
+    "phrase": "35",
     "answer": "1;32",
     "attempt": "32",
 }
@@ -259,15 +269,16 @@ def colour(kind: str, text: str) -> str:
 
 def show(pairs: list[Pair], trace: Trace, parts: list[tuple[str, str]], question: str) -> None:
     """Print one trace the way it came to be: the pool, the draw, the text."""
-    right = sum(p.correct for p in pairs)
     drawn = []
     for pair in trace:
-        kind, grade = ("right", "correct") if pair.correct else ("wrong", "incorrect")
-        drawn.append(colour(kind, f"{pair.style} {pair.index} ({grade})"))
+        kind = "correct" if pair.correct else "incorrect"
+        drawn.append(colour(kind, f"{pair.style} {pair.index} ({kind})"))
+    n_correct = sum(p.correct for p in pairs)
+    correct = colour("correct", f"{n_correct} correct")
+    incorrect = colour("incorrect", f"{len(pairs) - n_correct} incorrect")
     print(colour("tag", "=" * 100))
     print(f"question\n{question}\n")
-    print(f"pool: {colour('right', f'{right} correct')} and "
-          f"{colour('wrong', f'{len(pairs) - right} incorrect')} pairs")
+    print(f"pool: {correct} and {incorrect} pairs")
     print(f"drawn, in order: {', '.join(drawn)}\n")
     print("".join(colour(kind, text) for kind, text in parts), "\n")
 
@@ -275,7 +286,7 @@ def show(pairs: list[Pair], trace: Trace, parts: list[tuple[str, str]], question
 # ---- the command ---------------------------------------------------------------------------------
 TEXTS = ("id", "task", "question", "style", "solution", "finish")
 REQUIRED = (*TEXTS, "problem", "index", "answer", "correct", "reflections")
-SHAPE = ("not a line of sample.py (id, question, style, solution: text; index: a number; "
+NOT_A_SAMPLE = ("not a line of sample.py (id, question, style, solution: text; index: a number; "
          "correct: true or false; "
          "answer: text or null; reflections: a list of {text, verdict, finish})")
 
@@ -287,7 +298,7 @@ def read_rows(paths: str) -> list[dict]:
         for number, row in enumerate(read_jsonl(path, REQUIRED), 1):
             where = f"{path}: row {number}"
             if not _is_sample(row):
-                raise UserError(f"{where}: {SHAPE}")
+                raise UserError(f"{where}: {NOT_A_SAMPLE}")
             if row["correct"] and row["answer"] is None:
                 raise UserError(f"{where}: an attempt without an answer cannot be correct")
             identity = (row["id"], row["style"], row["index"])
@@ -328,7 +339,7 @@ def silver_row(problem: tasks.Problem, recipe: str, trace: Trace, text: str) -> 
 
 
 def arguments():
-    recipes = "; ".join(f"{name}: {about}" for name, (_, about) in RECIPES.items())
+    recipes = "; ".join(f"{name}: {recipe.about}" for name, recipe in RECIPES.items())
     p = parser(__doc__, out="silver.jsonl", model=None)
     p.add_argument("--data", default="samples.jsonl", help="what sample.py wrote; several files with commas")
     p.add_argument("--recipe", default="paper", choices=list(RECIPES), help=recipes)
@@ -350,18 +361,21 @@ def main():
     rows = read_rows(args.data)
     if not args.show:
         refuse_existing(args.out)
-    draw, _ = RECIPES[args.recipe]
+    recipe = RECIPES[args.recipe]
 
     silver = []
     dropped = Counter()
     for identity, group in groupby(rows, key=lambda row: row["id"]):
         group = list(group)
         rng = random.Random(f"{args.seed}/{identity}")
-        pairs = pairs_of(group, rng, dropped, need_reflection=args.recipe not in WITHOUT_REFLECTION)
-        traces = draw(pairs, rng, args.max_correct)
-        problem = tasks.Problem(identity, group[0]["task"], group[0]["question"], group[0]["problem"])
-        for trace in traces[:args.traces_per_question or None]:
-            parts = build(trace, args.recipe, phrases, rng)
+        pairs = pairs_of(group, rng, dropped, recipe.needs_reflection)
+        traces = recipe.draw(pairs, rng, args.max_correct)
+        if args.traces_per_question:
+            traces = traces[:args.traces_per_question]
+        first = group[0]
+        problem = tasks.Problem(identity, first["task"], first["question"], truth=first["problem"])
+        for trace in traces:
+            parts = build(trace, recipe, phrases, rng)
             if len(silver) < args.show:
                 show(pairs, trace, parts, problem.question)
             silver.append(silver_row(problem, args.recipe, trace, "".join(text for _, text in parts)))
@@ -369,20 +383,20 @@ def main():
     if dropped:
         counts = ", ".join(f"{n} ({reason})" for reason, n in sorted(dropped.items()))
         print(f"dropped {counts} of {len(rows)} attempts")
-    right = sum(row["correct"] for row in rows)
-    if not right:
+    n_correct = sum(row["correct"] for row in rows)
+    if not n_correct:
         raise UserError(f"--data {args.data}: none of the {len(rows)} sampled attempts is correct; "
                         "sample more (--n), an easier --task or a stronger --model")
     if not silver:
-        raise UserError(f"--data {args.data}: {right} of {len(rows)} attempts are correct, but no trace can "
-                        "be made "
-                        "(see the dropped ones above); sample more --n or --reflections")
+        raise UserError(f"--data {args.data}: {n_correct} of {len(rows)} attempts are correct, "
+                        "but no trace can be made (see the dropped ones above); "
+                        "sample more --n or --reflections")
     if args.show:
         return
     write_whole(args.out, "".join(to_json(row) + "\n" for row in silver))
     lengths = Counter(len(row["pairs"]) for row in silver)
     print(f"wrote {args.out}: {len(silver)} traces of {len({row['id'] for row in silver})} questions "
-          f"from {len(rows)} attempts ({right} correct); "
+          f"from {len(rows)} attempts ({n_correct} correct); "
           "pairs in a trace: " + ", ".join(f"{n}: {count}" for n, count in sorted(lengths.items())))
 
 

@@ -6,7 +6,7 @@
 
 Four ideas carry the speed. A group's prompt is run once and its cache is forked to every sample. A row that
 ends gives its slot to the next request at once. Live rows are kept in the first slots, so that a step is one
-dense batch. On a GPU a step, the choice of the token included, is one CUDA graph, and the host looks at what
+dense batch. On a GPU a step, the choice of the token included, is one CUDA graph, and the host reads what
 was chosen every eighth token only. Slots and graphs are in `cache.py`.
 
 One idea carries the trust: a token is drawn with one uniform number that depends on (seed, request, index,
@@ -57,12 +57,12 @@ class Params:
 
 @dataclass
 class Request:
-    """`indices` samples of one prompt."""
+    """`indices` samples of one prompt. Used up by `Sampler.stream`."""
     prompt: list[int]
     indices: list[int]
     identity: str | None = None  # names the question for the randomness; None takes the prompt itself
     max_new_tokens: int | None = None  # None takes the Params'
-    tag: Any = None  # the caller's own, untouched
+    payload: Any = None  # the caller's own, untouched
     started: int = 0  # how many of the indices have been given a slot
 
 
@@ -95,9 +95,9 @@ class Sequence:
 
 # ---- the sampler ---------------------------------------------------------------------------------
 PREFILL_TOKENS = 8192  # of one prefill batch, padding included: bounds its activations
-# Tokens of every row between two looks of the host; what a row chose after its end is dropped.
-LOOK = {"cpu": 1, "cuda": 8}
-CACHE_FRACTION = 0.6  # of the free memory, for a cache that is given back
+# Tokens that every row chooses before the host reads them back; those after a row's end are dropped.
+TOKENS_PER_SYNC = {"cpu": 1, "cuda": 8}
+CACHE_FRACTION = 0.6  # of the free memory, unless the cache stays while something else needs memory too
 
 
 def noise_key(seed: int, request: Request, index: int) -> int:
@@ -140,17 +140,17 @@ class Sampler:
         self.tokenizer = tokenizer
         self.wanted_slots = slots
         self.cache_fraction = cache_fraction
-        self.look = LOOK[model.device.type]
+        self.tokens_per_sync = TOKENS_PER_SYNC[model.device.type]
         self.graphed = model.device.type == "cuda" and uses_triton(model.device, model.dtype)
-        # Of the requests that run.
+        # Of the present call of `stream`.
         self.params = Params()
         self.seed = 0
         self.live: list[Sequence] = []
         # The cache, and what belongs to it. None until there is something to sample.
         self.cache: KVCache | None = None
-        self.state: SlotState | None = None
+        self.slot_state: SlotState | None = None
         self.graphs = Graphs()
-        # Bytes; with graphs, what the first cache was allowed is the bound for good.
+        # Bytes. With graphs, the first measurement is the bound from then on.
         self.cache_budget: int | None = None
 
     def generate(
@@ -160,10 +160,10 @@ class Sampler:
         identities = identities or [None] * len(prompts)
         requests = deque()
         for i, (prompt, identity) in enumerate(zip(prompts, identities, strict=True)):
-            requests.append(Request(prompt, list(range(n)), identity, tag=i))
+            requests.append(Request(prompt, list(range(n)), identity, payload=i))
         out = [[None] * n for _ in prompts]
         for request, index, completion in self.stream(requests, params, seed):
-            out[request.tag][index] = completion
+            out[request.payload][index] = completion
             if bar is not None:
                 bar.update()
         return out
@@ -198,34 +198,36 @@ class Sampler:
     # ---- the cache that the waiting requests need-------------------------------------------------
     @torch.inference_mode()
     def fit_cache(self, queue: Iterable[Request], growing: bool = False) -> None:
-        """Make a cache for the longest request that waits, unless today's will do: a new one costs graphs."""
+        """Make a cache for the longest request that waits, unless the present one will do.
+
+        `growing`: longer requests came while others ran.
+        """
         model, old = self.model, self.cache
         device = model.device
         # A row goes on until the host looks.
-        needed = max(self.room(request) for request in queue) + self.look - 1
+        needed = max(self.room(request) for request in queue) + self.tokens_per_sync - 1
         context = model.config.max_position_embeddings
-        current = old.capacity if old else None
-        capacity = slot_capacity(needed, current, growing, context, GRAIN[device.type])
+        current_capacity = old.capacity if old else None
+        capacity = slot_capacity(needed, current_capacity, growing, context, GRAIN[device.type])
         bytes_a_slot = capacity * KVCache.bytes_per_token(model.config, model.dtype)
         fitting = int(self.memory_for_cache() // bytes_a_slot)
         waiting = sum(len(request.indices) for request in queue)
-        current = old.slots if old else 0
-        slots = slot_count(waiting, current, self.wanted_slots, fitting, MOST_SLOTS[device.type])
+        current_slots = old.slots if old else 0
+        slots = slot_count(waiting, current_slots, self.wanted_slots, fitting, MOST_SLOTS[device.type])
         if slots > fitting:
             raise UserError(f"{slots} slots of {capacity} tokens need {slots * bytes_a_slot / 2**30:.1f} GiB "
-                            "of cache, "
-                            f"{fitting} fit in memory; lower --slots or --max-new-tokens")
+                            f"of cache, {fitting} fit in memory; lower --slots or --max-new-tokens")
         if old is None or slots > old.slots or capacity != old.capacity:
-            self.cache = self.state = None
+            self.cache = self.slot_state = None
             self.graphs = Graphs()
             del old  # its memory is needed
             self.cache = KVCache(model.config, slots, capacity, device, model.dtype)
-            self.state = SlotState(slots, device)
+            self.slot_state = SlotState(slots, device)
         if self.params.repetition_penalty != 1:
-            self.state.note_seen(model.vocab)
+            self.slot_state.track_seen(model.vocab)
 
     def memory_for_cache(self) -> float:
-        """Bytes that a cache may take, today's included."""
+        """Bytes that a cache may take, the present one included."""
         if self.graphed and self.cache_budget:
             return self.cache_budget
         fraction = self.cache_fraction if self.graphed else CACHE_FRACTION
@@ -238,8 +240,7 @@ class Sampler:
         context = self.model.config.max_position_embeddings
         if len(request.prompt) >= context:
             raise UserError(f"a prompt of {len(request.prompt)} tokens does not fit the model's context of "
-                            f"{context}; "
-                            "shorten it")
+                            f"{context}; shorten it")
         budget = self.params.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         return min(len(request.prompt) + budget, context)
 
@@ -250,8 +251,9 @@ class Sampler:
         to_fork = []  # (source, targets, length)
         while queue and len(self.live) < self.cache.slots:
             request = queue[0]
-            if self.room(request) + self.look - 1 > self.cache.capacity:
-                # It came late: it waits until the others are done and a cache with longer slots can be made.
+            if self.room(request) + self.tokens_per_sync - 1 > self.cache.capacity:
+                # It came late: it and all behind it wait until the others are done. Then longer slots are
+                # made.
                 break
             prompt = request.prompt[:-1]
             # Any live sample of the request holds the prompt in its first positions, which never change: a
@@ -261,7 +263,7 @@ class Sampler:
             indices = request.indices[request.started:request.started + free]
             targets = list(range(len(self.live), len(self.live) + len(indices)))
             for index in indices:
-                self.open(request, index)
+                self.start(request, index)
             if source is None and targets:
                 source = targets.pop(0)
                 to_prefill.append((source, prompt))
@@ -270,17 +272,17 @@ class Sampler:
             request.started += len(indices)
             if request.started == len(request.indices):
                 queue.popleft()
-        self.prefill(to_prefill)
+        self.run_prompts(to_prefill)
         for source, targets, length in to_fork:
             self.cache.copy(source, targets, length)
 
-    def open(self, request: Request, index: int) -> None:
+    def start(self, request: Request, index: int) -> None:
         """Put a sample into the next free slot."""
         budget = self.room(request) - len(request.prompt)
-        self.state.open(len(self.live), request.prompt, noise_key(self.seed, request, index))
+        self.slot_state.fill(len(self.live), request.prompt, noise_key(self.seed, request, index))
         self.live.append(Sequence(request, index, budget, Completion(request.prompt)))
 
-    def prefill(self, prompts: list[tuple[int, list[int]]]) -> None:
+    def run_prompts(self, prompts: list[tuple[int, list[int]]]) -> None:
         """Run prompts (slot, ids) through the model, to fill their slots of the cache."""
         for batch in prefill_batches([(slot, ids) for slot, ids in prompts if ids]):
             width = max(len(ids) for _, ids in batch)
@@ -290,19 +292,19 @@ class Sampler:
             slots = [slot for slot, _ in batch]
             self.model(padded.to(self.model.device), attend=self.cache.prefill(slots))
 
-    # ---- step: the next token, or few, of every live row------------------------------------------
+    # ---- step: the next token, or the next few, of every live row------------------------------------------
     @torch.inference_mode()
     def step(self) -> None:
         live = len(self.live)
         B = min(bucket(live), self.cache.slots) if self.graphed else live
-        self.state.lengths[live:B] = 0  # rows that only fill the bucket up: nothing to read
+        self.slot_state.lengths[live:B] = 0  # rows that only fill the bucket up: nothing to read
         chosen, logprobs = [], []
-        for i in range(self.look):
+        for i in range(self.tokens_per_sync):
             # Without graphs the cache is read up to the longest row only.
             longest = self.cache.capacity - 1 if self.graphed else max(s.cached for s in self.live) + i
-            self.decode(B, longest)
-            chosen.append(self.state.tokens[:live].clone())
-            logprobs.append(self.state.logprobs[:live].clone())
+            self.decode_one(B, longest)
+            chosen.append(self.slot_state.tokens[:live].clone())
+            logprobs.append(self.slot_state.logprobs[:live].clone())
         chosen = torch.stack(chosen, 1).tolist()  # (live, look): the one wait for the device
         logprobs = torch.stack(logprobs, 1).tolist()
         for sequence, new, new_logprobs in zip(self.live, chosen, logprobs, strict=True):
@@ -321,7 +323,7 @@ class Sampler:
                 return n
         return min(left, len(new))
 
-    def decode(self, B: int, longest: int) -> None:
+    def decode_one(self, B: int, longest: int) -> None:
         """One token for each of the first B slots, whose caches end at `longest` or before."""
         if not self.graphed:
             self.feed_and_choose(B, longest)
@@ -331,7 +333,7 @@ class Sampler:
 
     def feed_and_choose(self, B: int, longest: int) -> None:
         """Feed each row's token, choose the next: all on the device, in place, without asking it anything."""
-        p, state = self.params, self.state
+        p, state = self.params, self.slot_state
         tokens = state.tokens[:B]
         lengths = state.lengths[:B]
         attend = self.cache.decode(lengths, longest)
@@ -375,7 +377,7 @@ class Sampler:
             return
         self.live[slot] = last
         self.cache.copy(end, [slot], last.cached)
-        self.state.move(end, slot)
+        self.slot_state.move(end, slot)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -390,7 +392,8 @@ def arguments():
     g.add_argument("--task", default="countdown-3-small", help=f"tasks, separated by commas: {tasks.NAMES}")
     g.add_argument("--questions", type=natural, default=200,
                    help="how many of each task (0: all rows of a file)")
-    g.add_argument("--split", default="sft", help=f"which problems: {', '.join(tasks.SPLITS)}")
+    g.add_argument("--split", default="sft",
+                   help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
     g.add_argument("--styles", default="plain,plan,alternatives,rephrase",
                    help="prompt styles, separated by commas")
     g.add_argument("--n", type=positive, default=4, help="attempts of each question and style")
@@ -399,9 +402,8 @@ def arguments():
                    help="rationalisation: also make attempts whose prompt tells the right answer")
     g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie")
     g.add_argument("--shard", default="0/1",
-                   help="i/n: only every n-th question from the i-th on, to divide the work among n "
-                        "processes "
-                        "(give each its own --out)")
+                   help="i/n: only every n-th question from the i-th on, "
+                        "to divide the work among n processes (give each its own --out)")
     g.add_argument("--prompt", default=None, help="only answer this text, with --n samples, and print them")
     g = p.add_argument_group("how to choose tokens")
     g.add_argument("--temperature", type=number(float, 0), default=0.7, help="0 is greedy")
@@ -428,7 +430,7 @@ def arguments():
 
 @dataclass
 class Attempts:
-    """The tag of a request for attempts: what was asked."""
+    """The payload of a request for attempts: what was asked."""
     task: tasks.Task
     problem: tasks.Problem
     style: str  # with "-hint" if the prompt told the answer
@@ -437,7 +439,7 @@ class Attempts:
 
 @dataclass
 class Reflections:
-    """The tag of a request for reflections: the attempt's line of samples.jsonl, and those that have come."""
+    """The payload of a request for reflections: the attempt's line of samples.jsonl, and what has come."""
     row: dict
     found: dict[int, dict] = field(default_factory=dict)
 
@@ -453,8 +455,9 @@ def attempt_requests(args, problems: list, done: set, tokenizer: Tokenizer) -> d
                 name = style + ("-hint" if hint else "")
                 indices = [i for i in range(args.n) if (problem.id, name, i) not in done]
                 if indices:
-                    tag = Attempts(task, problem, name, system)
-                    queue.append(Request(tokenizer.chat(messages), indices, f"{problem.id}/{name}", tag=tag))
+                    asked = Attempts(task, problem, name, system)
+                    identity = f"{problem.id}/{name}"
+                    queue.append(Request(tokenizer.chat(messages), indices, identity, payload=asked))
     return queue
 
 
@@ -482,11 +485,12 @@ def attempt_row(asked: Attempts, index: int, completion: Completion, text: str) 
 def reflection_request(row: dict, n: int, tokenizer: Tokenizer) -> Request:
     prompt = tokenizer.chat(tasks.reflection_prompt(row["question"], row["solution"]))
     identity = f"{row['id']}/{row['style']}/{row['index']}/reflection"
-    return Request(prompt, list(range(n)), identity, tag=Reflections(row))
+    return Request(prompt, list(range(n)), identity, payload=Reflections(row))
 
 
-def already_done(args) -> set:
-    """The (id, style, index) already in --out; a new --out gets its run.json beside it.
+def start_or_resume(args) -> set:
+    """Start --out, with its run.json beside it, or go on with it. Returns the (id, style, index) already
+    there.
 
     Checks that the file was made with the same settings, and cuts off a last line that is not whole.
     """
@@ -503,8 +507,7 @@ def already_done(args) -> set:
     for name, value in settings.items():
         if before.get(name) != value:
             raise UserError(f"--out {args.out} was made with --{name.replace('_', '-')} {before.get(name)}, "
-                            f"not {value}; "
-                            "give the same or another --out")
+                            f"not {value}; give the same or another --out")
     with open(args.out, "rb+") as f:
         content = f.read()
         f.truncate(content.rfind(b"\n") + 1)  # a line that a kill cut short
@@ -559,7 +562,8 @@ def main():
     problems = problems[part::parts]
     model, tokenizer = load(args.model, args.device, args.dtype)
     context = model.config.max_position_embeddings
-    queue = attempt_requests(args, problems, already_done(args), tokenizer)
+    done = start_or_resume(args)
+    queue = attempt_requests(args, problems, done, tokenizer)
     waiting = sum(len(request.indices) for request in queue)
     print(f"sampling {waiting} attempts on {len(problems)} questions, {args.reflections} reflections each, "
           f"with {args.model}")
@@ -571,9 +575,9 @@ def main():
     with open(args.out, "a", encoding="utf-8") as f, bar:
         for request, index, completion in sampler.stream(queue, params, args.seed):
             text = tokenizer.text(completion.tokens)
-            if isinstance(request.tag, Attempts):
-                row = attempt_row(request.tag, index, completion, text)
-                # An attempt without an end is no sample to judge.
+            if isinstance(request.payload, Attempts):
+                row = attempt_row(request.payload, index, completion, text)
+                # A truncated attempt gets no reflections.
                 if args.reflections and completion.finish == "stop":
                     reflect = reflection_request(row, args.reflections, tokenizer)
                     if len(reflect.prompt) < context:
@@ -581,7 +585,7 @@ def main():
                         continue  # the row is written when its reflections have come
                     too_long += 1
             else:
-                row, found = request.tag.row, request.tag.found
+                row, found = request.payload.row, request.payload.found
                 found[index] = {"text": text, "verdict": verdict(text), "finish": completion.finish}
                 if len(found) < args.reflections:
                     continue

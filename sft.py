@@ -33,7 +33,7 @@ MINIATURE_LR = 3e-3
 # ---- the data ------------------------------------------------------------------------------------
 @dataclass
 class Example:
-    """A conversation as ids, of which ids[start:], the last turn and its end token, are trained."""
+    """A conversation as ids. The loss is on ids[start:], the last turn and its end token."""
     ids: list[int]
     start: int
 
@@ -41,14 +41,14 @@ class Example:
         return len(self.ids)
 
     @property
-    def trained(self) -> list[int]:
+    def targets(self) -> list[int]:
         return self.ids[self.start:]
 
 
 def read_examples(paths: str, tokenizer: Tokenizer, context: int) -> list[Example]:
     """The examples of chat JSONL files (names with commas between).
 
-    Rows over the context are left out, and said.
+    Rows over the context are left out, and counted.
     """
     examples = []
     left_out = 0
@@ -75,8 +75,8 @@ def check_messages(messages, where: str) -> None:
     if not well_formed:
         raise UserError(f"{where}: messages must be a list of {{role: system|user|assistant, content: text}}")
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
-        raise UserError(f"{where}: the last of the messages must be the assistant's, after at least one "
-                        "other")
+        raise UserError(f"{where}: the last of the messages must be the assistant's, "
+                        "after at least one other")
 
 
 def _is_message(m):
@@ -123,7 +123,7 @@ def loss_of(model: Transformer, examples: list[Example]) -> Tensor:
         predicting = range(example.start - 1, len(fed))
         rows += [b] * len(predicting)
         positions += predicting
-        targets += example.trained
+        targets += example.targets
     rows = torch.tensor(rows, device=model.device)  # (N,)
     positions = torch.tensor(positions, device=model.device)  # (N,)
     targets = torch.tensor(targets, device=model.device)  # (N,)
@@ -137,7 +137,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
     rising = max(1, round(warmup * steps))
     if step <= rising:
         return peak * step / rising
-    angle = math.pi * (step - rising) / (steps - rising + 1)  # pi only after the last step
+    # The angle reaches pi after the last step, which still has a small rate.
+    angle = math.pi * (step - rising) / (steps - rising + 1)
     return peak * 0.5 * (1 + math.cos(angle))
 
 
@@ -164,8 +165,8 @@ def main():
     start_processes(device)
     model, tokenizer = load(args.model, args.device, args.dtype)
     if args.context > model.config.max_position_embeddings:
-        raise UserError(f"--context {args.context}: {args.model} has a context of "
-                        f"{model.config.max_position_embeddings}")
+        raise UserError(f"--context {args.context}: "
+                        f"{args.model} has a context of {model.config.max_position_embeddings}")
     examples = read_examples(args.data, tokenizer, args.context)
 
     run = Run(args)
@@ -187,14 +188,14 @@ def main():
             started = time.time()
             batch = batches[step - 1]
             lr = learning_rate(step, steps, peak)
-            count = sum(len(example.trained) for example in batch)  # of the whole step, on every process
+            count = sum(len(example.targets) for example in batch)  # of the whole step, on every process
             mine = batch[rank()::world()]
-            loss = 0.0
+            my_loss = 0.0
             for part in micro_batches(mine, len, args.micro_batch_tokens):
                 micro = loss_of(model, part) / count
                 micro.backward()
-                loss += micro.item()
-            loss, = total([loss], device)
+                my_loss += micro.item()
+            loss, = total([my_loss], device)
             check_finite(loss, "loss")
             norm = optimizer.step(lr)
             speed = sum(map(len, batch)) / (time.time() - started)

@@ -23,7 +23,7 @@ from string import ascii_lowercase
 from cli import UserError, read_jsonl
 from grading import (
     OPERATORS, check_choice, check_countdown, check_exact, check_integer, check_math, check_word,
-    dictionary, extract_answer, integer_of, math_verify,
+    dictionary, extract_answer, integer_of, load_math_verify,
 )
 
 
@@ -46,8 +46,9 @@ class Grade:
 MUST_ANSWER = ("However you work, your reply must end with a final answer between <answer> and </answer>. "
                "A reply without it is worth nothing.")
 ENDING = "Put your final answer between <answer> and </answer>."
-INSTRUCT = ("Work inside <think> and </think>. There, write an attempt between <sample> and </sample> "
-            "with an <answer>, then check it between <reflect> and </reflect> and end the check with "
+INSTRUCT = ("Work inside <think> and </think>. "
+            "There, write an attempt between <sample> and </sample> with an <answer>, "
+            "then check it between <reflect> and </reflect> and end the check with "
             "<verdict>Correct</verdict> or <verdict>Incorrect</verdict>. "
             "Add further attempts and checks until you are sure. After </think>: ")
 REPHRASE = "Restate the question first, keeping only what is needed, then solve it. "
@@ -81,7 +82,7 @@ Now check the attempt above: work it out again, take nothing on trust, and compa
 """Be brief. Your reply must end with one of these two lines:
 <verdict>Incorrect</verdict>
 <verdict>Correct</verdict>"""
-# Words of the prompt's worked example: a reflection that has one copied it.
+# Words of the prompt's worked example: a reflection that holds one was copied from it.
 REFLECT_LEAKS = ("Canberra", "Sydney")
 
 
@@ -112,11 +113,11 @@ class Task:
         return messages
 
     def grade(self, problem: Problem, text: str, lenient: bool = False) -> Grade:
-        answer, reason = extract_answer(text, lenient)
+        answer, why_none = extract_answer(text, lenient)
         if answer is None:
-            return Grade(False, None, reason)
-        reason = self.check(answer, problem.truth)
-        return Grade(not reason, answer, reason)
+            return Grade(correct=False, answer=None, reason=why_none)
+        why_wrong = self.check(answer, problem.truth)
+        return Grade(correct=not why_wrong, answer=answer, reason=why_wrong)
 
     def _check_split(self, split, known):
         if split not in known:
@@ -168,8 +169,7 @@ class Generated(Task):
             idle += 1
             if idle > 20_001:
                 raise UserError(f"{self.name} has only about {len(found)} different problems in the split "
-                                f"{split}, "
-                                f"{n} were asked for; ask for fewer")
+                                f"{split}, {n} were asked for; ask for fewer")
             made = self.make(rng)
             if made is None:
                 continue
@@ -212,7 +212,7 @@ class Countdown(Generated):
             symbol = rng.choice("+-*" if self.small else "+-*/")
             if symbol == "/" and (b == 0 or a % b):
                 return None
-            value = int(OPERATORS[symbol](a, b))
+            value = int(OPERATORS[symbol](a, b))  # exact: a division with a rest was refused
             if value < 0 or (self.small and value > 60):
                 return None
             pool.append((value, f"({a_text} {symbol} {b_text})"))
@@ -230,8 +230,8 @@ class Letters(Generated):
         distractors = [rng.choice(ascii_lowercase) for _ in range(rng.randint(0, 4))]
         letters = [*hidden, *distractors]
         rng.shuffle(letters)
-        question = (f"Letters: {' '.join(letters)}\nMake an English word of {self.size} to 8 letters out of "
-                    "these, "
+        question = (f"Letters: {' '.join(letters)}\n"
+                    f"Make an English word of {self.size} to 8 letters out of these, "
                     "using each letter at most as often as it is given.")
         truth = {"answer": hidden, "letters": "".join(letters), "least": self.size, "ordered": False}
         return "".join(sorted(letters)), question, truth
@@ -252,9 +252,9 @@ class Acronym(Generated):
             if not words_by_initial()[letter]:
                 return None
             words.append(rng.choice(words_by_initial()[letter]))
-        question = (f"Words: {' '.join(words)}\nTake first letters of these words, in order and leaving out "
-                    "as many words "
-                    f"as you like, so that they spell an English word of at least {self.size} letters. "
+        question = (f"Words: {' '.join(words)}\n"
+                    "Take first letters of these words, in order and leaving out as many words as you like, "
+                    f"so that they spell an English word of at least {self.size} letters. "
                     "The answer is that word.")
         truth = {"answer": hidden, "letters": "".join(initials), "least": self.size, "ordered": True}
         return " ".join(words), question, truth
@@ -263,7 +263,10 @@ class Acronym(Generated):
 @lru_cache
 def common_words(length: int | None) -> list[str]:
     """The dictionary's common words of one length (None: of all)."""
-    return [word for word, common in dictionary().items() if common and length in (None, len(word))]
+    words = [word for word, common in dictionary().items() if common]
+    if length is None:
+        return words
+    return [word for word in words if len(word) == length]
 
 
 @lru_cache
@@ -314,15 +317,14 @@ class FromFile(Task):
             where = f": {self.source}, or point --data-dir at it" if self.source else ""
             raise UserError(f"{path}: no such file; {self.name} is not downloaded for you{where}")
         if self.check is check_math:
-            math_verify()  # now, not after an hour of sampling
+            load_math_verify()  # now, not after an hour of sampling
         rows = self._read(path)
         if split in self.hundredths:
             taken = self.hundredths[split]
             rows = {identity: row for identity, row in rows.items() if hundredth(identity) in taken}
         if n > len(rows):
-            raise UserError(f"{self.name} has {len(rows)} questions in the split {split}, {n} were asked "
-                            "for; "
-                            "ask for fewer (0 takes all)")
+            raise UserError(f"{self.name} has {len(rows)} questions in the split {split}, "
+                            f"{n} were asked for; ask for fewer (0 takes all)")
         rng = random.Random(f"{self.name}/{split}/{seed}")
         chosen = rng.sample(sorted(rows), n or len(rows))
         return [self._problem(identity, rows[identity]) for identity in chosen]
@@ -334,9 +336,10 @@ class FromFile(Task):
             where = f"{path}: row {number}"
             question, answer, choices = row["question"], row["answer"], row.get("choices") or {}
             identity = str(row.get("id", number))
-            texts = isinstance(question, str) and isinstance(answer, (str, int)) and isinstance(choices, dict)
-            if not texts or not all(isinstance(text, str) for text in choices.values()):
-                raise UserError(f"{where}: question, answer and every choice must be text")
+            if not isinstance(question, str) or not isinstance(answer, (str, int)):
+                raise UserError(f"{where}: question must be text, and answer text or an integer")
+            if not isinstance(choices, dict) or not all(isinstance(text, str) for text in choices.values()):
+                raise UserError(f"{where}: choices must be an object of texts, such as {{\"A\": \"mall\"}}")
             answer = str(answer)
             if self.check is check_integer and integer_of(answer) is None:
                 raise UserError(f"{where}: the answer {answer[:40]!r} is not an integer; "
@@ -361,7 +364,7 @@ class FromFile(Task):
 
 TRAIN = {"sft": "train.jsonl", "rl": "train.jsonl", "val": "train.jsonl"}
 TRAIN_HUNDREDTHS = {"sft": range(0, 45), "rl": range(45, 90), "val": range(90, 100)}
-# Of file:PATH; its split `all` is the whole file.
+# The same for file:PATH, which also has a split `all`, the whole file.
 OWN_HUNDREDTHS = {"sft": range(0, 40), "rl": range(40, 80), "val": range(80, 85), "test": range(85, 100)}
 NOT_OPEN = "its text is not openly licensed; bring your own rows {id, question, answer}"
 FILES = {  # name: (checker, {split: file}, where to get it)

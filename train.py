@@ -1,11 +1,12 @@
 """What both trainers share: flags, processes, batches, the optimizer, the run folder and how to resume it.
 
 Exact resuming needs no saved random state, because nothing here or in the loops draws from a running
-generator: the order of the data and every sampled token are functions of (seed, step, ...). A checkpoint is
-the float32 weights, AdamW's two moments and the number of the step.
+generator: the order of the data and every sampled token are functions of (seed, step, ...). A checkpoint of a
+run is the float32 weights, AdamW's two moments and two counts, of steps and of optimizer updates.
 
 Left out: FSDP. The bfloat16 weights live whole on every process, so that the sampler sees each update with no
-copy; what is sharded is the larger part, the float32 masters and moments (12 of 18 bytes a parameter).
+copy; what is sharded is the larger part, the float32 masters and moments: 12 of the 18 bytes a parameter
+(2 of weight, 4 of gradient, 4 of master, 8 of moments).
 """
 import argparse
 import atexit
@@ -16,6 +17,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +26,8 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Tokenizer, save, save_tensors
+from checkpoint import Tokenizer, save_tensors
+from checkpoint import save as save_model_folder
 from cli import UserError, natural, number, positive, run_record, to_json, write_whole
 from model import Transformer
 
@@ -37,12 +40,11 @@ def training_flags(p: argparse.ArgumentParser) -> None:
                    help="clip the gradient to this norm; 0 does not")
     g = p.add_argument_group("memory and checkpoints")
     g.add_argument("--micro-batch-tokens", type=positive, default=2048,
-                   help="tokens (padding included) that go through the model at once, in GRPO those of one "
-                        "group's responses; "
-                        "lower it if memory runs out")
+                   help="tokens (padding included) that go through the model at once, "
+                        "in GRPO those of one group's responses; lower it if memory runs out")
     g.add_argument("--recompute", action="store_true",
-                   help="keep no activations inside the layers and compute them again: much less memory, a "
-                        "third more work")
+                   help="keep no activations inside the layers and compute them again: "
+                        "much less memory, a third more work")
     g.add_argument("--save-every", type=natural, default=20,
                    help="steps between checkpoints; 0: only at the end")
     g.add_argument("--resume", action="store_true",
@@ -82,8 +84,22 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def total(values: list[float], device: torch.device | str = "cpu", op: str = "SUM") -> list[float]:
-    """The sum (or MAX) over all processes of each of a list of numbers."""
+def total(values: list[float], device: torch.device | str = "cpu") -> list[float]:
+    """The sum over all processes of each of a list of numbers."""
+    return _reduced(values, device, "SUM")
+
+
+def summed(figures: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The sum over all processes of each of some named numbers."""
+    return dict(zip(figures, total(list(figures.values()), device), strict=True))
+
+
+def largest(value: float, device: torch.device) -> float:
+    """The largest of a number over all processes."""
+    return _reduced([value], device, "MAX")[0]
+
+
+def _reduced(values, device, op):
     if world() == 1:
         return list(values)
     t = torch.tensor(values, dtype=torch.float64, device=device)
@@ -100,8 +116,8 @@ def barrier() -> None:
 def micro_batches(items: list, length: Callable, budget: int, waste: float = 1.2) -> list[list]:
     """Group items by similar length, shortest first.
 
-    Rows are padded to the longest of their group. So rows x longest is at most `budget`, and at most `waste`
-    times the real tokens. One item may exceed the budget alone.
+    Rows are padded to the longest of their group, so what counts is rows x longest: at most `budget`, and at
+    most `waste` times the real tokens. One item may exceed the budget alone.
 
     micro_batches(["aaaaa", "b", "cccc", "d"], len, budget=10)  ->  [["b", "d"], ["cccc", "aaaaa"]]
     """
@@ -132,7 +148,7 @@ def check_finite(value: float, what: str) -> None:
 
 
 def owners(weights: dict[str, Tensor], processes: int) -> dict[str, int]:
-    """{name: the process that keeps its master}. The largest first, each to the one that holds least."""
+    """{name: the process that keeps its master}: tensors, largest first, go to who holds least so far."""
     owner = {}
     held = [0] * processes
     for name, w in sorted(weights.items(), key=lambda item: -item[1].numel()):
@@ -149,6 +165,9 @@ class Optimizer:
     float32 too, over micro-batches and processes. Masters and moments of a tensor live on one process only,
     which broadcasts the new weight (ZeRO stage 1, Rajbhandari et al. 2020, by whole tensors). For a float32
     model the master is the weight itself.
+
+    A step takes the sum of all gradients since the last one: whoever calls backward() has divided the loss by
+    the count of the whole step (trained tokens, or what GRPO's weights count), over all processes.
     """
 
     def __init__(self, model: Transformer, weight_decay: float, betas=(0.9, 0.95), max_norm: float = 1.0):
@@ -172,7 +191,7 @@ class Optimizer:
         self.sums = {}  # name: float32 gradient, for weights that are not float32
         for name, w in self.weights.items():
             if w.dtype != torch.float32:
-                w.register_post_accumulate_grad_hook(lambda w, name=name: self._collect(name, w))
+                w.register_post_accumulate_grad_hook(partial(self._collect, name))
 
     def _collect(self, name, w):
         """Runs when a backward pass has finished this weight's gradient: add it up in float32 and free it."""
@@ -186,11 +205,8 @@ class Optimizer:
         """Sum the gradients over the processes, clip, step.
 
         Returns the norm before clipping; refuses one that is not finite.
-
-        The loss of every micro-batch must already be divided by the count of the whole step, over all
-        processes.
         """
-        grads = self._gradients()
+        grads = self._reduced_gradients()
         norms = [torch.linalg.vector_norm(g) for g in grads.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms)).item()
         check_finite(norm, "gradient")
@@ -204,7 +220,7 @@ class Optimizer:
         self._write_back()
         return norm
 
-    def _gradients(self):
+    def _reduced_gradients(self):
         """{name: float32 gradient}, summed over the processes."""
         grads = {}
         for name, w in self.weights.items():
@@ -219,7 +235,7 @@ class Optimizer:
 
     @torch.no_grad()
     def _write_back(self):
-        """The weights become their masters, on every process."""
+        """Round the masters into the weights, on every process, and clear the gradients."""
         for name, w in self.weights.items():
             master = self.masters.get(name)
             if master is not None and master is not w:
@@ -230,7 +246,7 @@ class Optimizer:
             w.grad = None
         self.sums.clear()
 
-    def state(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """What this process owns, by the names master.W, first.W and second.W: masters and moments."""
         out = {}
         for name, master in self.masters.items():
@@ -243,7 +259,11 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, files: list[Path], updates: int) -> None:
-        """Take masters and moments from the files of any number of processes, after `updates` updates."""
+        """Take weights, masters and moments from a checkpoint's files, whatever number of processes wrote
+        them.
+
+        `updates` is how many steps AdamW had made.
+        """
         for path in files:
             with safe_open(path, "pt", device=str(self.model.device)) as f:
                 stored = set(f.keys())
@@ -263,8 +283,8 @@ class Optimizer:
 
 
 # ---- the run folder ------------------------------------------------------------------------------
-# Flags that a resumed run may give anew: they change what is kept or how much memory is used, not what is
-# computed (the last three only by the rounding of sums).
+# Flags that a resumed run may give anew: they change what is kept, or where and in how many pieces it is
+# computed (which the rounding of sums may show), not what is computed.
 FREE_TO_CHANGE = {"resume", "save_every", "eval_every", "device", "slots", "micro_batch_tokens", "recompute"}
 
 
@@ -284,12 +304,12 @@ class Run:
         elif self.out.exists():
             raise UserError(f"--out {self.out} exists; go on with --resume, or give another --out")
         barrier()  # no process may create the folder before all have looked
-        states = sorted((self.out / "state").glob("step-*[0-9]"))
-        self.state = states[-1] if states else None  # the checkpoint to go on from
+        checkpoints = sorted((self.out / "state").glob("step-*[0-9]"))  # not the .tmp of a killed save
+        self.resume_from = checkpoints[-1] if checkpoints else None
         self.step = 0
         self.updates = 0  # optimizer steps so far; GRPO makes several in a step
-        if self.state:
-            counts = json.loads((self.state / "state.json").read_text())
+        if self.resume_from:
+            counts = json.loads((self.resume_from / "state.json").read_text())
             self.step, self.updates = counts["step"], counts["updates"]
         if rank() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -310,9 +330,8 @@ class Run:
         for name in sorted((now.keys() | before.keys()) - FREE_TO_CHANGE):
             if now.get(name) != before.get(name):
                 flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"--resume: {self.out} was started with {flag} {before.get(name)}, not "
-                                f"{now.get(name)}; "
-                                "give the same flags")
+                raise UserError(f"--resume: {self.out} was started with {flag} {before.get(name)}, "
+                                f"not {now.get(name)}; give the same flags")
 
     def _cut(self, path):
         """Drop the lines of steps after the checkpoint, and a last line that a kill cut short."""
@@ -324,16 +343,16 @@ class Run:
 
     def restore(self, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
         """Put the checkpoint, if there is one, into the optimizer and its model."""
-        if not self.state:
+        if not self.resume_from:
             return
-        optimizer.load(sorted(self.state.glob("*.safetensors")), self.updates)
+        optimizer.load(sorted(self.resume_from.glob("*.safetensors")), self.updates)
         if rank() == 0:  # a kill may have come between the checkpoint and the model folder
-            save(self.out, optimizer.model, tokenizer)
+            save_model_folder(self.out, optimizer.model, tokenizer)
 
     def end_of_step(
         self, optimizer: Optimizer, tokenizer: Tokenizer, *, step: int, last: int, updates: int, stop: bool,
     ):
-        """Save if it is time to, or if somebody asked the run to stop; then leave."""
+        """Save if it is time to. If somebody asked the run to stop, save and leave it (KeyboardInterrupt)."""
         due = self.save_every and step % self.save_every == 0
         if due or stop or step == last:
             self.save(optimizer, tokenizer, step, updates)
@@ -348,12 +367,12 @@ class Run:
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
         barrier()
-        save_tensors(tmp / f"rank{rank():03d}.safetensors", optimizer.state())
+        save_tensors(tmp / f"rank{rank():03d}.safetensors", optimizer.tensors())
         barrier()
         if rank() == 0:
             write_whole(tmp / "state.json", json.dumps({"step": step, "updates": updates}))
             os.replace(tmp, final)
-            save(self.out, optimizer.model, tokenizer)
+            save_model_folder(self.out, optimizer.model, tokenizer)
             for other in final.parent.iterdir():
                 if other != final:
                     shutil.rmtree(other)
@@ -368,14 +387,15 @@ class Run:
 # ---- around the loop -----------------------------------------------------------------------------
 def progress(name: str, done: int, steps: int) -> tqdm:
     """A progress bar over steps, on the first process only, and only on a terminal."""
-    return tqdm(total=steps, initial=done, desc=name, unit="step", disable=None if rank() == 0 else True)
+    hidden = None if rank() == 0 else True  # None: tqdm shows it on a terminal only
+    return tqdm(total=steps, initial=done, desc=name, unit="step", disable=hidden)
 
 
 @contextmanager
 def interruptible(device: torch.device | str = "cpu") -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether somebody asked the run to stop, the same on every process.
+    """Yields a function that tells whether somebody asked the run to stop (Ctrl-C, SIGTERM).
 
-    Ctrl-C and SIGTERM ask.
+    It tells every process the same, so all must call it.
 
     The loop then saves and leaves. A second Ctrl-C does not wait.
     """

@@ -207,11 +207,11 @@ def decode(args, model, tokenizer, device, dtype):
 
             def sixteen(sampler=sampler, B=B, longest=longest):
                 for _ in range(16):
-                    sampler.decode(B, longest)
+                    sampler.decode_one(B, longest)
 
             times = []
             for _ in range(args.repeats + 1):
-                sampler.state.lengths[:] = context
+                sampler.slot_state.lengths[:] = context
                 times.append(seconds_of(sixteen, device) / 16)
         times = sorted(times[1:])  # the first holds the eager step and the capture, and does not count
         seconds = times[args.repeats // 2]

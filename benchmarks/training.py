@@ -123,7 +123,7 @@ def grpo_ours(args):
         micro_batch_tokens=args.micro_batch_tokens,
     )
     optimizer = Optimizer(model, 0.0)
-    sampler = Sampler(model, tokenizer, cache_fraction=grpo.CACHE_FRACTION)
+    sampler = Sampler(model, tokenizer, cache_fraction=grpo.SAMPLER_CACHE_FRACTION)
     for step in range(args.steps):
         synchronize(device)
         begun = time.perf_counter()

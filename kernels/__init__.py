@@ -1,10 +1,11 @@
 """The operations that decide the speed of the model, behind one door.
 
-model.py and sample.py call these functions and never ask where they run. The rule: on a GPU every dtype but
-float64 goes to the Triton kernel (kernels/fused, one file an operation), everything else to the same
-operation in plain PyTorch (kernels/reference.py, where each has its equation). KERNELS=reference or
-KERNELS=triton in the environment overrides it; triton on a CPU needs TRITON_INTERPRET=1 and is for tests.
-Triton is imported when it is first used, and only here.
+model.py, cache.py and sample.py call these functions; only the sampler asks where they run, to know whether a
+step can be a CUDA graph. The rule: on a GPU that has triton, every dtype but float64 goes to the Triton
+kernel (kernels/fused, one file per operation), everything else to the same operation in plain PyTorch
+(kernels/reference.py, where each has its equation). KERNELS=reference or KERNELS=triton in the environment
+overrides it; triton on a CPU needs TRITON_INTERPRET=1 and is for tests. The fused modules, which import
+triton, are imported on first use, and only here.
 """
 import functools
 import importlib.util
@@ -26,7 +27,7 @@ def has_triton() -> bool:
 def uses_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     """Whether an operation on such tensors runs in Triton.
 
-    Raises UserError for a KERNELS that cannot be had.
+    Raises UserError if KERNELS asks for something unavailable.
     """
     choice = os.environ.get("KERNELS", "")
     if choice not in ("", "reference", "triton"):

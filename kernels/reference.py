@@ -1,8 +1,4 @@
-"""Each operation in plain PyTorch, with its equation. Letters in shapes:
-
-    B rows (sequences)   T tokens of a row     N tokens, flattened    C width       V vocabulary
-    H query heads        K key/value heads     D head width           S cached positions
-"""
+"""Each operation in plain PyTorch, with its equation. The letters of shapes are at the top of model.py."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,9 +6,11 @@ from torch import Tensor
 
 # ---- the layers ----------------------------------------------------------------------------------
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual add, and RMSNorm of the sum over the last dimension (Zhang & Sennrich 2019): two like x.
+    """The residual add, and RMSNorm of the sum over the last dimension (Zhang & Sennrich 2019).
 
-    s = x + delta (x itself if delta is None);   s / sqrt(mean(s^2) + eps) * weight, float32 up to the weight.
+    s = x + delta (x itself if delta is None)      y = s / sqrt(mean(s^2) + eps) * weight
+
+    Both are like x. The norm is computed in float32 and rounded before the weight, as transformers does.
     """
     s = x if delta is None else x + delta
     return s, _norm(s, weight, eps)
@@ -52,7 +50,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, lengths: Tensor,
 ) -> Tensor:
-    """One new token a row joins the cache and attends to its past and itself: softmax(q k^T / sqrt(D)) v.
+    """The new token of each row joins the cache and attends to it: softmax(q k^T / sqrt(D)) v.
 
     q (B, H, D), k, v (B, K, D) of the new tokens, K dividing H; past_k, past_v (B, K, S, D), where row b has
     positions 0..lengths[b]-1 and gets the new one at lengths[b] < S. Returns (B, H, D).
@@ -94,16 +92,15 @@ def next_tokens(
     penalty: float = 1.0,
     seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Choose a token a row by inverting the cumulative distribution at `u`, one uniform number a row.
+    """Choose a token per row by inverting the cumulative distribution at `u`, one uniform number each.
 
-    logits (B, V) float32, overwritten; u (B,) in [0, 1). The cuts come in the order of vLLM: repetition
-    penalty on the tokens marked in `seen` (B, V) bool (the choice is then marked too), temperature, min-p,
-    top-k, top-p, each on what the one before has left; tokens of equal probability stay or go together.
-    Temperature 0 takes the largest logit. Returns tokens (B,) int64 and their log-probabilities (B,) under
-    softmax(logits / temperature) *before* penalty and cuts: the number a trainer recomputes (for temperature
-    0, at temperature 1).
+    logits (B, V) float32, may be overwritten; u (B,) in [0, 1). The cuts come in the order of vLLM:
+    repetition penalty on the tokens marked in `seen` (B, V) bool (the choice is then marked too),
+    temperature, min-p, top-k, top-p, each on what the one before has left; tokens of equal probability stay
+    or go together. Temperature 0 takes the largest logit. Returns tokens (B,) int64 and their
+    log-probabilities (B,) under softmax(logits / temperature) *before* penalty and cuts: the number a trainer
+    recomputes (for temperature 0, at temperature 1).
     """
-    own = logits
     if seen is not None:
         own = logits / (temperature or 1)
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
@@ -178,7 +175,7 @@ def linear_logprob(
     entropy is a measurement and has no gradient. At most CHUNK_BYTES of logits live at once; the backward
     pass computes them again (one third more work on the head alone).
 
-    With z = logits / T and p = softmax(z):   d logp_t / d logit_j = ([j = t] - p_j) / T
+    With z = logits / temperature and p = softmax(z):   d logp_t / d logit_j = ([j = t] - p_j) / temperature
     """
     return _LinearLogprob.apply(hidden, weight, targets, temperature)
 
@@ -188,34 +185,34 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature):
         logp = torch.empty(len(hidden), device=hidden.device)
         entropy = torch.empty_like(logp)
-        total = torch.empty_like(logp)
+        lse = torch.empty_like(logp)
         for rows in _chunks(hidden, weight):
             z = linear_float32(hidden[rows], weight).div_(temperature)  # (n, V)
-            total[rows] = z.logsumexp(-1)
-            z -= total[rows, None]  # now log p
+            lse[rows] = z.logsumexp(-1)
+            z -= lse[rows, None]  # now log p
             logp[rows] = z.gather(1, targets[rows, None])[:, 0]
             entropy[rows] = -(z.exp() * z.clamp_(min=-1e4)).sum(-1)  # the clamp: 0 * -inf is 0 here
-        ctx.save_for_backward(hidden, weight, targets, total)
+        ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
     def backward(ctx, grad_logp, _):
-        hidden, weight, targets, total = ctx.saved_tensors
+        hidden, weight, targets, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(weight.shape, device=weight.device)  # float32: a sum over chunks
         for rows in _chunks(hidden, weight):
             z = linear_float32(hidden[rows], weight).div_(ctx.temperature)  # (n, V)
-            p = z.sub_(total[rows, None]).exp_()
+            p = z.sub_(lse[rows, None]).exp_()
             g = grad_logp[rows, None]
             dz = p.mul_(-g).scatter_add_(1, targets[rows, None], g).div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = dz @ weight
             if grad_weight is None:
                 continue
-            if weight.dtype == torch.float32:
+            if weight.dtype == torch.float32:  # in one pass; addmm_ takes no mixture of dtypes
                 grad_weight.addmm_(dz.T, hidden[rows])
             else:
                 grad_weight += dz.T @ hidden[rows]

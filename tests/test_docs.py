@@ -45,7 +45,7 @@ def test_the_reward():
 
 
 def test_the_recipe():
-    draw, _ = run_in(rearrange, RECIPE)["RECIPES"].pop("until-right")
+    draw = run_in(rearrange, RECIPE)["RECIPES"].pop("until-right").draw
     pairs = [rearrange.Pair(f"{i}", "", "6", i % 3 == 0, "plain", i) for i in range(30)]
     traces = draw(pairs, random.Random(0), 3)
     assert len(traces) == 10

@@ -234,7 +234,7 @@ def test_sampler_and_trainer_agree_at_every_step(cmd):
 def test_warnings():
     bad = {"truncated": 0.95, "groups_with_signal": 0.0, "sampler_trainer_mean": 0.2}
     good = {"truncated": 0.1, "groups_with_signal": 0.5, "sampler_trainer_mean": 1e-6}
-    assert len(grpo.warnings(bad)) == 3 and not grpo.warnings(good)
+    assert len(grpo.warnings_of(bad)) == 3 and not grpo.warnings_of(good)
 
 
 def test_truncation_warning_appears(cmd):

@@ -128,7 +128,7 @@ def test_format_to_the_byte():
         Pair("A <answer>7</answer>", "B <verdict>Incorrect</verdict>", "7", False, "plan", 0),
         Pair("C <answer>6</answer>", "D <verdict>Correct</verdict>", "6", True, "plain", 1),
     ]
-    parts = build(trace, "paper", phrases, random.Random(0))
+    parts = build(trace, RECIPES["paper"], phrases, random.Random(0))
     assert "".join(text for _, text in parts) == """<think>
 <sample>
 A <answer>7</answer>

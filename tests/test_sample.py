@@ -54,10 +54,10 @@ def test_rows_that_end_apart_leave_the_others_whole():
     """
     model, tokenizer = tiny()
     budgets = [3 + 7 * i % 22 for i in range(12)]
-    queue = deque(Request(PROMPTS[i % 4], [0], max_new_tokens=n, tag=i) for i, n in enumerate(budgets))
+    queue = deque(Request(PROMPTS[i % 4], [0], max_new_tokens=n, payload=i) for i, n in enumerate(budgets))
     for request, _, c in Sampler(model, tokenizer, 5).stream(queue, Params(99, temperature=0)):
-        want = full_forward(model, request.prompt, budgets[request.tag], tokenizer.stop_ids)
-        assert c.tokens == want, request.tag
+        want = full_forward(model, request.prompt, budgets[request.payload], tokenizer.stop_ids)
+        assert c.tokens == want, request.payload
 
 
 @pytest.mark.parametrize("params", [
@@ -233,10 +233,10 @@ def test_looking_less_often_changes_nothing(monkeypatch, params):
     def sample_all(sampler):
         queue = deque()
         for i, n in enumerate(BUDGETS):
-            queue.append(Request(PROMPTS[i % 4], [0, 1], f"question {i}", max_new_tokens=n, tag=i))
+            queue.append(Request(PROMPTS[i % 4], [0, 1], f"question {i}", max_new_tokens=n, payload=i))
         found = {}
         for request, index, c in sampler.stream(queue, params):
-            found[request.tag, index] = (c.tokens, c.finish, len(c.logprobs))
+            found[request.payload, index] = (c.tokens, c.finish, len(c.logprobs))
         return found
 
     # Stop tokens that really occur, but not in one of the longest rows.
@@ -253,7 +253,7 @@ def test_looking_less_often_changes_nothing(monkeypatch, params):
     real = Graphs.run
     monkeypatch.setattr(Graphs, "run", lambda self, kind, step: kinds.append(kind) or real(self, kind, step))
     sampler = Sampler(model, tokenizer, 7)
-    sampler.look, sampler.graphed = 5, True
+    sampler.tokens_per_sync, sampler.graphed = 5, True
     assert sample_all(sampler) == want
     captured = {B for (B, _), count in Counter(kinds).items() if count > 1}
     assert {4, 7} <= captured <= {1, 2, 4, 7}

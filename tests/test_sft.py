@@ -49,14 +49,14 @@ def test_masks_come_from_lengths():
         return torch.zeros(len(targets), requires_grad=True), None
     model.logprobs = logprobs
     loss_of(model, examples)
-    assert seen == [token for example in examples for token in example.trained]
+    assert seen == [token for example in examples for token in example.targets]
     assert seen.count(tokenizer.end_id) == 5
 
 
 def gradients(examples, cuts):
     """The gradient of all weights, from micro-batches of the examples at these indices."""
     model, _ = tiny("qwen3")
-    count = sum(len(example.trained) for example in examples)
+    count = sum(len(example.targets) for example in examples)
     for cut in cuts:
         (loss_of(model, [examples[i] for i in cut]) / count).backward()
     return torch.cat([w.grad.flatten() for w in model.parameters()])

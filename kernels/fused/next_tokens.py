@@ -1,13 +1,14 @@
-"""The choice of the next token, one program a row: no sort, no host sync, a draw that is reproducible.
+"""The choice of the next token, one program per row: no sort, no host sync, a draw that is reproducible.
 
     z = logits (seen tokens penalised) / temperature      p = exp(z - max z)
     token = the first i in vocabulary order with  p_0 + ... + p_i > u sum p,  over those that survive the cuts
 
 The cuts need a threshold, not an order. Top-k keeps z >= t with t the largest value that k logits reach;
 top-p the same with probability mass in place of a count. Both are bisections over the float32 values, at most
-32 halvings, exact up to the rounding of the mass. To halve over few numbers: each lane kept the largest logit
-it met. These are BLOCK of the row's logits, so the threshold among them alone can only be too low; what
-reaches it, some dozens in practice, is collected and bisected.
+32 halvings, exact up to the rounding of the mass. To bisect over few numbers, the first bisection is over the
+maxima of the lanes (a lane is one of BLOCK positions that run in parallel and see every BLOCK-th logit). They
+are a subset of the row, so their threshold is a lower bound; only the logits above it, some dozens in
+practice, are collected and bisected exactly.
 
 Bytes for a row of V float32 logits: two sweeps, 8 V (10 V with a penalty). A sort would move 16 V or more,
 several times.
@@ -18,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-NOTHING = tl.constexpr(-1e30)  # below every logit that counts; -inf would give inf - inf
-NONE = tl.constexpr(2**31 - 1)  # no id yet
+LOWEST = tl.constexpr(-1e30)  # below every logit that counts; -inf would give inf - inf
+NO_ID = tl.constexpr(2**31 - 1)  # no id yet
 
 
 # ---- pieces --------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ def _read(logits, seen, at, V, temperature, penalty, PENALTY: tl.constexpr):
 def _sweep(logits, seen, V, temperature, penalty, PENALTY: tl.constexpr, BLOCK: tl.constexpr):
     """(each lane's largest logit, the row's, sum of exp(z - largest), log-sum-exp of the own logits)."""
     lane = tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), NOTHING, tl.float32)
+    best = tl.full((BLOCK,), LOWEST, tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     own_best = best
     own_sums = sums
@@ -102,7 +103,7 @@ def _threshold(values, n, goal, lowest, top, MASS: tl.constexpr, BLOCK: tl.const
 def _draw(p, ids, before, aim, first, last):
     """One block of the inversion: (mass so far, first id that passes the aim, last id with any mass)."""
     passed = (before + tl.cumsum(p) > aim) & (p > 0)
-    first = tl.minimum(first, tl.min(tl.where(passed, ids, NONE)))
+    first = tl.minimum(first, tl.min(tl.where(passed, ids, NO_ID)))
     last = tl.maximum(last, tl.max(tl.where(p > 0, ids, 0)))
     return before + tl.sum(p), first, last
 
@@ -112,8 +113,8 @@ def _write(
     row, logits, seen, tokens, logprobs, first, last, V, temperature, own_log_total, PENALTY: tl.constexpr,
 ):
     # Rounding may leave the aim just out of reach.
-    token = tl.minimum(tl.where(first == NONE, last, first), V - 1)
-    z, own = _read(logits, seen, token, V, temperature, 1.0, False)
+    token = tl.minimum(tl.where(first == NO_ID, last, first), V - 1)
+    z, own = _read(logits, seen, token, V, temperature, 1.0, PENALTY=False)
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(logprobs + row, own - own_log_total)
     if PENALTY:
@@ -134,11 +135,11 @@ def _choose(
     best, top, total, own_log_total = _sweep(logits, seen, V, temperature, penalty, PENALTY, BLOCK)
 
     aim = tl.load(u + row) * total
-    before, first, last = 0.0, NONE, 0
+    before, first, last = 0.0, NO_ID, 0
     for start in tl.range(0, V, BLOCK, num_stages=3):
         z, own = _read(logits, seen, start + lane, V, temperature, penalty, PENALTY)
         if GREEDY:
-            first = tl.minimum(first, tl.min(tl.where(z == top, start + lane, NONE)))
+            first = tl.minimum(first, tl.min(tl.where(z == top, start + lane, NO_ID)))
         else:
             before, first, last = _draw(tl.exp(z - top), start + lane, before, aim, first, last)
     _write(row, logits, seen, tokens, logprobs, first, last, V, temperature, own_log_total, PENALTY)
@@ -160,11 +161,11 @@ def _choose_cut(
     kept_ids += row * V
     best, top, total, own_log_total = _sweep(logits, seen, V, temperature, penalty, PENALTY, BLOCK)
 
-    # A bound that no survivor is below: what min-p leaves, raised by the lanes' maxima.
-    lowest = tl.maximum(top + log_min_p, NOTHING)
+    # A lower bound of every survivor: what min-p leaves, raised by the lanes' maxima.
+    lowest = tl.maximum(top + log_min_p, LOWEST)
     bound = lowest
     tl.store(maxima + lane, best)
-    tl.debug_barrier()  # a lane reads what the others wrote
+    tl.debug_barrier()  # Triton's block barrier: a lane reads what the others wrote
     if top_k > 0:
         bound = _threshold(maxima, BLOCK, top_k, lowest, top, False, BLOCK)
     elif top_p < 1:
@@ -194,7 +195,7 @@ def _choose_cut(
         mass = _mass(kept, n, cut, top, True, BLOCK)
 
     aim = tl.load(u + row) * mass
-    before, first, last = 0.0, NONE, 0
+    before, first, last = 0.0, NO_ID, 0
     for start in range(0, n, BLOCK):
         at = start + lane
         z = tl.load(kept + at, at < n, float("-inf"))
@@ -205,12 +206,12 @@ def _choose_cut(
 
 
 def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, seen=None):
-    """As `reference.next_tokens`. With cuts it takes 8 bytes more a logit for what it collects."""
+    """As `reference.next_tokens`. With cuts it takes 8 more bytes per logit for what it collects."""
     B, V = logits.shape
     device = logits.device
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     penalised = seen is not None
-    marks = seen.view(torch.uint8) if penalised else logits
+    marks = seen.view(torch.uint8) if penalised else logits  # without a penalty never read
     tokens = torch.empty(B, device=device, dtype=torch.long)
     logprobs = torch.empty(B, device=device)
     greedy = temperature == 0

@@ -110,7 +110,7 @@ def test_sampling(use, family, params):
     for kind in ("reference", "triton"):
         use(kind)
         samplers[kind] = Sampler(model, tokenizer, 3)
-        samplers[kind].look = 4
+        samplers[kind].tokens_per_sync = 4
         samplers[kind].graphed = GPU and kind == "triton"
     for _ in range(2):
         got = {}
