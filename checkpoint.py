@@ -26,7 +26,7 @@ from model import Config, Transformer
 
 # ---- text and ids --------------------------------------------------------------------------------
 # The system turn that a family's template adds when the user gives none, recognised by its text: the template
-# is never run. The first that is found counts, and Qwen's holds the last.
+# is never run. The order matters: the last is a part of the first.
 DEFAULT_SYSTEMS = (
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
@@ -113,12 +113,12 @@ class Tokenizer:
     def chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, up to and with the opening of the assistant's turn.
 
+        Text between two special tokens is encoded as one string, as the templates do.
+
         chat([{"role": "user", "content": "Hi"}]) for ChatML without a default system turn:
         <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
         """
         return self._llama3(messages) if self.llama else self._chatml(messages)
-
-    # Text between two special tokens is encoded as one string, as the templates do.
 
     def _chatml(self, messages: list[dict]) -> list[int]:
         if self.default_system and messages[0]["role"] != "system":

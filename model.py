@@ -163,7 +163,8 @@ class Transformer(nn.Module):
         """Log-probability of `targets` (N,) after `hidden` (N, C), and the entropy there: two float32 (N,).
 
         It is the loss of SFT, the ratio of GRPO and the check of the sampler. The logits are never held
-        whole: some 128 MiB at a time, or tiles in Triton (see kernels/).
+        whole: a few chunks of 128 MiB in plain PyTorch, in Triton tiles and at most 512 MiB of their
+        gradient.
         """
         return linear_logprob(hidden, self.head[:self.vocab], targets, temperature)
 

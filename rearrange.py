@@ -30,7 +30,8 @@ from grading import TRACE_TAGS
 
 @dataclass(frozen=True)
 class Pair:
-    """One attempt and one reflection whose verdict agrees with the grade ("" if none is there or needed)."""
+    """One attempt and one reflection whose verdict agrees with the grade ("" if a recipe lets it lack
+    one)."""
     attempt: str
     reflection: str
     answer: str | None
@@ -135,7 +136,7 @@ def full(pairs: list[Pair], rng: random.Random, most: int) -> list[Trace]:
 
 
 def backtrack(pairs: list[Pair], rng: random.Random, most: int) -> list[Trace]:
-    """A correct pair somewhere, an incorrect one last: the trace then returns to the correct one."""
+    """Some correct pairs, fewer incorrect ones, an incorrect one last: the trace returns to a correct one."""
     right, wrong = _pools(pairs, rng)
     traces = []
     while right and wrong:

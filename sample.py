@@ -68,7 +68,7 @@ class Request:
 
 @dataclass
 class Completion:
-    """`tokens` and `logprobs` of a sample; a finished one ends with its stop token.
+    """`tokens` and `logprobs` of a sample; one whose `finish` is "stop" ends with its stop token.
 
     The log-probabilities are the model's at the sampling temperature, before any cut or penalty: what a
     trainer computes again.
@@ -97,7 +97,7 @@ class Sequence:
 PREFILL_TOKENS = 8192  # of one prefill batch, padding included: bounds its activations
 # Tokens that every row chooses before the host reads them back; those after a row's end are dropped.
 TOKENS_PER_SYNC = {"cpu": 1, "cuda": 8}
-CACHE_FRACTION = 0.6  # of the free memory, unless the cache stays while something else needs memory too
+CACHE_FRACTION = 0.6  # of the free memory, for a cache that `release` gives back
 
 
 def noise_key(seed: int, request: Request, index: int) -> int:
@@ -195,7 +195,7 @@ class Sampler:
         if not self.graphed:
             self.cache = None
 
-    # ---- the cache that the waiting requests need-------------------------------------------------
+    # ---- the cache that the waiting requests need -------------------------------------------------
     @torch.inference_mode()
     def fit_cache(self, queue: Iterable[Request], growing: bool = False) -> None:
         """Make a cache for the longest request that waits, unless the present one will do.
@@ -244,7 +244,7 @@ class Sampler:
         budget = self.params.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         return min(len(request.prompt) + budget, context)
 
-    # ---- schedule: give free slots to waiting samples---------------------------------------------
+    # ---- schedule: give free slots to waiting samples ---------------------------------------------
     @torch.inference_mode()
     def schedule(self, queue: deque[Request]) -> None:
         to_prefill = []  # (slot, prompt without its last token)
@@ -292,7 +292,7 @@ class Sampler:
             slots = [slot for slot, _ in batch]
             self.model(padded.to(self.model.device), attend=self.cache.prefill(slots))
 
-    # ---- step: the next token, or the next few, of every live row------------------------------------------
+    # ---- step: the next token, or the next few, of every live row ------------------------------------------
     @torch.inference_mode()
     def step(self) -> None:
         live = len(self.live)
@@ -305,7 +305,7 @@ class Sampler:
             self.decode_one(B, longest)
             chosen.append(self.slot_state.tokens[:live].clone())
             logprobs.append(self.slot_state.logprobs[:live].clone())
-        chosen = torch.stack(chosen, 1).tolist()  # (live, look): the one wait for the device
+        chosen = torch.stack(chosen, 1).tolist()  # (live, tokens_per_sync): the one wait for the device
         logprobs = torch.stack(logprobs, 1).tolist()
         for sequence, new, new_logprobs in zip(self.live, chosen, logprobs, strict=True):
             if not math.isfinite(sum(new_logprobs)):
@@ -332,7 +332,7 @@ class Sampler:
         self.graphs.run(kind, lambda: self.feed_and_choose(B, longest))
 
     def feed_and_choose(self, B: int, longest: int) -> None:
-        """Feed each row's token, choose the next: all on the device, in place, without asking it anything."""
+        """Feed each row's token, choose the next: all on the device and in place, as a CUDA graph needs."""
         p, state = self.params, self.slot_state
         tokens = state.tokens[:B]
         lengths = state.lengths[:B]
@@ -352,7 +352,7 @@ class Sampler:
         state.logprobs[:B] = logprobs
         lengths += 1
 
-    # ---- postprocess: hand out finished rows, close the gaps they leave---------------------------
+    # ---- postprocess: hand out finished rows, close the gaps they leave ---------------------------
     def postprocess(self) -> list[tuple[Request, int, Completion]]:
         done = []
         for slot in reversed(range(len(self.live))):  # from the end: closing moves the last row into the gap
@@ -519,7 +519,7 @@ def start_or_resume(args) -> set:
 
 @dataclass
 class Tally:
-    """What the finished rows amount to."""
+    """What the rows that were written in this call amount to."""
     attempts: int = 0
     correct: int = 0
     reflections: int = 0

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: raise the log-probability of traces.
 
-    python sft.py --data silver.jsonl                           # the miniature, on a CPU, in a minute
+    python sft.py --data silver.jsonl                           # the miniature, on a CPU
     python sft.py --model Qwen/Qwen2.5-1.5B-Instruct --epochs 2 --context 4096 --tokens-per-batch 65536
     torchrun --nproc-per-node 4 sft.py --model ... --data ...
 

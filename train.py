@@ -40,8 +40,8 @@ def training_flags(p: argparse.ArgumentParser) -> None:
                    help="clip the gradient to this norm; 0 does not")
     g = p.add_argument_group("memory and checkpoints")
     g.add_argument("--micro-batch-tokens", type=positive, default=2048,
-                   help="tokens (padding included) that go through the model at once, "
-                        "in GRPO those of one group's responses; lower it if memory runs out")
+                   help="tokens (padding included) that go through the model at once; in GRPO about, "
+                        "and of responses to one prompt; lower it if memory runs out")
     g.add_argument("--recompute", action="store_true",
                    help="keep no activations inside the layers and compute them again: "
                         "much less memory, a third more work")
@@ -284,7 +284,7 @@ class Optimizer:
 
 # ---- the run folder ------------------------------------------------------------------------------
 # Flags that a resumed run may give anew: they change what is kept, or where and in how many pieces it is
-# computed (which the rounding of sums may show), not what is computed.
+# computed, which only the rounding shows. (With --dtype auto another device may mean another dtype.)
 FREE_TO_CHANGE = {"resume", "save_every", "eval_every", "device", "slots", "micro_batch_tokens", "recompute"}
 
 
@@ -306,8 +306,8 @@ class Run:
         barrier()  # no process may create the folder before all have looked
         checkpoints = sorted((self.out / "state").glob("step-*[0-9]"))  # not the .tmp of a killed save
         self.resume_from = checkpoints[-1] if checkpoints else None
-        self.step = 0
-        self.updates = 0  # optimizer steps so far; GRPO makes several in a step
+        self.step = 0  # of the checkpoint that the run goes on from
+        self.updates = 0  # optimizer steps until then; GRPO makes several in a step
         if self.resume_from:
             counts = json.loads((self.resume_from / "state.json").read_text())
             self.step, self.updates = counts["step"], counts["updates"]
@@ -324,7 +324,7 @@ class Run:
     def _check_flags(self, args, record):
         """A run goes on with the flags it was started with."""
         if not record.is_file():
-            raise UserError(f"--resume: {self.out} holds no run (no run.json); start it without --resume")
+            raise UserError(f"--resume: {self.out} holds no run (no run.json); start it without --resume, with an --out that does not exist")
         before = json.loads(record.read_text())["flags"]
         now = vars(args)
         for name in sorted((now.keys() | before.keys()) - FREE_TO_CHANGE):
