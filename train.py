@@ -324,7 +324,8 @@ class Run:
     def _check_flags(self, args, record):
         """A run goes on with the flags it was started with."""
         if not record.is_file():
-            raise UserError(f"--resume: {self.out} holds no run (no run.json); start it without --resume, with an --out that does not exist")
+            raise UserError(f"--resume: {self.out} holds no run (no run.json); "
+                            "start it without --resume, with an --out that does not exist")
         before = json.loads(record.read_text())["flags"]
         now = vars(args)
         for name in sorted((now.keys() | before.keys()) - FREE_TO_CHANGE):
