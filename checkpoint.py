@@ -93,7 +93,7 @@ class Tokenizer:
             ids = [ids]
         named = config.get("eos_token")
         if isinstance(named, dict):
-            named = named["content"]
+            named = named.get("content")
         if named and self.bpe.token_to_id(named) is not None:
             ids = [*ids, self.bpe.token_to_id(named)]
         return ids

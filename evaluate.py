@@ -302,8 +302,8 @@ def two_places(x: float | None) -> str:
     return "-" if x is None else f"{x:.2f}"
 
 
-def table_row(cell: dict) -> dict[str, str]:
-    """{heading: text}, the row of a cell in the table."""
+def table_row(cell: dict, ks: list[int]) -> dict[str, str]:
+    """{heading: text}, the row of a cell in a table with these pass@k."""
     row = {
         "model": cell["model"],
         "task": cell["task"],
@@ -314,9 +314,8 @@ def table_row(cell: dict) -> dict[str, str]:
     }
     if "difference" in cell:
         row["against the first"] = change(cell["difference"], cell["difference_interval"])
-    for k, value in cell["pass"].items():
-        if k > 1:
-            row[f"pass@{k}"] = percent(value)
+    for k in ks:
+        row[f"pass@{k}"] = percent(cell["pass"][k]) if k in cell["pass"] else ""
     row["cut off"] = percent(cell["truncated"])
     row["tokens"] = f"{cell['tokens']:.0f}"
     row["answers"] = two_places(cell["answers"])
@@ -335,8 +334,9 @@ def by_task(cells: list[dict]) -> list[dict]:
 
 
 def table_of(cells: list[dict]) -> list[list[str]]:
-    """Headings, then a row for each cell."""
-    rows = [table_row(cell) for cell in cells]
+    """Headings, then a row for each cell. Sets of different sizes may have different pass@k."""
+    ks = sorted({k for cell in cells for k in cell["pass"] if k > 1})
+    rows = [table_row(cell, ks) for cell in cells]
     return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 

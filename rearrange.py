@@ -30,8 +30,7 @@ from grading import TRACE_TAGS
 
 @dataclass(frozen=True)
 class Pair:
-    """One attempt and one reflection whose verdict agrees with the grade ("" if a recipe lets it lack
-    one)."""
+    """One attempt and one reflection whose verdict agrees with the grade ("" where a recipe needs none)."""
     attempt: str
     reflection: str
     answer: str | None

@@ -147,6 +147,19 @@ def test_bad_input(cmd, flags, message):
     refused(cmd, evaluate, ("--models", MINI, "--device", "cpu", "--questions", "5", *flags), message)
 
 
+def test_figures_stand_under_their_own_heading():
+    """A set of 100 questions and one of 30 have pass@4 and pass@34: each column holds its own figures."""
+    figures = {"accuracy": 0.5, "interval": (0.4, 0.6), "lenient": 0.5, "truncated": 0, "tokens": 9,
+               "answers": 1, "reflections": 0, "f1_correct": None, "f1_incorrect": None, "model": "m",
+               "questions": 100}
+    cells = [{**figures, "task": "large", "samples": 4, "pass": {4: 0.25}},
+             {**figures, "task": "small", "samples": 34, "pass": {34: 0.75}}]
+    headings, *rows = evaluate.table_of(cells)
+    large, small = (dict(zip(headings, row, strict=True)) for row in rows)
+    assert (large["pass@4"], large["pass@34"]) == ("25.0", "")
+    assert (small["pass@4"], small["pass@34"]) == ("", "75.0")
+
+
 def test_names_of_models():
     assert named_model("sft=out/sft") == ("sft", "out/sft")
     assert named_model("out/sft/") == ("sft", "out/sft/")
