@@ -130,10 +130,7 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        slots: int = 0,
+        self, model: Transformer, tokenizer: Tokenizer, slots: int = 0,
         cache_fraction: float = CACHE_FRACTION,
     ):
         self.model = model
@@ -204,7 +201,7 @@ class Sampler:
         """
         model, old = self.model, self.cache
         device = model.device
-        # A row goes on until the host looks.
+        # A row goes on until the host has read that it ended.
         needed = max(self.room(request) for request in queue) + self.tokens_per_sync - 1
         context = model.config.max_position_embeddings
         current_capacity = old.capacity if old else None
@@ -252,12 +249,9 @@ class Sampler:
         while queue and len(self.live) < self.cache.slots:
             request = queue[0]
             if self.room(request) + self.tokens_per_sync - 1 > self.cache.capacity:
-                # It came late: it and all behind it wait until the others are done. Then longer slots are
-                # made.
-                break
+                break  # it came late: it and all behind it wait for the others to end, and for longer slots
             prompt = request.prompt[:-1]
-            # Any live sample of the request holds the prompt in its first positions, which never change: a
-            # source to fork.
+            # Any live sample of the request has the prompt in its first positions, which never change.
             source = next((slot for slot, s in enumerate(self.live) if s.request is request), None)
             free = self.cache.slots - len(self.live)
             indices = request.indices[request.started:request.started + free]
