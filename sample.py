@@ -483,8 +483,7 @@ def reflection_request(row: dict, n: int, tokenizer: Tokenizer) -> Request:
 
 
 def start_or_resume(args) -> set:
-    """Start --out, with its run.json beside it, or go on with it. Returns the (id, style, index) already
-    there.
+    """Start --out with its run.json, or go on with it. Returns the (id, style, index) already there.
 
     Checks that the file was made with the same settings, and cuts off a last line that is not whole.
     """

@@ -259,8 +259,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, files: list[Path], updates: int) -> None:
-        """Take weights, masters and moments from a checkpoint's files, whatever number of processes wrote
-        them.
+        """Take weights, masters and moments from a checkpoint's files, of any number of processes.
 
         `updates` is how many steps AdamW had made.
         """

@@ -1,6 +1,4 @@
-"""What every benchmark needs: a model of given shapes, the machine's own limits, turns, medians with their
-spread, JSON.
-"""
+"""What benchmarks need: models of given shapes, the machine's limits, turns, medians with their spread, JSON."""
 import json
 import os
 import platform
@@ -48,9 +46,7 @@ def short_name(model):
 
 
 def folder_of(model, dtype):
-    """The folder of a model; one of SHAPES is made of random weights, with the miniature's tokenizer and
-    Qwen's vocabulary.
-    """
+    """The folder of a model. One of SHAPES is made of random weights, with the miniature's tokenizer."""
     if model not in SHAPES:
         return str(find_folder(model))
     folder = FOLDER / f"{model}-{name_of(dtype)}"
@@ -78,9 +74,7 @@ def folder_of(model, dtype):
 
 
 def load_model(folder, args):
-    """As `checkpoint.load`; a model of SHAPES draws from all of Qwen's vocabulary, not the miniature's few
-    tokens.
-    """
+    """As `checkpoint.load`, but a model of SHAPES draws from all of Qwen's vocabulary."""
     model, tokenizer = load(folder, args.device, args.dtype)
     if Path(folder).parent == FOLDER:
         model.vocab = VOCABULARY
@@ -106,9 +100,7 @@ def seconds_of(run, device, repeats=1):
 
 
 def roofline(device, dtype):
-    """What this machine does at best, measured: (bytes/s of a large copy, flop/s of a large matrix
-    product).
-    """
+    """What this machine does at best, measured: (bytes/s of a large copy, flop/s of a large product)."""
     n, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 26, 1024)
     a = torch.empty(n, dtype=torch.uint8, device=device)
     b = torch.empty(n, dtype=torch.uint8, device=device)
@@ -137,9 +129,7 @@ def machine():
 
 # ---- figures -------------------------------------------------------------------------------------
 def write(name, args, **figures):
-    """Write figures with the machine, the versions and the flags to --out, or to
-    benchmarks/results/NAME.json.
-    """
+    """Write figures with machine, versions and flags to --out, or to benchmarks/results/NAME.json."""
     versions = run_record(args)["versions"]
     for package in ("transformers", "trl", "vllm"):
         try:

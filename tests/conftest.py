@@ -1,6 +1,4 @@
-"""What the tests share: tiny models of every family, and a way to run a command inside the test's own
-process.
-"""
+"""What the tests share: tiny models of every family, and a command run inside the test's own process."""
 import json
 import os
 import sys
@@ -88,9 +86,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def cmd(monkeypatch, capsys, tmp_path):
-    """cmd(module, *argv): run a command's main as its script would, in an empty folder. -> (exit status,
-    stdout, stderr)
-    """
+    """cmd(module, *argv): run a command in an empty folder. -> (exit status, stdout, stderr)"""
     monkeypatch.chdir(tmp_path)
 
     def run(module, *argv):

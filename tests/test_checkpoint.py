@@ -1,6 +1,4 @@
-"""The chat format is the family's, what users write stays text, and a folder that is wrong is named as
-such.
-"""
+"""The chat format is the family's, what users write stays text, and a wrong folder is named as such."""
 import json
 from pathlib import Path
 

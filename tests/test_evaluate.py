@@ -1,6 +1,4 @@
-"""The figures are what they say: pass@k by brute force, intervals that cover, skills as a reader would count
-them.
-"""
+"""The figures are what they say: pass@k by brute force, intervals that cover, skills as a reader counts."""
 import itertools
 import json
 from pathlib import Path
@@ -92,9 +90,7 @@ def test_skills():
     ("no tags é <answer>5</answer>", "no tags é <answer>5</answer>", "\n<sample>\n"),
 ], ids=["trace", "plain"])
 def test_budget_forcing_appends_ids(text, cut, opened):
-    """Rule 6: what stays is a prefix of the sampled ids, the very same, even if `encode` would give
-    others.
-    """
+    """Rule 6: what stays is a prefix of the sampled ids, the very same, where `encode` would give others."""
     tokenizer = Tokenizer(MINI)
     tokens = [i for character in text for i in tokenizer.encode(character)]
     assert tokens != tokenizer.encode(text)

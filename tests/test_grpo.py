@@ -1,6 +1,4 @@
-"""GRPO's objective has the right gradient, token by token, and a run leaves what a person needs to judge
-it.
-"""
+"""GRPO's objective has the right gradient, token by token, and a run leaves what one needs to judge it."""
 import json
 import math
 from pathlib import Path

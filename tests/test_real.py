@@ -1,6 +1,4 @@
-"""On real pretrained weights, where there are any: MODELS=folder,folder pytest tests/test_real.py (needs
-transformers).
-"""
+"""On real pretrained weights: MODELS=folder,folder pytest tests/test_real.py (needs transformers)."""
 import os
 
 import pytest
@@ -16,9 +14,7 @@ QUESTIONS = ["What is 17 * 23? Think step by step.", "Name three fruits."]
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_logits_and_greedy_text_equal_transformers(folder):
-    """Rules 1 and 7: logits within 1e-3 in float32, chat ids and greedy continuations the same token for
-    token.
-    """
+    """Rules 1 and 7: logits within 1e-3 in float32, chat ids and greedy continuations token for token."""
     transformers = pytest.importorskip("transformers")
     ours, tokenizer = load(folder, "cpu", "float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,6 +1,4 @@
-"""Traces keep the paper's rules and the format to the byte, and what cannot be used is dropped and
-counted.
-"""
+"""Traces keep the paper's rules and the format to the byte; what cannot be used is dropped and counted."""
 import json
 import random
 import re
@@ -61,9 +59,7 @@ def blocks(text):
 
 # ---- the paper's recipe --------------------------------------------------------------------------
 def test_paper_recipe(cmd):
-    """Rule 17: ends right, correct pairs outnumber incorrect ones, no pair twice, every verdict agrees with
-    its grade.
-    """
+    """Rule 17: ends right, more correct pairs than incorrect, no pair twice, verdicts agree with grades."""
     rows = sample_rows(questions=40)
     made, _ = silver(cmd, rows)
     by_attempt = {row["solution"]: row for row in rows}

@@ -38,9 +38,7 @@ def tokens_of(groups):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("slots", [1, 3, 16])
 def test_cached_decoding_equals_the_full_forward(family, slots):
-    """Rule 2: ragged prompts, slots refilled and closed up (3 slots, 8 rows), prompts forked to several
-    samples.
-    """
+    """Rule 2: ragged prompts, slots refilled and closed up (3 slots, 8 rows), prompts forked to samples."""
     model, tokenizer = tiny(family)
     got = Sampler(model, tokenizer, slots).generate(PROMPTS, 2, Params(12, temperature=0))
     for prompt, group in zip(PROMPTS, got, strict=True):
@@ -49,9 +47,7 @@ def test_cached_decoding_equals_the_full_forward(family, slots):
 
 
 def test_rows_that_end_apart_leave_the_others_whole():
-    """Rule 2: budgets of 3 to 24 tokens, so that rows end at different times and live ones move into the
-    gaps.
-    """
+    """Rule 2: rows end at different times (budgets of 3 to 24 tokens) and live ones move into the gaps."""
     model, tokenizer = tiny()
     budgets = [3 + 7 * i % 22 for i in range(12)]
     queue = deque(Request(PROMPTS[i % 4], [0], max_new_tokens=n, payload=i) for i, n in enumerate(budgets))
@@ -77,9 +73,7 @@ def test_logprobs_equal_the_trainers(params):
 
 
 def test_a_completion_depends_on_its_identity_only():
-    """Rule 4: not on slots, order, the other requests or the number of samples (so not on processes, which
-    split them).
-    """
+    """Rule 4: not on slots, order, the other requests or the number of samples, so not on processes."""
     model, tokenizer = tiny()
 
     def sampled(slots, prompts=PROMPTS, n=4, seed=3):
@@ -95,9 +89,7 @@ def test_a_completion_depends_on_its_identity_only():
 
 
 def test_requests_may_join_while_others_run():
-    """The queue grows by a longer request: the cache is made anew for it and nothing that ran before is
-    disturbed.
-    """
+    """A longer request joins: the cache is made anew for it and nothing that ran before is disturbed."""
     model, tokenizer = tiny()
     long = [9] * 150
     queue = deque([Request(PROMPTS[0], [0, 1], "a"), Request(PROMPTS[3], [0], "b")])
@@ -123,9 +115,7 @@ def test_weights_are_shared_with_training():
 
 
 def test_ends():
-    """A stop token is part of the completion; a budget that runs out leaves none; the context is a budget
-    too.
-    """
+    """A stop token is part of the completion; a budget that runs out leaves none; the context is one too."""
     model, tokenizer = tiny()
     stops = set(tokenizer.stop_ids)
     finishes = set()
@@ -152,9 +142,7 @@ def test_padded_ids_are_never_sampled():
 
 
 def test_repetition_penalty_is_vllms():
-    """Positive logits of seen tokens are divided, negative ones multiplied, for prompt and output: greedy by
-    hand.
-    """
+    """Positive logits of seen tokens are divided, negative ones multiplied, for prompt and output."""
     model, tokenizer = tiny()
     got = Sampler(model, tokenizer, 2).generate(PROMPTS, 1, Params(15, 0, repetition_penalty=1.8))
     for prompt, (c,) in zip(PROMPTS, got, strict=True):
@@ -198,8 +186,7 @@ def replay_without_a_gpu(graphs, step):
 
 
 def test_a_cache_with_graphs_stays(monkeypatch, caches):
-    """A GRPO run on a GPU: prompts a little longer or shorter, few questions or many, never more memory than
-    at first.
+    """A GRPO run on a GPU: prompts of several lengths, few questions or many, never more memory than first.
 
     The cache with its graphs is made anew only when a longer slot or another slot is needed.
     """
@@ -223,8 +210,7 @@ BUDGETS = [3 + 7 * i % 22 for i in range(10)] + [41, 57]
 
 @pytest.mark.parametrize("params", [Params(30, 0), Params(30, 0.9, 20, repetition_penalty=1.2)])
 def test_looking_less_often_changes_nothing(monkeypatch, params):
-    """What a GPU does, but for the GPU: five tokens between two looks, whole buckets, each kind of step
-    replayed.
+    """What a GPU does, but for the GPU: five tokens between reads, whole buckets, steps replayed.
 
     Rows end within a burst; what they chose after their end is dropped; filled-up slots disturb nobody.
     """

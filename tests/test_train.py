@@ -1,6 +1,4 @@
-"""What both trainers promise: exact small steps, the same result for one process or two, and after any
-kill.
-"""
+"""What both trainers promise: exact small steps, one process or two alike, the same end after any kill."""
 import json
 import os
 import signal
@@ -42,9 +40,7 @@ def test_micro_batches_are_of_similar_length():
 
 # ---- the optimizer -------------------------------------------------------------------------------
 def test_small_steps_move_bfloat16_weights():
-    """Rule 13: hundreds of steps of 1e-5 add up in the masters, though each alone rounds to nothing in
-    bfloat16.
-    """
+    """Rule 13: steps of 1e-5 add up in the masters, though each alone rounds to nothing in bfloat16."""
     weight = torch.tensor(0.02, dtype=torch.bfloat16)
     assert weight - 1e-5 == weight
     model, _ = tiny(dtype=torch.bfloat16)
@@ -165,9 +161,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(script, flags, kill_at):
 
 
 def test_a_checkpoint_appears_whole_or_not_at_all(cmd, monkeypatch):
-    """Rule 15: a crash while a checkpoint is written (before the rename) leaves the one before, and resuming
-    takes that.
-    """
+    """Rule 15: a crash before a checkpoint's rename leaves the one before, and resuming takes that."""
     flags = (*SFT, "--save-every", "2")
     cmd(sft, *flags, "--out", "whole")
     real, checkpoints = os.replace, []
@@ -199,9 +193,7 @@ def test_interrupt_saves_and_leaves():
 
 
 def test_masters_are_resumed_under_bfloat16(cmd, monkeypatch):
-    """Rule 15: the state keeps more than the bfloat16 weights; resuming from the rounded ones would lose
-    small steps.
-    """
+    """Rule 15: the state keeps more than the bfloat16 weights, which have lost the small steps."""
     flags = (*SFT, "--dtype", "bfloat16", "--lr", "1e-5", "--save-every", "2")
     cmd(sft, *flags, "--out", "whole")
     real = train.Run.save

@@ -1,5 +1,4 @@
-"""Every kernel compiles to machine code for an A100 and an H100, in bfloat16 and float32, on a machine
-without a GPU.
+"""Every kernel compiles for an A100 and an H100, in bfloat16 and float32, on a machine without a GPU.
 
 Triton compiles when a kernel is launched. Here a stand-in for the driver names the target, every launch stops
 after compiling, and the operations run on CPU tensors. The interpreter, which the other tests use, accepts

@@ -102,9 +102,7 @@ def test_training_step(use, family):
     ("qwen2", Params(5, 0.7, 20, 0.8, repetition_penalty=1.1)),
 ], ids=["greedy", "plain", "cuts"])
 def test_sampling(use, family, params):
-    """The same tokens from both; log-probabilities equal the trainer's; the next weights are seen, by graphs
-    too.
-    """
+    """The same tokens from both, the trainer's log-probabilities, and new weights seen, by graphs too."""
     model, tokenizer = tiny_there(family)
     samplers = {}
     for kind in ("reference", "triton"):

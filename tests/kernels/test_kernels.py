@@ -1,5 +1,4 @@
-"""Rule 18: every operation, in plain PyTorch and in Triton, equals its equation in float64, values and
-gradients.
+"""Rule 18: every operation, in PyTorch and in Triton, equals its equation in float64, with gradients.
 
 On a machine without a GPU the Triton kernels run in Triton's interpreter, in float32 (it rounds bfloat16
 products wrongly). On a GPU they run for real, in float32 and bfloat16, and fresh memory is poisoned with NaN
@@ -162,9 +161,7 @@ def exact_decode_attention(q, k, v, past_k, past_v, lengths):
 @pytest.mark.parametrize("H, K, D", [(4, 2, 16), (14, 2, 64), (3, 3, 24), (5, 1, 128)])
 @pytest.mark.parametrize("parts", [0, 1, 3, 5])
 def test_decode_attention(kind, dtype, H, K, D, parts):
-    """Rows from no past at all to a full slot, in a cache that is a slice of a larger one and holds NaN
-    beyond the past.
-    """
+    """From no past at all to a full slot, in a slice of a larger cache that holds NaN beyond the past."""
     lengths = torch.tensor([0, 1, 63, 64, 65, 199], device=DEVICE)
     B, S = len(lengths), 200
     caches = [random(B + 2, K, S, D, dtype=dtype, seed=i) for i in (1, 2)]
@@ -275,9 +272,7 @@ def test_next_tokens_invert_the_distribution(kind, cuts, V, ties):
 @both
 @pytest.mark.parametrize("cuts", [{}, {"top_k": 7, "top_p": 0.9}])
 def test_extreme_u_and_logits(kind, cuts):
-    """u just below 1 must not fall off the end, nor onto a token of probability 0; minus infinity is a logit
-    like any.
-    """
+    """u just below 1 must not fall off the end, nor onto a token of probability 0."""
     next_tokens = operation("next_tokens", kind)
     ends = torch.tensor([0.0, 1 - 2**-24], device=DEVICE)
     for low in (-1e4, float("-inf")):
@@ -330,9 +325,7 @@ def test_greedy_takes_the_first_of_equals():
 
 @both
 def test_broken_logits_are_reported(kind):
-    """A NaN or an infinity anywhere in a row gives a log-probability that is not finite: the sampler stops
-    there.
-    """
+    """A NaN or an infinity in a row gives a log-probability that is not finite: the sampler stops there."""
     for bad in (float("nan"), float("inf")):
         logits = random(2, 700)
         logits[1, 300] = bad
@@ -347,9 +340,7 @@ def test_broken_logits_are_reported(kind):
 @pytest.mark.parametrize("N, V, C", [(1, 40, 16), (37, 301, 33), (50, 700, 24)])
 @pytest.mark.parametrize("parts", [0, 1, 3])
 def test_linear_logprob(kind, dtype, N, V, C, parts, monkeypatch):
-    """Odd shapes, several parts of the vocabulary both ways, and weights that are the first rows of a larger
-    matrix.
-    """
+    """Odd shapes, several parts of the vocabulary, and weights that are the first rows of a larger matrix."""
     if kind == "triton":
         monkeypatch.setattr(importlib.import_module("kernels.fused.linear_logprob"), "D_BYTES", 256 * N * 4)
     else:
@@ -373,9 +364,7 @@ def test_linear_logprob(kind, dtype, N, V, C, parts, monkeypatch):
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_logits_are_never_held():
-    """Rule 14 at a real vocabulary: 8k tokens would have 5 GB of float32 logits, and as much for their
-    gradient.
-    """
+    """Rule 14 at a real vocabulary: 8k tokens would have 5 GB of float32 logits, and 5 of their gradient."""
     N, V = 8192, 151_665
     hidden = random(N, 256, dtype=torch.bfloat16).requires_grad_()
     weight = random(V, 256, dtype=torch.bfloat16).requires_grad_()
