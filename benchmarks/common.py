@@ -1,4 +1,4 @@
-"""What benchmarks need: models of given shapes, the machine's limits, turns, medians with their spread, JSON."""
+"""What benchmarks need: models of given shapes, the machine's limits, turns, medians with spread, JSON."""
 import json
 import os
 import platform
