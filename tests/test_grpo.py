@@ -48,7 +48,8 @@ def test_advantages():
     a = advantages(tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]))
     assert torch.allclose(a[0], tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-4)
     assert a.sum(-1).abs().max() < 1e-5 and (a[2:] == 0).all()
-    assert not advantages(torch.full((16,), 0.7)).any()  # though the mean of sixteen 0.7 is not 0.7 in float32
+    # The mean of sixteen 0.7 is not 0.7 in float32.
+    assert not advantages(torch.full((16,), 0.7)).any()
     assert advantages(tensor([[1.0, 0, 0, 0]]), normalise=False).tolist() == [[0.75, -0.25, -0.25, -0.25]]
 
 
