@@ -75,10 +75,11 @@ def test_ctrl_c_is_130(cmd):
 @pytest.mark.parametrize("content, message", [
     (b'{"a": 1}\n\n{"a": \n', "a.jsonl:3: not valid JSON"),
     (b'{"a": 1}\n\xff\n', "a.jsonl:2: not UTF-8 text"),
+    (b'{"a": "\\ud800"}\n', "a.jsonl:1: not UTF-8 text"),
     (b'{"b": 1}\n', "a.jsonl:1: the key 'a' is missing"),
     (b"\n", "holds no rows"),
     (b"[" * 100_000 + b"\n", "a.jsonl:1: not valid JSON"),
-], ids=["json", "utf-8", "key", "empty", "deep"])
+], ids=["json", "utf-8", "surrogate", "key", "empty", "deep"])
 def test_jsonl_errors_name_the_line(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(cli.UserError, match=message):
