@@ -47,8 +47,7 @@ TOKENIZER_FILES = (
 class Tokenizer:
     """Text to ids and back, and the chat format of the model's family (ChatML, or Llama 3's headers).
 
-    `stop_ids` end a response; `end_id` is the one of them that closes an assistant turn, the one that
-    training teaches.
+    `stop_ids` end a response; `end_id` is the one of them that closes an assistant turn, which SFT teaches.
     """
 
     def __init__(self, folder: str | Path):
