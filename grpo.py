@@ -116,8 +116,7 @@ def shared_prompt(P: int, n: int, L: int, device: torch.device) -> Attend:
 
     The prompt has P tokens, each of the n responses is padded to L. The prompt sees itself; a response sees
     the prompt and its own past. Same values and gradients as running prompt + response once per response, for
-    the price of one prompt (but in attention, where each response has a copy of the prompt's keys and
-    values).
+    the price of one prompt (attention apart: there each response has a copy of its keys and values).
     """
     mask = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)  # token i sees P + i + 1 positions
 

@@ -78,8 +78,8 @@ Of an attempt that names Canberra:
 Canberra is the capital of Australia, so the attempt is right.
 <verdict>Correct</verdict>
 
-Now check the attempt above: work it out again, take nothing on trust, and compare. """ \
-"""Be brief. Your reply must end with one of these two lines:
+Now check the attempt above: work it out again, take nothing on trust, and compare. \
+Be brief. Your reply must end with one of these two lines:
 <verdict>Incorrect</verdict>
 <verdict>Correct</verdict>"""
 # Words of the prompt's worked example: a reflection that holds one was copied from it.
