@@ -8,15 +8,12 @@ PYTHON ?= python3
 SHELL = /bin/bash
 RUN = set -euo pipefail; . .venv/bin/activate; export OMP_NUM_THREADS=1;
 
-# How much the demo does. CI makes it smaller: make demo QUESTIONS=60 EPOCHS=1 STEPS=3 RL_STEPS=3 EVAL=20
-QUESTIONS = 450
-EPOCHS = 5
-STEPS = 80
-RL_STEPS = 300
-EVAL = 200
-
-SIZES = countdown-3-small,countdown-4-small,countdown-5-small
-DEMO = out/demo
+# The demo is the README's commands; these add flags to each, as CI does to make it smaller.
+SAMPLE =
+SFT =
+GRPO =
+RL =
+EVALUATE =
 
 .PHONY: demo test lint bench
 .venv/installed: requirements.txt
@@ -39,23 +36,17 @@ bench: .venv/installed
 	  python benchmarks/training.py sft --model mini --rows 2 --length 64 $$out/sft.json; \
 	  python benchmarks/training.py grpo --model mini --questions 2 --rollouts 4 --max-new-tokens 32 $$out/grpo.json
 
-# Two jobs run side by side, one core each: the model is too small for a second thread to help.
-# Traces are made of 3, 4 and 5 numbers; both GRPO runs train on 3 numbers only.
+# In a folder of its own, out/demo, with links to the scripts. The two RL runs go side by side, a core each.
 demo: .venv/installed
-	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	@echo "== 1. sample: the base model attempts problems and judges its attempts (two processes, half of the questions each)"
-	@$(RUN) sample="python sample.py --task $(SIZES) --questions $(QUESTIONS) --n 6 --reflections 1 --max-new-tokens 100 \
-	    --temperature 1 --top-p 1 --top-k 0 --repetition-penalty 1"; \
-	  $$sample --shard 0/2 --out $(DEMO)/samples0.jsonl & other=$$!; \
-	  $$sample --shard 1/2 --out $(DEMO)/samples1.jsonl; wait $$other
-	@echo "== 2. rearrange: its text becomes traces; here is one, as it is built"
-	@$(RUN) python rearrange.py --data $(DEMO)/samples0.jsonl,$(DEMO)/samples1.jsonl --show 1
-	@$(RUN) python rearrange.py --data $(DEMO)/samples0.jsonl,$(DEMO)/samples1.jsonl --out $(DEMO)/silver.jsonl
-	@echo "== 3. sft on the traces, then grpo from there; beside it grpo from the base (RL only), its screen in $(DEMO)/rl.log"
-	@$(RUN) python grpo.py --lr 1e-4 --steps $(RL_STEPS) --max-new-tokens 100 --out $(DEMO)/rl > $(DEMO)/rl.log 2>&1 & other=$$!; \
-	  python sft.py --data $(DEMO)/silver.jsonl --epochs $(EPOCHS) --out $(DEMO)/sft; \
-	  python grpo.py --model $(DEMO)/sft --steps $(STEPS) --max-new-tokens 400 --out $(DEMO)/grpo; wait $$other
-	@echo "== 4. evaluate on problems that nothing was trained on"
-	@$(RUN) python evaluate.py --models base=mini,rl-only=$(DEMO)/rl,sft=$(DEMO)/sft,sft+grpo=$(DEMO)/grpo --tasks $(SIZES) \
-	  --questions $(EVAL) --samples 4 --out $(DEMO)/evaluate
-	@echo "open $(DEMO)/evaluate/report.html"
+	@rm -rf out/demo && mkdir -p out/demo && ln -s ../../*.py out/demo
+	@$(RUN) cd out/demo; \
+	  echo "== beside the others: RL only, its screen in out/demo/rl.log"; \
+	  python grpo.py --model mini --out out/rl --lr 1e-4 --steps 300 $(RL) > rl.log 2>&1 & rl=$$!; \
+	  trap "kill $$rl 2> /dev/null || true" EXIT; \
+	  python sample.py $(SAMPLE); \
+	  python rearrange.py; \
+	  python sft.py $(SFT); \
+	  python grpo.py $(GRPO); \
+	  wait $$rl; \
+	  python evaluate.py $(EVALUATE)
+	@echo "open out/demo/out/evaluate/report.html"

@@ -76,10 +76,12 @@ def explanation(error: Exception) -> str | None:
 
 # ---- flags ---------------------------------------------------------------------------------------
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        # None means that the help itself says what happens without the flag.
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parser(doc: str, out: str, model: str | None = "mini") -> argparse.ArgumentParser:
+def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.ArgumentParser:
     """An argparse parser with the flags that every command has.
 
     `model=None` leaves out those about a model, `model=""` only --model itself.

@@ -1,6 +1,6 @@
 """Accuracy with intervals, use of the skills, budget forcing.
 
-    python evaluate.py                                              # the miniature on three small sizes
+    python evaluate.py                                # mini, and what is there of out/{rl,sft,grpo}
     python evaluate.py --models base=mini,sft=out/sft,grpo=out/grpo --tasks countdown-4-small --budget-forcing
     python evaluate.py --models Qwen/Qwen2.5-1.5B-Instruct --tasks gsm8k --questions 0 --max-new-tokens 4096
 
@@ -345,7 +345,7 @@ def paper_table(names: set[str]) -> list[list[str]]:
 
     They are of Qwen2.5-1.5B-Instruct trained on Countdown-3, accuracy in %, single runs.
     """
-    paper = json.loads((Path(__file__).parent / "paper.json").read_text())
+    paper = json.loads((Path(__file__).resolve().parent / "paper.json").read_text())
     common = [name for name in paper["tasks"] if name in names]
     if not common:
         return []
@@ -366,11 +366,16 @@ def text_table(rows: list[list[str]]) -> str:
 
 
 # ---- the command ---------------------------------------------------------------------------------
+# Where the README's commands leave their models.
+ARMS = {"base": "mini", "rl-only": "out/rl", "sft": "out/sft", "sft+grpo": "out/grpo"}
+
+
 def arguments():
     p = parser(__doc__, out="out/evaluate", model="")
-    p.add_argument("--models", default="base=mini",
+    p.add_argument("--models", default=None,
                    help="name=folder or hub id, separated by commas; "
-                        "the first is what the others are compared with")
+                        "the first is what the others are compared with; "
+                        f"if not given, what is there of {', '.join(ARMS.values())}")
     p.add_argument("--tasks", default="countdown-3-small,countdown-4-small,countdown-5-small",
                    help=f"separated by commas: {tasks.NAMES}")
     p.add_argument("--split", default="test",
@@ -395,7 +400,11 @@ def arguments():
     p.add_argument("--slots", type=natural, default=0,
                    help="rows decoded at once; 0: as many as fit in memory")
     args = p.parse_args()
-    args.models = [named_model(text) for text in args.models.split(",")]
+    if args.models is None:
+        args.models = [(name, folder) for name, folder in ARMS.items()
+                       if folder == "mini" or Path(folder, "config.json").is_file()]
+    else:
+        args.models = [named_model(text) for text in args.models.split(",")]
     if len({name for name, _ in args.models}) < len(args.models):
         raise UserError("--models: two models have the same name; give them as name=folder")
     args.k = whole_numbers(args.k) if args.k else []

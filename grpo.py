@@ -1,7 +1,7 @@
 """Group relative policy optimisation: roll out, grade, compare within the group, step (Shao et al. 2024).
 
-    python grpo.py                                                    # the miniature, on a CPU
-    python grpo.py --model out/sft --task countdown-3-small           # from a fine-tuned folder
+    python grpo.py                                                    # goes on from out/sft, into out/grpo
+    python grpo.py --model mini --out out/rl --lr 1e-4 --steps 300    # from the base: RL only
     torchrun --nproc-per-node 4 grpo.py --model ... --task countdown-3 --questions 1000 --steps 150 \\
         --questions-per-step 256 --rollouts 16 --mini-batch 32 --lr 1e-6 --max-new-tokens 4096
 
@@ -20,6 +20,7 @@ import random
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -433,7 +434,10 @@ def show_rollouts(group: Group, tokenizer: Tokenizer, step: int) -> None:
 
 # ---- the command ---------------------------------------------------------------------------------
 def arguments():
-    p = parser(__doc__, out="out/grpo")
+    p = parser(__doc__, out=None, model="")
+    p.add_argument("--model", default=None,
+                   help="a folder in Hugging Face format, or a hub id, to go on from into out/grpo; if not "
+                        "given, out/sft, or where there is none mini into out/rl, which is RL only")
     g = p.add_argument_group("what to train on")
     g.add_argument("--task", default="countdown-3-small", help=f"tasks, separated by commas: {tasks.NAMES}")
     g.add_argument("--questions", type=natural, default=400,
@@ -486,6 +490,17 @@ def arguments():
     return args
 
 
+def from_where_to_where(model: str | None, out: str | None) -> tuple[str, str]:
+    """(--model, --out), where they are not given: RL goes on from what `sft.py` wrote, if that is there."""
+    if model:
+        return model, out or "out/grpo"
+    if Path("out/sft").is_dir():
+        return "out/sft", out or "out/grpo"
+    out = out or "out/rl"
+    say(f"there is no out/sft to go on from, so this is RL only: from mini into {out}")
+    return "mini", out
+
+
 def read_problems(args, tokenizer: Tokenizer, context: int) -> tuple[list, list]:
     """([(task, problem)] to train on, the same to validate on).
 
@@ -512,6 +527,7 @@ def main():
     args = arguments()
     device, _ = device_and_dtype(args.device)
     start_processes(device)
+    args.model, args.out = from_where_to_where(args.model, args.out)
     model, tokenizer = load(args.model, args.device, args.dtype)
     problems, held_out = read_problems(args, tokenizer, model.config.max_position_embeddings)
     reference = None

@@ -116,8 +116,11 @@ class Transformer(nn.Module):
     def __init__(self, config: "Config"):
         super().__init__()
         self.config = config
+        # Zeros, since weights come from a folder: to draw numbers on the meta device torch would import its
+        # compiler, which takes two seconds.
+        embedding = torch.zeros(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": nn.Embedding.from_pretrained(embedding, freeze=False),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })

@@ -348,7 +348,7 @@ def arguments():
                         "for confirm: most incorrect ones)")
     p.add_argument("--traces-per-question", type=natural, default=0,
                    help="keep at most this many of a question's traces; 0 keeps all")
-    p.add_argument("--phrases", default=str(Path(__file__).parent / "phrases.json"),
+    p.add_argument("--phrases", default=str(Path(__file__).resolve().parent / "phrases.json"),
                    help="JSON file of the phrases between pairs")
     p.add_argument("--show", type=natural, default=0, metavar="K",
                    help="print K traces as the method builds them, and write nothing")

@@ -1,15 +1,42 @@
 """Train the miniature: a base model that attempts small number problems once and judges one when asked.
 
-    python mini/pretrain.py --out out/mini          # 16 million tokens, about 15 minutes on one core
+    python mini/pretrain.py --out out/mini          # 16 million tokens, 15 to 25 minutes of one core
 
-It stands in for a pretrained model so that the whole method runs on a laptop. Its documents are the project's
-own prompts, answered the way a weak model answers: an attempt is mostly a random expression that is worked
-out with care, and only sometimes a hit; a judgement recomputes the attempt and compares. No document holds
-two attempts, so whatever chaining appears later was taught by SkillFactory. All its problems come from the
+It stands in for a pretrained model so that the whole method runs on a laptop. Like a language model before
+fine-tuning it can do each thing that a trace is made of, and has never seen them put together. Half of what
+it reads are single attempts and single checks, in the project's own prompts; the other half are sheets:
+
+    an attempt               a check                        a sheet
+    -----------------------  -----------------------------  -------------------------------
+    Let me work this out.    Checking each step.            Notes
+    I have 6 2 9 6           9 * 2 = 18                     Numbers: 8 4 1
+    9 * 2 = 18, left 6 6     18 - 6 = 12                    Target: 24 [...]
+    18 - 6 = 12, left 6      12 + 6 = 18                    What is (5 + 4) * 3?
+    12 + 6 = 18, none left   18 is not 24.                  From the inside out. [...]
+    <answer>((9 * 2) - 6)    <verdict>Incorrect</verdict>   <answer>27</answer>
+     + 6</answer>                                           Here it goes.
+                                                            I have 8 4 1
+                                                            1 + 8 = 9, left 4 [...]
+                                                            <answer>(1 + 8) - 4</answer>
+                                                            Checking each step. [...]
+                                                            <verdict>Incorrect</verdict>
+                                                            What is 7 * 11? [...]
+
+It all is what a weak model writes: an attempt is mostly a random expression worked out with care, and only
+sometimes a hit; a check computes the attempt again and compares. Two things let the model carry what it
+learns from traces of 3 numbers over to longer problems (docs/miniature.md measures both):
+
+- An attempt keeps *account* of its numbers in writing: whether another line must follow is said by the line
+  before, not by how many there were.
+- A *sheet* holds several problems of mixed sizes, each attempted once and perhaps checked: the model has seen
+  problems, attempts and checks at any distance and in any layout.
+
+No document attempts a problem twice, computes on its numbers again after the attempt and its check, or holds
+a tag of the traces: whatever chaining appears later was taught by SkillFactory. All problems come from the
 split `pretrain`, which no other command uses.
 
-The tokenizer is bytes, plus one token for each number up to 144, each line of the project's prompts and each
-tag.
+The tokenizer is bytes, plus one token for each number up to 144, each line of the project's prompts and of
+the documents, and each tag.
 """
 import json
 import math
@@ -17,12 +44,16 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_lowercase
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from tokenizers import AddedToken, decoders, models, pre_tokenizers  # noqa: E402
 from tokenizers import Tokenizer as BPE  # noqa: E402
 
@@ -57,27 +88,44 @@ CHAT_TEMPLATE = (
 )
 
 # ---- what the documents say ----------------------------------------------------------------------
-MIX = {  # documents in 100
+PRODUCT = "multiply-2-small"
+EVALUATE = "evaluate"
+KINDS = {  # problems in 100
     "countdown-2-small": 8,
     "countdown-3-small": 30,
     "countdown-4-small": 27,
     "countdown-5-small": 20,
-    "multiply-2-small": 15,
+    PRODUCT: 15,
 }
 OPENINGS = {
     "plain": ("Let me work this out.\n", "I will go step by step.\n", "First I join two numbers.\n"),
     "plan": ("Plan: join two numbers, then bring in the others one by one.\n",
              "My plan is to build up from a first pair.\n"),
     "alternatives": ("One candidate is this.\n", "A first idea comes to mind.\n"),
-    # Continued with the numbers of the problem.
-    "rephrase": ("In short: numbers ", "What is needed: numbers "),
+    "rephrase": ("In short: ", "What is needed: "),  # continued with the target
 }
+HAVE = "I have "
+LEFT = ", left "
+NONE_LEFT = ", none left\n"
+INSIDE = ("From the inside out.\n", "The inner part first.\n", "I evaluate it.\n")
 CHECKS = ("I compute it again.\n", "Let me redo the steps.\n", "Checking each step.\n")
 HITS = (" is the target.\n", " is what was asked for.\n")
 MISSES = (" is not ", " differs from ")  # continued with the target
 MISUSED = ("The numbers are not the given ones.\n",)
+RECITE = ("Which numbers were given?\n", "Say the numbers again.\n", "The numbers, once more.\n")
+COPY = ("The answer to the last one again.\n", "To hand in.\n", "Copied out.\n")
+SHEETS = ("Work through this sheet.", "Do the exercises one by one.",
+          "Take your time and go through all of it.")
+LAYOUT = ("<p>\n", "</p>\n", "<li>\n", "</li>\n", "<div>\n", "</div>\n", "<td>\n", "</td>\n", "<hr>\n",
+          "<br>\n", "<h1>\n", "</h1>\n", "Next.\n", "Here it goes.\n", "Very well.\n", "On to it.\n",
+          "Notes\n", "Page\n", "---\n", "Exercise\n", "Solution\n", "Marking\n", "Sheet\n",
+          "End of part.\n", "So much for that.\n")
+GAP = "\0"  # a place where positions may jump ahead, as if some text had been cut out there
+
+PARTS = ("account", "sheets", "fillers", "jumps")  # what `--without` can leave out, to see what it is worth
 
 
+# ---- steps ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Step:
     """One line of a solution: a op b = value."""
@@ -90,8 +138,7 @@ class Step:
 def random_chain(numbers: list[int], rng: random.Random) -> list[Step]:
     """The numbers in random order, each step going on from the last value, all within 0..60."""
     while True:
-        first, *others = rng.sample(numbers, len(numbers))
-        value = first
+        value, *others = rng.sample(numbers, len(numbers))
         steps = []
         for b in others:
             results = (("+", value + b), ("-", value - b), ("*", value * b))
@@ -103,6 +150,20 @@ def random_chain(numbers: list[int], rng: random.Random) -> list[Step]:
             value = result
         else:
             return steps
+
+
+def swapped_chain(numbers: list[int], target: int, rng: random.Random) -> tuple[list[Step], list[int]]:
+    """(steps, their numbers) of a solver who took one number for another, as the model itself does at times.
+
+    Best of all so that the target comes out, or a judge would learn to look at the result alone.
+    """
+    for _ in range(100):
+        wrong = list(numbers)
+        wrong[rng.randrange(len(wrong))] = rng.randint(1, 12)
+        steps = random_chain(wrong, rng)
+        if steps[-1].value == target:
+            break
+    return steps, wrong
 
 
 def expression(steps: list[Step]) -> str:
@@ -130,89 +191,216 @@ def lines(steps: list[Step]) -> str:
     return "".join(f"{step.a} {step.op} {step.b} = {step.value}\n" for step in steps)
 
 
-def draw(task: tasks.Generated, rng: random.Random) -> tasks.Problem:
-    """A problem of the split `pretrain`, of which no other split has a copy."""
-    while True:
-        made = task.make(rng)
-        if made and tasks.hundredth(made[0]) in tasks.SPLITS["pretrain"]:
-            return tasks.Problem("", task.name, made[1], made[2])
+def recital(numbers: Sequence[int]) -> str:
+    return f"{HAVE}{spaced(numbers)}\n"
 
 
-def attempt(problem: tasks.Problem, style: str, rng: random.Random, hit: float) -> tuple[str, list[Step]]:
-    """What a weak solver writes: (text, its steps).
+def account(steps: list[Step], numbers: Sequence[int]) -> str:
+    """The numbers, then the lines with what each leaves of them: 9 * 2 = 18, left 6 6."""
+    left = list(numbers)
+    left.remove(steps[0].a)
+    text = recital(numbers)
+    for step in steps:
+        left.remove(step.b)
+        end = f"{LEFT}{spaced(left)}\n" if left else NONE_LEFT
+        text += f"{step.a} {step.op} {step.b} = {step.value}{end}"
+    return text
 
-    It hits the target with probability `hit`, else by luck.
-    """
-    opening = rng.choice(OPENINGS[style])
-    if problem.task.startswith("multiply"):
-        a, b = map(int, problem.question.removeprefix("What is ").rstrip("?").split(" * "))
-        value = a * b
-        if rng.random() >= hit:
-            value = max(0, value + rng.choice((-10, -2, -1, 1, 2, 10)))
+
+def spaced(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+# ---- documents -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Item:
+    """A question, one attempt at it and a check of that attempt."""
+    question: str
+    attempt: str
+    check: str
+    numbers: tuple[int, ...]
+
+    @property
+    def answer(self) -> str:
+        return self.attempt.partition("<answer>")[2].partition("</answer>")[0]
+
+
+class Author:
+    """Writes the documents, from one random state. `without` names the PARTS that it leaves out."""
+
+    def __init__(self, seed: int, without: Sequence[str] = ()):
+        self.rng = random.Random(seed)
+        self.without = without
+
+    def document(self) -> tuple[list[dict], str]:
+        """(chat messages, response): a sheet, a single attempt, or a check of one."""
+        if "sheets" not in self.without and self.rng.random() < 0.5:
+            return self.sheet()
+        name = self.pick(KINDS)
+        style = self.rng.choice(list(OPENINGS))
+        if self.rng.random() < 0.5:
+            item = self.item(name, style, hit=0.6 if name == PRODUCT else 0.25, slip=0.0)
+            problem = tasks.Problem("", name, item.question, truth={})
+            return tasks.Task.prompt(problem, style), item.attempt
+        item = self.item(name, style, hit=0.55, slip=0.2)
+        return tasks.reflection_prompt(item.question, item.attempt), item.check
+
+    def pick(self, weights: dict[str, int]) -> str:
+        return self.rng.choices(list(weights), weights.values())[0]
+
+    # ---- one problem, its attempt and its check ----
+    def item(self, name: str, style: str, hit: float, slip: float) -> Item:
+        """A new problem; the attempt is right with probability `hit` (a random one may be, by luck).
+
+        With probability `slip` a countdown attempt uses wrong numbers.
+        """
+        question, truth = self.problem(tasks.find(name))
+        if name == PRODUCT:
+            return self.product(question, style, hit)
+        return self.countdown(question, truth, style, hit, slip)
+
+    def problem(self, task: tasks.Generated) -> tuple[str, dict]:
+        """(question, truth) of the split `pretrain`, of which no other split has a copy."""
+        while True:
+            made = task.make(self.rng)
+            if made and tasks.hundredth(made[0]) in tasks.SPLITS["pretrain"]:
+                return made[1], made[2]
+
+    def countdown(self, question: str, truth: dict, style: str, hit: float, slip: float) -> Item:
+        numbers, target = truth["numbers"], truth["target"]
+        used = numbers
+        if self.rng.random() < slip:
+            steps, used = swapped_chain(numbers, target, self.rng)
+        elif self.rng.random() < hit:
+            steps = chain_of(truth["answer"])
+        else:
+            steps = random_chain(numbers, self.rng)
+        opening = self.rng.choice(OPENINGS[style])
         if style == "rephrase":
-            opening = OPENINGS["plain"][1]
-        return f"{opening}{a} * {b} = {value}\n<answer>{value}</answer>", [Step(a, "*", b, value)]
-    numbers, target = problem.truth["numbers"], problem.truth["target"]
-    steps = chain_of(problem.truth["answer"]) if rng.random() < hit else random_chain(numbers, rng)
-    if style == "rephrase":
-        opening += f"{' '.join(map(str, numbers))}, target {target}.\n"
-    return f"{opening}{lines(steps)}<answer>{expression(steps)}</answer>", steps
+            opening += f"target {target}.\n"
+        worked = lines(steps) if "account" in self.without else account(steps, used)
+        attempt = f"{opening}{worked}<answer>{expression(steps)}</answer>"
+        misused = sorted(used) != sorted(numbers)
+        return Item(question, attempt, self.check(steps, target, misused), tuple(numbers))
+
+    def product(self, question: str, style: str, hit: float) -> Item:
+        a, b = map(int, question.removeprefix("What is ").rstrip("?").split(" * "))
+        claim = a * b if self.rng.random() < hit else self.near(a * b)
+        opening = OPENINGS["plain"][1] if style == "rephrase" else self.rng.choice(OPENINGS[style])
+        attempt = f"{opening}{a} * {b} = {claim}\n<answer>{claim}</answer>"
+        return Item(question, attempt, self.check([Step(a, "*", b, a * b)], claim), (a, b))
+
+    def evaluation(self) -> Item:
+        """An exercise without search: the value of an expression."""
+        numbers = [self.rng.randint(1, 12) for _ in range(self.rng.choice((3, 3, 4, 4, 5)))]
+        steps = random_chain(numbers, self.rng)
+        value = steps[-1].value
+        claim = value if self.rng.random() < 0.7 else self.near(value)
+        attempt = f"{self.rng.choice(INSIDE)}{lines(steps)}<answer>{claim}</answer>"
+        return Item(f"What is {expression(steps)}?", attempt, self.check(steps, claim), tuple(numbers))
+
+    def near(self, value: int) -> int:
+        """A wrong result."""
+        return max(0, value + self.rng.choice((-10, -2, -1, 1, 2, 10)))
+
+    def check(self, steps: list[Step], target: int, misused: bool = False) -> str:
+        """Recompute, compare, verdict."""
+        value = steps[-1].value
+        if misused:
+            result = self.rng.choice(MISUSED)
+        elif value == target:
+            result = f"{value}{self.rng.choice(HITS)}"
+        else:
+            result = f"{value}{self.rng.choice(MISSES)}{target}.\n"
+        verdict = "Correct" if value == target and not misused else "Incorrect"
+        return f"{self.rng.choice(CHECKS)}{lines(steps)}{result}<verdict>{verdict}</verdict>"
+
+    # ---- a sheet ----
+    def sheet(self) -> tuple[list[dict], str]:
+        """Several problems in one text, no two on the same numbers, each attempted once and perhaps checked.
+
+        Before an attempt other exercises may come, so that its numbers must be fetched from further up; after
+        the attempt and its check the numbers are at most recited.
+        """
+        rng = self.rng
+        layout = Layout(rng)
+        checked = rng.choice((0.5, 1, 1))  # how many of the attempts
+        fillers = "fillers" not in self.without
+        seen = set()
+
+        def attempted(item):
+            text = layout(2) + GAP + item.attempt + "\n" + layout(3)
+            if rng.random() < checked:
+                text += layout(4) + item.check + "\n" + layout(5)
+            return text
+
+        def recited(item):
+            return GAP + layout(1) + rng.choice(RECITE) + layout(2) + recital(item.numbers) + layout(3)
+
+        text = ""
+        while True:
+            item = self.unseen(seen, {**KINDS, EVALUATE: 18})
+            searched = item.question.startswith("Numbers")
+            text += layout(0) + item.question + "\n\n" + GAP
+            if searched and fillers and rng.random() < 0.65:
+                for _ in range(rng.randint(1, 4)):
+                    if rng.random() < 0.4:
+                        text += recited(item)
+                    else:
+                        other = self.unseen(seen, {EVALUATE: 1})
+                        text += layout(1) + other.question + "\n" + attempted(other)
+            text += attempted(item)
+            if searched and fillers and rng.random() < 0.4:
+                for _ in range(rng.randint(1, 2)):
+                    text += recited(item)
+            if text.count("\n") > 70 * rng.random() ** 0.5:  # lines
+                break
+        if rng.random() < 0.5:
+            text += f"{layout(1)}{rng.choice(COPY)}\n{GAP}<answer>\n{item.answer}\n</answer>"
+        request = rng.choice(SHEETS)
+        if rng.random() < 0.5:
+            return [{"role": "user", "content": request}], text
+        first_question, _, rest = text.partition(GAP)  # it may also come from the user
+        return [{"role": "user", "content": first_question + request}], rest
+
+    def unseen(self, seen: set, kinds: dict[str, int]) -> Item:
+        """A problem on numbers that the sheet does not hold yet."""
+        while True:
+            name = self.pick(kinds)
+            if name == EVALUATE:
+                item = self.evaluation()
+            else:
+                style = self.rng.choice(list(OPENINGS))
+                item = self.item(name, style, hit=0.85 if name == PRODUCT else 0.45, slip=0.1)
+            numbers = tuple(sorted(item.numbers))
+            if numbers not in seen:
+                seen.add(numbers)
+                return item
 
 
-def slip(problem: tasks.Problem, rng: random.Random) -> list[Step]:
-    """The steps of a solver who swapped one number for another, as the model itself does at times.
+class Layout:
+    """What a sheet puts between any two parts: nothing, headings, tags of some markup, a random word.
 
-    Best of all so that the target comes out, or a judge would learn to look at the result alone.
+    Most sheets keep to what they chose for each place.
     """
-    for _ in range(100):
-        numbers = list(problem.truth["numbers"])
-        numbers[rng.randrange(len(numbers))] = rng.randint(1, 12)
-        steps = random_chain(numbers, rng)
-        if steps[-1].value == problem.truth["target"]:
-            break
-    return steps
 
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.chosen = [self.separator() for _ in range(6)]
+        self.steady = rng.random() < 0.7
 
-def judgement(problem: tasks.Problem, steps: list[Step], rng: random.Random) -> str:
-    """A check of an attempt: recompute, compare, verdict. 4% are wrong, like a weak judge's."""
-    opening = rng.choice(CHECKS)
-    if problem.task.startswith("multiply"):
-        claim, = steps
-        target = claim.value
-        again = [Step(claim.a, "*", claim.b, claim.a * claim.b)]
-        misused = False
-    else:
-        target = problem.truth["target"]
-        again = steps
-        used = [steps[0].a, *(step.b for step in steps)]
-        misused = sorted(used) != sorted(problem.truth["numbers"])
-    value = again[-1].value
-    right = value == target and not misused
-    if misused:
-        result = rng.choice(MISUSED)
-    elif right:
-        result = f"{value}{rng.choice(HITS)}"
-    else:
-        result = f"{value}{rng.choice(MISSES)}{target}.\n"
-    mistaken = rng.random() < 0.04
-    said = "Correct" if right != mistaken else "Incorrect"
-    return f"{opening}{lines(again)}{result}<verdict>{said}</verdict>"
+    def __call__(self, place: int) -> str:
+        return self.chosen[place] if self.steady else self.separator()
 
-
-def document(rng: random.Random) -> tuple[list[dict], str]:
-    """(chat messages, response) of one training document."""
-    name = rng.choices(list(MIX), MIX.values())[0]
-    task = tasks.find(name)
-    problem = draw(task, rng)
-    style = rng.choice(list(OPENINGS))
-    if rng.random() < 0.55:
-        text, _ = attempt(problem, style, rng, hit=0.6 if name.startswith("multiply") else 0.25)
-        return task.prompt(problem, style), text
-    text, steps = attempt(problem, style, rng, hit=0.5)
-    if "numbers" in problem.truth and rng.random() < 0.2:
-        steps = slip(problem, rng)
-        text = f"{rng.choice(OPENINGS['plain'])}{lines(steps)}<answer>{expression(steps)}</answer>"
-    return tasks.reflection_prompt(problem.question, text), judgement(problem, steps, rng)
+    def separator(self) -> str:
+        rng = self.rng
+        kind = rng.random()
+        if kind < 0.15:
+            return ""
+        if kind < 0.75:
+            return "".join(rng.choice(LAYOUT) for _ in range(rng.choice((1, 1, 1, 2, 2, 3))))
+        letters = "".join(rng.choice(ascii_lowercase) for _ in range(rng.randint(1, 4)))
+        return letters + rng.choice((":", ".", ")", "")) + "\n"
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------
@@ -229,8 +417,10 @@ def phrases() -> list[str]:
     for part in tasks.REFLECT.split("{question}"):
         pieces |= set(part.split("{attempt}"))
     glue = json.loads((ROOT / "phrases.json").read_text())
-    for texts in (*OPENINGS.values(), CHECKS, HITS, MISSES, MISUSED, *glue.values()):
+    documents = (*OPENINGS.values(), INSIDE, CHECKS, HITS, MISSES, MISUSED, RECITE, COPY, SHEETS, LAYOUT)
+    for texts in (*documents, *glue.values()):
         pieces |= set(texts)
+    pieces |= {HAVE, LEFT, NONE_LEFT, "target "}
     return sorted(pieces)
 
 
@@ -261,23 +451,36 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 
 
 # ---- training ------------------------------------------------------------------------------------
-def batches(tokenizer: Tokenizer, tokens: int, seed: int):
-    """Endless (ids (B, T), real (B, T-1)), rows padded on the right; `real` marks what is no padding.
+def encoded(tokenizer: Tokenizer, author: Author) -> tuple[list[int], list[int]]:
+    """(ids, positions) of a document with its end token. Every token is trained, those of prompts too.
 
-    Every token is trained, prompts too: a prompt to judge holds an attempt, and that teaches attempts as
-    well.
+    At a quarter of the GAPs positions jump ahead by up to 400: no document is long enough for such distances.
     """
-    rng = random.Random(seed)
+    messages, response = author.document()
+    jump = 0.0 if "jumps" in author.without else 0.25
+    ids = tokenizer.chat(messages)
+    positions = list(range(len(ids)))
+    at = len(ids)
+    for i, part in enumerate(response.split(GAP)):
+        if i and author.rng.random() < jump:
+            at += author.rng.randint(0, 400)
+        new = tokenizer.encode(part)
+        ids += new
+        positions += range(at, at + len(new))
+        at += len(new)
+    return ids + [tokenizer.end_id], positions + [at]
+
+
+def batches(tokenizer: Tokenizer, author: Author, tokens: int):
+    """Endless (ids, positions, real): rows padded on the right, (B, T), and what is no padding, (B, T-1)."""
     while True:
-        pool = []
-        for _ in range(2000):
-            messages, response = document(rng)
-            pool.append(tokenizer.chat(messages) + tokenizer.encode(response) + [tokenizer.end_id])
-        groups = micro_batches(pool, len, tokens, waste=math.inf)
-        for group in rng.sample(groups, len(groups)):
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(d) for d in group], batch_first=True)
-            lengths = torch.tensor([len(d) for d in group])
-            yield ids, torch.arange(1, ids.shape[1]) < lengths[:, None]
+        pool = [encoded(tokenizer, author) for _ in range(800)]
+        groups = micro_batches(pool, lambda row: len(row[0]), tokens, waste=math.inf)
+        for group in author.rng.sample(groups, len(groups)):
+            ids = pad_sequence([torch.tensor(ids) for ids, _ in group], batch_first=True)
+            positions = pad_sequence([torch.tensor(at) for _, at in group], batch_first=True)
+            lengths = torch.tensor([len(ids) for ids, _ in group])
+            yield ids, positions, torch.arange(1, ids.shape[1]) < lengths[:, None]
 
 
 def new_model(tokenizer: Tokenizer) -> Transformer:
@@ -289,8 +492,52 @@ def new_model(tokenizer: Tokenizer) -> Transformer:
     return model
 
 
+class Muon:
+    """Momentum whose step is made nearly orthogonal by five Newton-Schulz iterations (Jordan et al. 2024).
+
+    As torch.optim.Muon, but in float32 and with matrices of one shape side by side. Its bfloat16 products,
+    one matrix after the other, took three times as long as the model itself on a CPU without such
+    instructions.
+    """
+
+    def __init__(self, matrices: list[Tensor], momentum: float = 0.95):
+        self.momentum = momentum
+        self.groups = []  # [(weights of one shape, their momentum (n, rows, columns))]
+        for shape in sorted({w.shape for w in matrices}):
+            group = [w for w in matrices if w.shape == shape]
+            self.groups.append((group, torch.zeros(len(group), *shape)))
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for weights, momentum in self.groups:
+            gradients = torch.stack([w.grad for w in weights])
+            momentum.lerp_(gradients, 1 - self.momentum)
+            steps = orthogonal(gradients.lerp(momentum, self.momentum))  # Nesterov
+            rows, columns = weights[0].shape
+            for w, step in zip(weights, steps, strict=True):
+                w.sub_(step, alpha=lr * max(1, rows / columns) ** 0.5)
+                w.grad = None
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """x (n, rows, columns) -> the same, with singular values near 1.
+
+    Five times x <- 3.4445 x - 4.7750 (x x') x + 2.0315 (x x')^2 x.
+    """
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x.mT if tall else x
+
+
 def arguments():
     p = parser(__doc__, out="out/mini", model=None)
+    p.add_argument("--without", nargs="*", default=[], choices=PARTS, metavar="PART",
+                   help=f"leave parts out of the documents, to see what they are worth: {', '.join(PARTS)}")
     p.add_argument("--tokens", type=positive, default=16_000_000,
                    help="how many tokens to train on, padding included")
     p.add_argument("--batch", type=positive, default=1024, help="tokens of a step")
@@ -315,26 +562,23 @@ def main():
     matrices, others = [], []
     for name, w in model.named_parameters():
         (matrices if w.ndim == 2 and "embed" not in name else others).append(w)
-    optimizers = [  # (peak rate, optimizer)
-        (args.matrix_lr, torch.optim.Muon(matrices, lr=args.matrix_lr, momentum=0.95, weight_decay=0.0)),
-        (args.lr, torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)),
-    ]
-    data = batches(tokenizer, args.batch, args.seed)
+    muon = Muon(matrices)
+    adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    data = batches(tokenizer, Author(args.seed, args.without), args.batch)
     steps = math.ceil(args.tokens / args.batch)
     started = time.time()
     losses = []
     for step in range(1, steps + 1):
-        ids, real = next(data)
-        hidden = model(ids[:, :-1])[real]  # (N, C)
+        ids, positions, real = next(data)
+        hidden = model(ids[:, :-1], positions[:, :-1])[real]  # (N, C)
         logp, _ = model.logprobs(hidden, ids[:, 1:][real])
         loss = -logp.mean()
         loss.backward()
         schedule = min(step / 100, 1, (steps - step) / (0.4 * steps))  # warm-up, flat, down to 0
-        for rate, optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * schedule
-            optimizer.step()
-            optimizer.zero_grad()
+        muon.step(args.matrix_lr * schedule)
+        adamw.param_groups[0]["lr"] = args.lr * schedule
+        adamw.step()
+        adamw.zero_grad()
         losses.append(loss.item())
         if step % 500 == 0 or step == steps:
             speed = step * args.batch / (time.time() - started)

@@ -86,6 +86,21 @@ def test_commands_of_the_readme_exist():
         assert named <= flags | others, (document.name, named - flags - others)
 
 
+def commands_of(text):
+    return re.findall(r"^ *@?(python \w+\.py[^$;>|\n]*?) *(?:\$.*)?$", text, re.MULTILINE)
+
+
+def test_the_demo_is_the_readmes_commands():
+    """README's six lines and those of make demo are the same strings, RL only aside in the same order."""
+    block = README[README.index("    python sample.py\n"):]
+    readme = commands_of(block[:block.index("\n\n")])
+    makefile = (ROOT / "Makefile").read_text()
+    demo = commands_of(makefile[makefile.index("\ndemo:"):])
+    assert len(readme) == 6 and sorted(readme) == sorted(demo)
+    beside, = [line for line in readme if "--model mini" in line]
+    assert [line for line in readme if line != beside] == [line for line in demo if line != beside]
+
+
 # ---- links and rules -----------------------------------------------------------------------------
 def anchors(path):
     headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)

@@ -128,6 +128,18 @@ def test_command(cmd):
             assert cell["difference"] == 0 and low < 0 < high
 
 
+def test_compares_what_is_there(cmd, folder):
+    """With no --models: the base, and those of the README's folders that hold a model."""
+    Path("out").mkdir()
+    folder("qwen3").rename("out/grpo")
+    Path("out/sft").mkdir()  # nothing in it yet
+    status, _, err = cmd(evaluate, "--questions", "2", "--samples", "1", "--max-new-tokens", "5",
+                         "--device", "cpu", "--tasks", "countdown-3-small")
+    assert status == 0, err
+    cells = json.loads(Path("out/evaluate/summary.json").read_text())
+    assert [cell["model"] for cell in cells] == ["base", "sft+grpo"]
+
+
 @pytest.mark.parametrize("flags, message", [
     (("--k", "9", "--samples", "4"), "pass@9 needs at least 9"),
     (("--k", "x"), "give whole numbers"),

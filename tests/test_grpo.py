@@ -231,6 +231,22 @@ def test_sampler_and_trainer_agree_at_every_step(cmd):
     assert measured and max(measured) < 1e-4
 
 
+def test_goes_on_from_what_is_there(cmd):
+    """With no --model RL goes on from out/sft; where there is none it starts from the base, and says so."""
+    status, out, err = cmd(grpo, *FLAGS[2:])
+    assert status == 0, err
+    assert "no out/sft" in out and "RL only" in out and Path("out/rl/model.safetensors").is_file()
+    Path("out/rl").rename("out/sft")
+    status, out, err = cmd(grpo, *FLAGS[2:])
+    assert status == 0, err
+    assert "RL only" not in out
+    record = json.loads(Path("out/grpo/run.json").read_text())
+    assert record["flags"]["model"] == "out/sft" and record["flags"]["out"] == "out/grpo"
+    assert cmd(grpo, *FLAGS[2:], "--resume")[0] == 0
+    assert grpo.from_where_to_where("mini", None) == ("mini", "out/grpo")
+    assert grpo.from_where_to_where(None, "elsewhere") == ("out/sft", "elsewhere")
+
+
 def test_warnings():
     bad = {"truncated": 0.95, "groups_with_signal": 0.0, "sampler_trainer_mean": 0.2}
     good = {"truncated": 0.1, "groups_with_signal": 0.5, "sampler_trainer_mean": 1e-6}

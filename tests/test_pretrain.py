@@ -1,0 +1,152 @@
+"""The miniature's base has never seen what SkillFactory teaches: no document retries or chains anything."""
+import importlib.util
+import re
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import ROOT
+
+import tasks
+from grading import TRACE_TAGS
+
+spec = importlib.util.spec_from_file_location("pretrain", ROOT / "mini" / "pretrain.py")
+pretrain = importlib.util.module_from_spec(spec)
+sys.modules["pretrain"] = pretrain  # its dataclasses look themselves up there
+spec.loader.exec_module(pretrain)
+
+# What happens in a document, in order. `copy` is the last answer once more, in lines of its own.
+EVENT = re.compile(
+    r"Numbers: (?P<numbers>[\d ]+)\nTarget: (?P<target>\d+)"
+    r"|What is (?P<expression>[\d ()*+-]+)\?"
+    r"|<answer>(?P<answer>[^\n<]+)</answer>"
+    r"|<verdict>(?P<verdict>\w+)</verdict>"
+    r"|<answer>\n(?P<copy>[^\n]+)\n</answer>")
+
+
+def events(text):
+    return [(match.lastgroup, match[0]) for match in EVENT.finditer(text)]
+
+
+def story(messages, response):
+    """The whole document, without the examples in the check's prompt and the tags that prompts explain."""
+    user = messages[-1]["content"].partition("\n\nTwo examples of a check")[0]
+    return user.replace("between <answer> and </answer>", "") + "\n" + response
+
+
+def numbers_of(question):
+    question = question.partition("\nTarget")[0]
+    return tuple(sorted(map(int, re.findall(r"\d+", question))))
+
+
+def test_no_document_holds_what_the_method_teaches():
+    """In 100,000 documents: an answer always belongs to a question that has none yet, a verdict to the answer
+    just before it, no numbers are asked about twice, and the tags of traces never occur."""
+    author = pretrain.Author(seed=1)
+    kinds = Counter()
+    for _ in range(100_000):
+        text = story(*author.document())
+        assert not any(tag in text for tag in TRACE_TAGS)
+        asked = []
+        unanswered = 0
+        before = None
+        for kind, found in events(text):
+            if kind in ("target", "expression"):
+                asked.append(numbers_of(found))
+                unanswered += 1
+            elif kind == "answer":
+                unanswered -= 1
+                assert unanswered >= 0, text
+            elif kind == "verdict":
+                assert before in ("answer", None), text
+            elif kind == "copy":
+                assert unanswered == 0, text
+            before = kind
+        assert len(set(asked)) == len(asked) >= 1, text
+        assert before == "copy" or unanswered in (0, 1), text
+        kinds[len(asked) > 1] += 1
+    assert kinds[True] > 30_000 and kinds[False] > 40_000
+
+
+def test_after_an_attempt_its_numbers_are_only_recited():
+    """No computation on the numbers of an earlier problem, in whatever order they come."""
+    author = pretrain.Author(seed=2)
+    for _ in range(3000):
+        text = story(*author.document())
+        lists = [numbers_of(found) for kind, found in events(text) if kind in ("target", "expression")]
+        recited = re.findall(r"I have ([\d ]+)\n", text)
+        assert len(lists) == len(set(lists))
+        attempts = len(re.findall(r"I have [\d ]+\n\d+ [-+*]", text))
+        assert attempts <= text.count("Numbers: ") <= attempts + 1
+        assert len(recited) >= attempts
+
+
+def test_accounts_are_right():
+    """Each line is computed right, takes two of what is there, and says what is left."""
+    author = pretrain.Author(seed=3)
+    checked = 0
+    for _ in range(2000):
+        _, response = author.document()
+        for start, block in re.findall(r"I have ([\d ]+)\n((?:\d+ [-+*] \d+ = \d+, [^\n]+\n)+)", response):
+            left = Counter(map(int, start.split()))
+            steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+), (?:left )?([^\n]+)", block)
+            for a, op, b, value, rest in steps:
+                a, b, value = int(a), int(b), int(value)
+                assert {"+": a + b, "-": a - b, "*": a * b}[op] == value
+                assert left[a] and (left - Counter([a]))[b]
+                left = left - Counter([a, b]) + Counter([value])
+                others = left - Counter([value])
+                said = Counter() if rest == "none left" else Counter(map(int, rest.split()))
+                assert said == others
+                checked += 1
+            assert sum(left.values()) == 1
+    assert checked > 2000
+
+
+def test_problems_are_of_the_split_pretrain():
+    """Whatever other commands train or test on, this base has not met it."""
+    author = pretrain.Author(seed=4)
+    elsewhere = {}
+    for name in ("countdown-3-small", "countdown-4-small"):
+        for split in ("sft", "rl", "val", "test"):
+            for problem in tasks.find(name).problems(split, 100):
+                elsewhere[numbers_of(problem.question), problem.truth["target"]] = problem.id
+    for _ in range(3000):
+        text = story(*author.document())
+        for numbers, target in re.findall(r"Numbers: ([\d ]+)\nTarget: (\d+)", text):
+            assert (tuple(sorted(map(int, numbers.split()))), int(target)) not in elsewhere
+
+
+@pytest.mark.parametrize("part, marks", [
+    ("account", ["I have ", ", left "]), ("fillers", ["I have 1\n"]), ("sheets", list(pretrain.SHEETS)),
+])
+def test_without(part, marks):
+    """What --without leaves out is gone."""
+    author = pretrain.Author(seed=5, without=[part])
+    texts = [story(*author.document()) for _ in range(500)]
+    if part == "fillers":
+        assert not any(line in text for text in texts for line in pretrain.RECITE)
+    elif part == "account":
+        assert not any(", left " in text for text in texts)
+    else:
+        assert not any(mark in text for text in texts for mark in marks)
+
+
+def test_muon_is_torchs():
+    """As torch.optim.Muon, whose products are in bfloat16 (hence the tolerance)."""
+    torch.manual_seed(0)
+    shapes = [(96, 96), (48, 96), (256, 96), (96, 256), (48, 96)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(w.detach().clone()) for w in ours]
+    start = [w.detach().clone() for w in ours]
+    muon = pretrain.Muon(ours)
+    reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.95, weight_decay=0.0)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        muon.step(0.02)
+        reference.step()
+    for a, b, before in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 0.02 * (b - before).norm()
