@@ -1,7 +1,7 @@
 """Group relative policy optimisation: roll out, grade, compare within the group, step (Shao et al. 2024).
 
     python grpo.py                                                    # goes on from out/sft, into out/grpo
-    python grpo.py --model mini --out out/rl --lr 1e-4 --steps 300    # from the base: RL only
+    python grpo.py --model mini --out out/rl --lr 1e-3 --steps 240    # from the base: RL only
     torchrun --nproc-per-node 4 grpo.py --model ... --task countdown-3 --questions 1000 --steps 150 \\
         --questions-per-step 256 --rollouts 16 --mini-batch 32 --lr 1e-6 --max-new-tokens 4096
 
@@ -36,7 +36,7 @@ from train import (
     start_processes, summed, total, training_flags, world,
 )
 
-MINIATURE_LR = 3e-4
+MINIATURE_LR = 4e-4
 # Of the memory that is free before the first step: on a GPU the cache stays while the model trains.
 SAMPLER_CACHE_FRACTION = 0.3
 
@@ -443,14 +443,14 @@ def arguments():
     g.add_argument("--questions", type=natural, default=400,
                    help="how many of each task, from the split rl (0: all rows of a file; the paper: 1000)")
     g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/ and the like lie")
-    g.add_argument("--steps", type=positive, default=60, help="steps in all (the paper: 150)")
+    g.add_argument("--steps", type=positive, default=30, help="steps in all (the paper: 150)")
     g.add_argument("--questions-per-step", type=positive, default=16,
                    help="over all processes (the paper: 256)")
     g.add_argument("--rollouts", type=positive, default=8,
                    help="responses to each question, the group (the paper: 16)")
-    g.add_argument("--mini-batch", type=positive, default=8,
+    g.add_argument("--mini-batch", type=positive, default=4,
                    help="questions of one optimizer update (the paper: 32)")
-    g.add_argument("--max-new-tokens", type=positive, default=320,
+    g.add_argument("--max-new-tokens", type=positive, default=400,
                    help="budget of a response (the paper: 4096)")
     g.add_argument("--slots", type=natural, default=0,
                    help="rows decoded at once; 0: as many as fit in memory")

@@ -172,6 +172,11 @@ class Transformer(nn.Module):
         return linear_logprob(hidden, self.head[:self.vocab], targets, temperature)
 
     @property
+    def is_miniature(self) -> bool:
+        """Whether it is as small as the model in mini/, which needs other settings than the paper's."""
+        return sum(w.numel() for w in self.parameters()) < 10e6
+
+    @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 

@@ -1,6 +1,6 @@
 """Generate text with a key/value cache. The command writes attempts and reflections.
 
-    python sample.py                                            # the miniature, 200 small countdown questions
+    python sample.py                                            # the miniature, 400 small countdown questions
     python sample.py --model Qwen/Qwen2.5-1.5B-Instruct --task countdown-3 --questions 4000 --n 16
     python sample.py --prompt "What is 2 + 3?"                  # try a model by hand
 
@@ -380,18 +380,42 @@ SETTINGS = ("model", "task", "questions", "split", "styles", "n", "reflections",
             "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
+# How tokens are chosen if no flag says so: (for a model of the miniature's size, else the paper's). The
+# miniature's attempts at a question would all come out alike under the paper's cuts.
+CHOICE = {
+    "temperature": (1.0, 0.7),
+    "top_p": (1.0, 0.8),
+    "top_k": (0, 20),
+    "repetition_penalty": (1.0, 1.1),
+}
+
+
+def if_not_given(name: str) -> str:
+    miniature, paper = CHOICE[name]
+    return f"if not given, the paper's {paper}, or {miniature} for a model under 10M parameters"
+
+
+def choice_of(args, model: Transformer) -> Params:
+    """How tokens are chosen; what no flag said is put into `args`, for run.json and for going on."""
+    for name, (miniature, paper) in CHOICE.items():
+        if getattr(args, name) is None:
+            setattr(args, name, miniature if model.is_miniature else paper)
+    return Params(
+        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+
+
 def arguments():
     p = parser(__doc__, out="samples.jsonl")
     g = p.add_argument_group("what to sample")
     g.add_argument("--task", default="countdown-3-small", help=f"tasks, separated by commas: {tasks.NAMES}")
-    g.add_argument("--questions", type=natural, default=200,
-                   help="how many of each task (0: all rows of a file)")
+    g.add_argument("--questions", type=natural, default=400,
+                   help="how many of each task (0: all rows of a file; the paper: 4000)")
     g.add_argument("--split", default="sft",
                    help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
     g.add_argument("--styles", default="plain,plan,alternatives,rephrase",
                    help="prompt styles, separated by commas")
-    g.add_argument("--n", type=positive, default=4, help="attempts of each question and style")
-    g.add_argument("--reflections", type=natural, default=2, help="reflections on each attempt")
+    g.add_argument("--n", type=positive, default=6, help="attempts of each question and style (the paper: 16)")
+    g.add_argument("--reflections", type=natural, default=1, help="reflections on each attempt (the paper: 4)")
     g.add_argument("--hint", action="store_true",
                    help="rationalisation: also make attempts whose prompt tells the right answer")
     g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie")
@@ -400,15 +424,16 @@ def arguments():
                         "to divide the work among n processes (give each its own --out)")
     g.add_argument("--prompt", default=None, help="only answer this text, with --n samples, and print them")
     g = p.add_argument_group("how to choose tokens")
-    g.add_argument("--temperature", type=number(float, 0), default=0.7, help="0 is greedy")
-    g.add_argument("--top-p", type=number(float, 0, 1, open_low=True), default=0.8,
-                   help="keep the likeliest tokens up to this mass")
-    g.add_argument("--top-k", type=natural, default=20,
-                   help="keep this many of the likeliest tokens; 0 keeps all")
+    g.add_argument("--temperature", type=number(float, 0), help="0 is greedy; " + if_not_given("temperature"))
+    g.add_argument("--top-p", type=number(float, 0, 1, open_low=True),
+                   help="keep the likeliest tokens up to this mass; " + if_not_given("top_p"))
+    g.add_argument("--top-k", type=natural,
+                   help="keep this many of the likeliest tokens; 0 keeps all; " + if_not_given("top_k"))
     g.add_argument("--min-p", type=number(float, 0, 1), default=0.0,
                    help="drop tokens less likely than this fraction of the likeliest")
-    g.add_argument("--repetition-penalty", type=number(float, 0, open_low=True), default=1.1,
-                   help="divides the positive logits of tokens already seen")
+    g.add_argument("--repetition-penalty", type=number(float, 0, open_low=True),
+                   help="divides the positive logits of tokens already seen; "
+                        + if_not_given("repetition_penalty"))
     g.add_argument("--max-new-tokens", type=positive, default=512, help="budget of an attempt or reflection")
     g.add_argument("--slots", type=natural, default=0,
                    help="rows decoded at once; 0: as many as fit in memory")
@@ -530,9 +555,10 @@ class Tally:
                 "with the grade")
 
 
-def answer_by_hand(args, params: Params) -> None:
+def answer_by_hand(args) -> None:
     """--prompt: print samples of one text."""
     model, tokenizer = load(args.model, args.device, args.dtype)
+    params = choice_of(args, model)
     prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
     completions, = Sampler(model, tokenizer, args.slots).generate([prompt], args.n, params, args.seed)
     for completion in completions:
@@ -542,10 +568,8 @@ def answer_by_hand(args, params: Params) -> None:
 
 def main():
     args = arguments()
-    params = Params(
-        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     if args.prompt is not None:
-        answer_by_hand(args, params)
+        answer_by_hand(args)
         return
 
     problems = []
@@ -554,6 +578,7 @@ def main():
     part, parts = map(int, args.shard.split("/"))
     problems = problems[part::parts]
     model, tokenizer = load(args.model, args.device, args.dtype)
+    params = choice_of(args, model)
     context = model.config.max_position_embeddings
     done = start_or_resume(args)
     queue = attempt_requests(args, problems, done, tokenizer)

@@ -27,7 +27,7 @@ from train import (
     start_processes, total, training_flags, world,
 )
 
-MINIATURE_LR = 3e-3
+MINIATURE_LR = 2e-3
 
 
 # ---- the data ------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
 def arguments():
     p = parser(__doc__, out="out/sft")
     p.add_argument("--data", default="silver.jsonl", help="chat JSONL; several files with commas")
-    p.add_argument("--epochs", type=positive, default=3, help="times through the data (the paper: 2)")
+    p.add_argument("--epochs", type=positive, default=2, help="times through the data")
     p.add_argument("--lr", type=number(float, 0), default=None,
                    help="peak learning rate; if not given, the paper's 1e-6, "
                         f"or {MINIATURE_LR:g} for a model under 10M parameters")

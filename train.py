@@ -58,8 +58,7 @@ def lr_or_default(lr: float | None, model: Transformer, miniature: float) -> flo
     """
     if lr is not None:
         return lr
-    parameters = sum(w.numel() for w in model.parameters())
-    return miniature if parameters < 10e6 else 1e-6
+    return miniature if model.is_miniature else 1e-6
 
 
 # ---- processes -----------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def test_looking_less_often_changes_nothing(monkeypatch, params):
 
 # ---- the command ---------------------------------------------------------------------------------
 ARGS = ("--model", MINI, "--device", "cpu", "--questions", "3", "--n", "2", "--max-new-tokens", "60",
-        "--slots", "5")
+        "--reflections", "2", "--slots", "5")
 
 
 def test_command_writes_attempts_with_grades_and_reflections(cmd):
