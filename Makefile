@@ -38,7 +38,7 @@ bench: .venv/installed
 
 # In a folder of its own, out/demo, with links to the scripts. The two RL runs go side by side, a core each.
 demo: .venv/installed
-	@rm -rf out/demo && mkdir -p out/demo && ln -s ../../*.py out/demo
+	@rm -rf out/demo && mkdir -p out/demo && cd out/demo && ln -s ../../*.py .
 	@$(RUN) cd out/demo; \
 	  echo "== beside the others: RL only, its screen in out/demo/rl.log"; \
 	  python grpo.py --model mini --out out/rl --lr 1e-3 --steps 240 $(RL) > rl.log 2>&1 & rl=$$!; \
@@ -48,5 +48,6 @@ demo: .venv/installed
 	  python sft.py $(SFT); \
 	  python grpo.py $(GRPO); \
 	  wait $$rl; \
+	  export OMP_NUM_THREADS=2; \
 	  python evaluate.py $(EVALUATE)
 	@echo "open out/demo/out/evaluate/report.html"

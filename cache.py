@@ -116,7 +116,7 @@ class SlotState:
 
 
 # ---- how long a slot is, how many there are, how many a step runs --------------------------------
-MOST_SLOTS = {"cpu": 128, "cuda": 512}  # more rows no longer make a step cheaper per token
+MOST_SLOTS = {"cpu": 256, "cuda": 512}  # more rows no longer make a step cheaper per token
 # A slot has a multiple of this many positions: a prompt a little longer must not cost all graphs.
 GRAIN = {"cpu": 64, "cuda": 256}
 

@@ -78,7 +78,7 @@ def test_commands_of_the_readme_exist():
     flags = set()
     for script in ("sample", "rearrange", "sft", "grpo", "evaluate", "train", "cli"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / f"{script}.py").read_text()))
-    for script in (ROOT / "benchmarks").glob("*.py"):
+    for script in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "mini" / "pretrain.py"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     others = {"--help", "--nproc-per-node"}
     for document in DOCUMENTS:
@@ -87,7 +87,8 @@ def test_commands_of_the_readme_exist():
 
 
 def commands_of(text):
-    return re.findall(r"^ *@?(python \w+\.py[^$;>|\n]*?) *(?:\$.*)?$", text, re.MULTILINE)
+    """Lines that call a script, up to a variable of make or a sign of the shell."""
+    return re.findall(r"^[ \t]*(python \w+\.py[^$;>|\n]*?) *(?:[$;>|].*)?$", text, re.MULTILINE)
 
 
 def test_the_demo_is_the_readmes_commands():
