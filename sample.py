@@ -414,8 +414,10 @@ def arguments():
                    help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
     g.add_argument("--styles", default="plain,plan,alternatives,rephrase",
                    help="prompt styles, separated by commas")
-    g.add_argument("--n", type=positive, default=6, help="attempts of each question and style (the paper: 16)")
-    g.add_argument("--reflections", type=natural, default=1, help="reflections on each attempt (the paper: 4)")
+    g.add_argument("--n", type=positive, default=6,
+                   help="attempts of each question and style (the paper: 16)")
+    g.add_argument("--reflections", type=natural, default=1,
+                   help="reflections on each attempt (the paper: 4)")
     g.add_argument("--hint", action="store_true",
                    help="rationalisation: also make attempts whose prompt tells the right answer")
     g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie")
