@@ -76,9 +76,7 @@ def explanation(error: Exception) -> str | None:
 
 # ---- flags ---------------------------------------------------------------------------------------
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        # None means that the help itself says what happens without the flag.
-        return action.help if action.default is None else super()._get_help_string(action)
+    pass
 
 
 def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.ArgumentParser:

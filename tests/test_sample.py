@@ -242,7 +242,7 @@ def test_looking_less_often_changes_nothing(monkeypatch, params):
     sampler.tokens_per_sync, sampler.graphed = 5, True
     assert sample_all(sampler) == want
     captured = {B for (B, _), count in Counter(kinds).items() if count > 1}
-    assert {4, 7} <= captured <= {1, 2, 4, 7}
+    assert {7} < captured <= {1, 2, 4, 7}
     graphs = sampler.graphs
     sampler.release()
     assert sample_all(sampler) == want and sampler.graphs is graphs  # the cache and its graphs stayed
