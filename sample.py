@@ -380,8 +380,8 @@ SETTINGS = ("model", "task", "questions", "split", "styles", "n", "reflections",
             "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
-# How tokens are chosen if no flag says so: (for a model of the miniature's size, else the paper's). The
-# miniature's attempts at a question would all come out alike under the paper's cuts.
+# How tokens are chosen if no flag says so: (for a model of the miniature's size, else the paper's). On an
+# earlier miniature the paper's cuts made a chain repeat its attempts.
 CHOICE = {
     "temperature": (1.0, 0.7),
     "top_p": (1.0, 0.8),

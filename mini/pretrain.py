@@ -583,7 +583,7 @@ def main():
     started = time.time()
     losses = []
     # Loss where a check says how its value compares with the target, one of two phrases each: 1.39 is not
-    # knowing, 0.69 is knowing. It falls within a few hundred steps; before that no check is worth anything.
+    # knowing, 0.69 is knowing. It falls rather suddenly; before that no check is worth anything.
     comparing = []
     outcomes = torch.tensor([tokenizer.encode(phrase)[0] for phrase in (*HITS, *MISSES)])
     for step in range(1, steps + 1):
@@ -603,7 +603,7 @@ def main():
         if step % 500 == 0 or step == steps:
             speed = step * args.batch / (time.time() - started)
             print(f"step {step}/{steps}  loss {sum(losses) / len(losses):.4f}  "
-                  f"comparing {sum(comparing) / len(comparing):.2f}  {speed:,.0f} tokens/s", flush=True)
+                  f"comparing {torch.tensor(comparing).mean():.2f}  {speed:,.0f} tokens/s", flush=True)
             losses.clear()
             comparing.clear()
     save(args.out, model, tokenizer)

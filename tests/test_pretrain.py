@@ -69,19 +69,6 @@ def test_no_document_holds_what_the_method_teaches():
     assert kinds[True] > 30_000 and kinds[False] > 40_000
 
 
-def test_after_an_attempt_its_numbers_are_only_recited():
-    """No computation on the numbers of an earlier problem, in whatever order they come."""
-    author = pretrain.Author(seed=2)
-    for _ in range(3000):
-        text = story(*author.document())
-        lists = [numbers_of(found) for kind, found in events(text) if kind in ("target", "expression")]
-        recited = re.findall(r"I have ([\d ]+)\n", text)
-        assert len(lists) == len(set(lists))
-        attempts = len(re.findall(r"I have [\d ]+\n\d+ [-+*]", text))
-        assert attempts <= text.count("Numbers: ") <= attempts + 1
-        assert len(recited) >= attempts
-
-
 def test_accounts_are_right():
     """Each line is computed right, takes two of what is there, and says what is left."""
     author = pretrain.Author(seed=3)
@@ -119,18 +106,17 @@ def test_problems_are_of_the_split_pretrain():
 
 
 @pytest.mark.parametrize("part, marks", [
-    ("account", ["I have ", ", left "]), ("fillers", ["I have 1\n"]), ("sheets", list(pretrain.SHEETS)),
+    ("account", [", left "]),
+    ("fillers", [*pretrain.RECITE, *pretrain.GUESSES]),
+    ("sheets", pretrain.SHEETS),
 ])
 def test_without(part, marks):
     """What --without leaves out is gone."""
-    author = pretrain.Author(seed=5, without=[part])
-    texts = [story(*author.document()) for _ in range(500)]
-    if part == "fillers":
-        assert not any(line in text for text in texts for line in pretrain.RECITE)
-    elif part == "account":
-        assert not any(", left " in text for text in texts)
-    else:
-        assert not any(mark in text for text in texts for mark in marks)
+    def occur(author):
+        texts = [story(*author.document()) for _ in range(300)]
+        return any(mark in text for text in texts for mark in marks)
+
+    assert occur(pretrain.Author(seed=5)) and not occur(pretrain.Author(seed=5, without=[part]))
 
 
 def test_muon_is_torchs():
