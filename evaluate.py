@@ -109,20 +109,27 @@ BLOCK = re.compile(r"<sample>(.*?)</sample>\s*(?:<reflect>(.*?)</reflect>)?", re
 
 
 def skills(task: tasks.Task, problem: tasks.Problem, text: str) -> dict:
-    """What a response shows of the skills: answers, reflections, and each verdict with the grade it judged.
+    """What a response shows of the skills: answers, reflections, the grade of each attempt, and each verdict
+    with the grade it judged.
 
     The answers are those inside <think> (outside is only the final one); without <think>, all. Reflections
-    are counted in the whole text.
+    are counted in the whole text. A response without a <sample> is one attempt.
     """
     thought = text.partition("<think>")[2].partition("</think>")[0] or text
+    attempts = []
     verdicts = []  # (said, actual)
     for attempt, reflection in BLOCK.findall(thought):
+        correct = task.grade(problem, attempt, lenient=True).correct
+        attempts.append(correct)
         said = verdict(reflection)
         if said is not None:
-            verdicts.append((said, task.grade(problem, attempt, lenient=True).correct))
+            verdicts.append((said, correct))
+    if not attempts:
+        attempts = [task.grade(problem, text).correct]
     return {
         "answers": thought.count("</answer>"),
         "reflections": text.count("<reflect>"),
+        "attempts": attempts,
         "verdicts": verdicts,
     }
 
@@ -265,6 +272,8 @@ def summarise(rows: list[dict], baseline: list[dict] | None, plan: Plan) -> dict
         "tokens": mean("tokens"),
         "answers": mean("answers"),
         "reflections": mean("reflections"),
+        "first_attempt": float(np.mean([row["attempts"][:1] == [True] for row in rows])),
+        "any_attempt": float(np.mean([any(row["attempts"]) for row in rows])),
         "token_quantiles": {q: float(np.quantile(tokens, q / 100)) for q in (5, 25, 50, 75, 95)},
         "f1_correct": f1(verdicts, True),
         "f1_incorrect": f1(verdicts, False),
@@ -320,6 +329,7 @@ def table_row(cell: dict, ks: list[int]) -> dict[str, str]:
     row["tokens"] = f"{cell['tokens']:.0f}"
     row["answers"] = two_places(cell["answers"])
     row["reflects"] = two_places(cell["reflections"])
+    row["first / any right"] = f"{percent(cell['first_attempt'])} / {percent(cell['any_attempt'])}"
     row["F1 right/wrong"] = f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}"
     if "forced" in cell:
         gain = change(cell["forced_difference"], cell["forced_difference_interval"])

@@ -237,14 +237,14 @@ class Author:
     def document(self) -> tuple[list[dict], str]:
         """(chat messages, response): a sheet, a single attempt, or a check of one."""
         if "sheets" not in self.without and self.rng.random() < 0.5:
-            return self.sheet()
+            return Sheet(self).write()
         name = self.pick(KINDS)
         style = self.rng.choice(list(OPENINGS))
         if self.rng.random() < 0.5:
             item = self.item(name, style, hit=0.6 if name == PRODUCT else 0.25, slip=0.0)
             problem = tasks.Problem("", name, item.question, truth={})
             return tasks.Task.prompt(problem, style), item.attempt
-        item = self.item(name, style, hit=0.55, slip=0.2)
+        item = self.item(name, style, hit=0.55, slip=0.08)
         return tasks.reflection_prompt(item.question, item.attempt), item.check
 
     def pick(self, weights: dict[str, int]) -> str:
@@ -317,78 +317,88 @@ class Author:
             return f"{value}{self.rng.choice(HITS)}"
         return f"{value}{self.rng.choice(MISSES)}{target}.\n"
 
-    # ---- a sheet ----
-    def sheet(self) -> tuple[list[dict], str]:
-        """Several problems in one text, no two on the same numbers, each attempted once and perhaps checked.
 
-        Before an attempt fillers may come: its numbers recited, guesses compared with its target, other
-        exercises. So numbers must be fetched from further up, and the comparison that checks depend on is
-        learned early: without the guesses one seed of two never learned it. After the attempt and its check
-        its numbers are at most recited.
-        """
+class Sheet:
+    """Several problems in one text, no two on the same numbers, each attempted once and perhaps checked.
+
+    Before an attempt fillers may come: its numbers recited, guesses compared with its target, other
+    exercises. So numbers must be fetched from further up, and the comparison that checks depend on is
+    learned early: without the guesses one seed of two never learned it. After the attempt and its check
+    its numbers are at most recited.
+    """
+
+    def __init__(self, author: Author):
+        self.author = author
+        self.rng = author.rng
+        self.layout = Layout(author.rng)
+        self.checked = self.rng.choice((0.5, 1, 1))  # how many of the attempts
+        self.fillers = "fillers" not in author.without
+        self.seen = set()  # the numbers of each problem, sorted
+
+    def write(self) -> tuple[list[dict], str]:
+        """(chat messages, response)."""
         rng = self.rng
-        layout = Layout(rng)
-        checked = rng.choice((0.5, 1, 1))  # how many of the attempts
-        fillers = "fillers" not in self.without
-        seen = set()
-
-        def attempted(item):
-            text = layout(2) + GAP + item.attempt + "\n" + layout(3)
-            if rng.random() < checked:
-                text += layout(4) + item.check + "\n" + layout(5)
-            return text
-
-        def recited(item):
-            return GAP + layout(1) + rng.choice(RECITE) + layout(2) + recital(item.numbers) + layout(3)
-
-        def guessed(item):
-            guesses = [item.target if rng.random() < 0.5 else self.near(item.target)
-                       for _ in range(rng.randint(1, 5))]
-            compared = "".join(self.comparison(guess, item.target) for guess in guesses)
-            return GAP + layout(1) + rng.choice(GUESSES) + compared + layout(3)
-
         text = ""
         while True:
-            item = self.unseen(seen, {**KINDS, EVALUATE: 18})
-            searched = item.question.startswith("Numbers")
-            text += layout(0) + item.question + "\n\n" + GAP
-            if searched and fillers and rng.random() < 0.65:
-                for _ in range(rng.randint(1, 4)):
-                    kind = rng.random()
-                    if kind < 0.25:
-                        text += recited(item)
-                    elif kind < 0.6:
-                        text += guessed(item)
-                    else:
-                        other = self.unseen(seen, {EVALUATE: 1})
-                        text += layout(1) + other.question + "\n" + attempted(other)
-            text += attempted(item)
-            if searched and fillers and rng.random() < 0.4:
-                for _ in range(rng.randint(1, 2)):
-                    text += recited(item)
+            item = self.unseen({**KINDS, EVALUATE: 18})
+            text += self.layout(0) + item.question + "\n\n" + GAP
+            searched = self.fillers and item.question.startswith("Numbers")
+            if searched and rng.random() < 0.65:
+                text += "".join(self.filler(item) for _ in range(rng.randint(1, 4)))
+            text += self.attempted(item)
+            if searched and rng.random() < 0.4:
+                text += "".join(self.recited(item) for _ in range(rng.randint(1, 2)))
             if text.count("\n") > 70 * rng.random() ** 0.5:  # lines
                 break
         if rng.random() < 0.5:
-            text += f"{layout(1)}{rng.choice(COPY)}\n{GAP}<answer>\n{item.answer}\n</answer>"
+            text += f"{self.layout(1)}{rng.choice(COPY)}\n{GAP}<answer>\n{item.answer}\n</answer>"
         request = rng.choice(SHEETS)
         if rng.random() < 0.5:
             return [{"role": "user", "content": request}], text
         first_question, _, rest = text.partition(GAP)  # it may also come from the user
         return [{"role": "user", "content": first_question + request}], rest
 
-    def unseen(self, seen: set, kinds: dict[str, int]) -> Item:
+    def unseen(self, kinds: dict[str, int]) -> Item:
         """A problem on numbers that the sheet does not hold yet."""
+        author = self.author
         while True:
-            name = self.pick(kinds)
+            name = author.pick(kinds)
             if name == EVALUATE:
-                item = self.evaluation()
+                item = author.evaluation()
             else:
                 style = self.rng.choice(list(OPENINGS))
-                item = self.item(name, style, hit=0.85 if name == PRODUCT else 0.45, slip=0.1)
+                item = author.item(name, style, hit=0.85 if name == PRODUCT else 0.45, slip=0.04)
             numbers = tuple(sorted(item.numbers))
-            if numbers not in seen:
-                seen.add(numbers)
+            if numbers not in self.seen:
+                self.seen.add(numbers)
                 return item
+
+    def attempted(self, item: Item) -> str:
+        text = self.layout(2) + GAP + item.attempt + "\n" + self.layout(3)
+        if self.rng.random() < self.checked:
+            text += self.layout(4) + item.check + "\n" + self.layout(5)
+        return text
+
+    def filler(self, item: Item) -> str:
+        kind = self.rng.random()
+        if kind < 0.2:
+            return self.recited(item)
+        if kind < 0.6:
+            return self.guessed(item)
+        other = self.unseen({EVALUATE: 1})
+        return self.layout(1) + other.question + "\n" + self.attempted(other)
+
+    def recited(self, item: Item) -> str:
+        numbers = recital(item.numbers)
+        return GAP + self.layout(1) + self.rng.choice(RECITE) + self.layout(2) + numbers + self.layout(3)
+
+    def guessed(self, item: Item) -> str:
+        """Guesses at the target, each compared with it; half of them hit."""
+        author = self.author
+        guesses = [item.target if self.rng.random() < 0.5 else author.near(item.target)
+                   for _ in range(self.rng.randint(3, 10))]
+        compared = "".join(author.comparison(guess, item.target) for guess in guesses)
+        return GAP + self.layout(1) + self.rng.choice(GUESSES) + compared + self.layout(3)
 
 
 class Layout:

@@ -80,9 +80,11 @@ def test_skills():
     task = tasks.find("multiply-2")
     problem = tasks.Problem("", "", "", {"answer": "6"})
     verdicts = [(False, False), (False, True)]  # (said, true)
-    assert skills(task, problem, TRACE) == {"answers": 2, "reflections": 2, "verdicts": verdicts}
+    assert skills(task, problem, TRACE) == {
+        "answers": 2, "reflections": 2, "attempts": [False, True], "verdicts": verdicts}
     plain = "just <answer>6</answer>"
-    assert skills(task, problem, plain) == {"answers": 1, "reflections": 0, "verdicts": []}
+    assert skills(task, problem, plain) == {
+        "answers": 1, "reflections": 0, "attempts": [True], "verdicts": []}
 
 
 @pytest.mark.parametrize("text, cut, opened", [
