@@ -12,9 +12,9 @@ it reads are single attempts and single checks, in the project's own prompts; th
     I have 6 2 9 6           9 * 2 = 18                     Numbers: 8 4 1
     9 * 2 = 18, left 6 6     18 - 6 = 12                    Target: 24 [...]
     18 - 6 = 12, left 6      12 + 6 = 18                    What is (5 + 4) * 3?
-    12 + 6 = 18, none left   18 is not 24.                  From the inside out. [...]
-    <answer>((9 * 2) - 6)    <verdict>Incorrect</verdict>   <answer>27</answer>
-     + 6</answer>                                           Here it goes.
+    12 + 6 = 18, none left   24 was to come out, and it     From the inside out. [...]
+    <answer>((9 * 2) - 6)     did not.                      <answer>27</answer>
+     + 6</answer>            <verdict>Incorrect</verdict>   Here it goes.
                                                             I have 8 4 1
                                                             1 + 8 = 9, left 4 [...]
                                                             <answer>(1 + 8) - 4</answer>
@@ -23,11 +23,12 @@ it reads are single attempts and single checks, in the project's own prompts; th
                                                             What is 7 * 11? [...]
 
 It all is what a weak model writes: an attempt is mostly a random expression worked out with care, and only
-sometimes a hit; a check computes the attempt again and compares. Two things let the model carry what it
-learns from traces of 3 numbers over to longer problems (docs/miniature.md measures both):
+sometimes a hit; a check computes the attempt again and compares. What the model learns from traces of 3
+numbers should carry over to longer problems, so no decision hangs on how long this one is
+(docs/miniature.md measures what each is worth):
 
-- An attempt keeps *account* of its numbers in writing: whether another line must follow is said by the line
-  before, not by how many there were.
+- An attempt keeps *account* of its numbers in writing: the line before says whether another must follow.
+- A check writes the target next to the value that it compares.
 - A *sheet* holds several problems of mixed sizes, each attempted once and perhaps checked: the model has seen
   problems, attempts and checks at any distance and in any layout.
 
@@ -89,7 +90,7 @@ CHAT_TEMPLATE = (
 
 # ---- what the documents say ----------------------------------------------------------------------
 PRODUCT = "multiply-2-small"
-EVALUATE = "evaluate"
+EXERCISES = {"evaluate": 9, "express": 9}
 KINDS = {  # problems in 100
     "countdown-2-small": 8,
     "countdown-3-small": 30,
@@ -107,10 +108,11 @@ OPENINGS = {
 HAVE = "I have "
 LEFT = ", left "
 NONE_LEFT = ", none left\n"
+EXPRESS = "As one expression:\n"
 INSIDE = ("From the inside out.\n", "The inner part first.\n", "I evaluate it.\n")
 CHECKS = ("I compute it again.\n", "Let me redo the steps.\n", "Checking each step.\n")
-HITS = (" is the target.\n", " is what was asked for.\n")
-MISSES = (" is not ", " differs from ")  # continued with the target
+HITS = (" was to come out, and it did.\n", " is what it should be, and it is.\n")  # both follow the target
+MISSES = (" was to come out, and it did not.\n", " is what it should be, and it is not.\n")
 MISUSED = ("The numbers are not the given ones.\n",)
 GUESSES = ("Some guesses.\n", "Is it one of these?\n", "Numbers to compare.\n")
 RECITE = ("Which numbers were given?\n", "Say the numbers again.\n", "The numbers, once more.\n")
@@ -301,6 +303,15 @@ class Author:
         attempt = f"{self.rng.choice(INSIDE)}{lines(steps)}<answer>{claim}</answer>"
         return Item(f"What is {expression(steps)}?", attempt, self.check(steps, claim), tuple(numbers), claim)
 
+    def expressing(self) -> Item:
+        """An exercise the other way round: lines to be written as one expression."""
+        numbers = [self.rng.randint(1, 12) for _ in range(self.rng.choice((3, 3, 4, 4, 5)))]
+        steps = random_chain(numbers, self.rng)
+        value = steps[-1].value
+        written = steps if self.rng.random() < 0.7 else random_chain(numbers, self.rng)
+        attempt = f"<answer>{expression(written)}</answer>"
+        return Item(f"{EXPRESS}{lines(steps)}", attempt, self.check(written, value), tuple(numbers), value)
+
     def near(self, value: int) -> int:
         """A wrong result."""
         return max(0, value + self.rng.choice((-10, -2, -1, 1, 2, 10)))
@@ -313,9 +324,8 @@ class Author:
         return f"{self.rng.choice(CHECKS)}{lines(steps)}{result}<verdict>{verdict}</verdict>"
 
     def comparison(self, value: int, target: int) -> str:
-        if value == target:
-            return f"{value}{self.rng.choice(HITS)}"
-        return f"{value}{self.rng.choice(MISSES)}{target}.\n"
+        """First the target, from wherever it stands; so what is compared stands side by side."""
+        return f"{target}{self.rng.choice(HITS if value == target else MISSES)}"
 
 
 class Sheet:
@@ -340,7 +350,7 @@ class Sheet:
         rng = self.rng
         text = ""
         while True:
-            item = self.unseen({**KINDS, EVALUATE: 18})
+            item = self.unseen({**KINDS, **EXERCISES})
             text += self.layout(0) + item.question + "\n\n" + GAP
             searched = self.fillers and item.question.startswith("Numbers")
             if searched and rng.random() < 0.65:
@@ -363,8 +373,10 @@ class Sheet:
         author = self.author
         while True:
             name = author.pick(kinds)
-            if name == EVALUATE:
+            if name == "evaluate":
                 item = author.evaluation()
+            elif name == "express":
+                item = author.expressing()
             else:
                 style = self.rng.choice(list(OPENINGS))
                 item = author.item(name, style, hit=0.85 if name == PRODUCT else 0.45, slip=0.04)
@@ -385,7 +397,7 @@ class Sheet:
             return self.recited(item)
         if kind < 0.6:
             return self.guessed(item)
-        other = self.unseen({EVALUATE: 1})
+        other = self.unseen(EXERCISES)
         return self.layout(1) + other.question + "\n" + self.attempted(other)
 
     def recited(self, item: Item) -> str:
@@ -397,7 +409,7 @@ class Sheet:
         author = self.author
         guesses = [item.target if self.rng.random() < 0.5 else author.near(item.target)
                    for _ in range(self.rng.randint(3, 10))]
-        compared = "".join(author.comparison(guess, item.target) for guess in guesses)
+        compared = "".join(f"{guess}\n{author.comparison(guess, item.target)}" for guess in guesses)
         return GAP + self.layout(1) + self.rng.choice(GUESSES) + compared + self.layout(3)
 
 
@@ -432,7 +444,8 @@ def phrases() -> list[str]:
     question = tasks.find("countdown-2-small").problems("pretrain", 1)[0].question
     pieces = {"system\n", "user\n", "assistant\n", "Numbers: ", "\nTarget: "}
     pieces.add(question[question.index("\nReach"):])
-    pieces |= {"What is ", ", target ", ".\n", " + ", " - ", " * ", " = ", "\n\n"}
+    pieces |= {"What is ", ", target ", ".\n", " = ", "\n\n"}
+    pieces |= {f"{bracket} {op} " for op in "+-*" for bracket in ("", ")")}
     pieces |= {"<verdict>Correct</verdict>", "<verdict>Incorrect</verdict>"}
     for tag in ("think", "sample", "reflect", "answer"):
         pieces |= {f"<{tag}>", f"</{tag}>"}
@@ -444,7 +457,7 @@ def phrases() -> list[str]:
     others = (INSIDE, CHECKS, HITS, MISSES, MISUSED, GUESSES, RECITE, COPY, SHEETS, LAYOUT)
     for texts in (*openings, *others, *glue.values()):
         pieces |= set(texts)
-    pieces |= {HAVE, LEFT, NONE_LEFT, "target "}
+    pieces |= {HAVE, LEFT, NONE_LEFT, EXPRESS, "target "}
     return sorted(pieces)
 
 

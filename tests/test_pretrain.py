@@ -20,6 +20,7 @@ spec.loader.exec_module(pretrain)
 EVENT = re.compile(
     r"Numbers: (?P<numbers>[\d ]+)\nTarget: (?P<target>\d+)"
     r"|What is (?P<expression>[\d ()*+-]+)\?"
+    r"|As one expression:\n(?P<lines>(?:\d+ [*+-] \d+ = \d+\n)+)"
     r"|<answer>(?P<answer>[^\n<]+)</answer>"
     r"|<verdict>(?P<verdict>\w+)</verdict>"
     r"|<answer>\n(?P<copy>[^\n]+)\n</answer>")
@@ -36,8 +37,10 @@ def story(messages, response):
 
 
 def numbers_of(question):
+    """Those that a question is about, sorted; of lines those that no line has computed."""
     question = question.partition("\nTarget")[0]
-    return tuple(sorted(map(int, re.findall(r"\d+", question))))
+    without_results = re.sub(r"= \d+\n(\d+ )?", "", question)
+    return tuple(sorted(map(int, re.findall(r"\d+", without_results))))
 
 
 def test_no_document_holds_what_the_method_teaches():
@@ -52,7 +55,7 @@ def test_no_document_holds_what_the_method_teaches():
         unanswered = 0
         before = None
         for kind, found in events(text):
-            if kind in ("target", "expression"):
+            if kind in ("target", "expression", "lines"):
                 asked.append(numbers_of(found))
                 unanswered += 1
             elif kind == "answer":
