@@ -27,7 +27,8 @@ from train import (
     start_processes, total, training_flags, world,
 )
 
-MINIATURE_LR = 2e-3
+MINIATURE_LR = 1.5e-3
+MINIATURE_EPOCHS = 3
 
 
 # ---- the data ------------------------------------------------------------------------------------
@@ -146,7 +147,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
 def arguments():
     p = parser(__doc__, out="out/sft")
     p.add_argument("--data", default="silver.jsonl", help="chat JSONL; several files with commas")
-    p.add_argument("--epochs", type=positive, default=2, help="times through the data")
+    p.add_argument("--epochs", type=positive, default=None,
+                   help="times through the data; if not given, the paper's 2, "
+                        f"or {MINIATURE_EPOCHS} for a model under 10M parameters")
     p.add_argument("--lr", type=number(float, 0), default=None,
                    help="peak learning rate; if not given, the paper's 1e-6, "
                         f"or {MINIATURE_LR:g} for a model under 10M parameters")
@@ -174,8 +177,9 @@ def main():
     run.restore(optimizer, tokenizer)
     model.recompute = args.recompute
     peak = lr_or_default(args.lr, model, MINIATURE_LR)
+    epochs = args.epochs or (MINIATURE_EPOCHS if model.is_miniature else 2)
     batches = []
-    for epoch in range(args.epochs):
+    for epoch in range(epochs):
         batches += make_batches(examples, args.tokens_per_batch, args.seed, epoch)
     steps = len(batches)
     say(f"{len(examples)} rows, {sum(map(len, examples)):,} tokens; {steps} steps, learning rate {peak:g}")

@@ -571,6 +571,24 @@ def orthogonal(x: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+@torch.no_grad()
+def draw_new(embedding: Tensor, new: list[int], seen: Tensor, seed: int) -> None:
+    """Give the tokens that no document holds (the tags, the phrases between) embeddings of their own.
+
+    Every step of training pushes all of them away in one direction, and they end as the same vector: a model
+    that is fine-tuned on them could neither read nor write one apart from another. Words that are new to a
+    language model have pieces that are not. So each is drawn as if it were one of the trained tokens, with
+    their mean and covariance (Hewitt 2021, "Initializing new word embeddings for pretrained language
+    models").
+
+    embedding (V, C), seen (V,) of True and False.
+    """
+    trained = embedding[seen]  # (n, C)
+    mean = trained.mean(0)
+    weights = torch.randn(len(new), len(trained), generator=torch.Generator().manual_seed(seed))
+    embedding[new] = mean + weights @ (trained - mean) / len(trained) ** 0.5
+
+
 def arguments():
     p = parser(__doc__, out="out/mini", model=None)
     p.add_argument("--without", nargs="*", default=[], choices=PARTS, metavar="PART",
@@ -609,9 +627,11 @@ def main():
     # knowing, 0.69 is knowing. It falls rather suddenly; before that no check is worth anything.
     comparing = []
     outcomes = torch.tensor([tokenizer.encode(phrase)[0] for phrase in (*HITS, *MISSES)])
+    seen = torch.zeros(tokenizer.size, dtype=torch.bool)
     for step in range(1, steps + 1):
         ids, positions, real = next(data)
         targets = ids[:, 1:][real]  # (N,)
+        seen[targets] = True
         hidden = model(ids[:, :-1], positions[:, :-1])[real]  # (N, C)
         logp, _ = model.logprobs(hidden, targets)
         loss = -logp.mean()
@@ -629,6 +649,8 @@ def main():
                   f"comparing {torch.tensor(comparing).mean():.2f}  {speed:,.0f} tokens/s", flush=True)
             losses.clear()
             comparing.clear()
+    new = [i for phrase in phrases() for i in tokenizer.encode(phrase) if not seen[i]]
+    draw_new(model.model.embed_tokens.weight, new, seen, args.seed)
     save(args.out, model, tokenizer)
     print(f"wrote {args.out}")
 
