@@ -41,7 +41,7 @@ demo: .venv/installed
 	@rm -rf out/demo && mkdir -p out/demo && cd out/demo && ln -s ../../*.py .
 	@$(RUN) cd out/demo; \
 	  echo "== beside the others: RL only, its screen in out/demo/rl.log"; \
-	  python grpo.py --model mini --out out/rl --lr 1e-3 --steps 240 $(RL) > rl.log 2>&1 & rl=$$!; \
+	  python grpo.py --model mini --out out/rl --lr 3e-4 --steps 340 $(RL) > rl.log 2>&1 & rl=$$!; \
 	  trap "kill $$rl 2> /dev/null || true" EXIT; \
 	  python sample.py $(SAMPLE); \
 	  python rearrange.py; \

@@ -1,7 +1,7 @@
 """Group relative policy optimisation: roll out, grade, compare within the group, step (Shao et al. 2024).
 
     python grpo.py                                                    # goes on from out/sft, into out/grpo
-    python grpo.py --model mini --out out/rl --lr 1e-3 --steps 240    # from the base: RL only
+    python grpo.py --model mini --out out/rl --lr 3e-4 --steps 340    # from the base: RL only
     torchrun --nproc-per-node 4 grpo.py --model ... --task countdown-3 --questions 1000 --steps 150 \\
         --questions-per-step 256 --rollouts 16 --mini-batch 32 --lr 1e-6 --max-new-tokens 4096
 

@@ -160,8 +160,8 @@ def test_bad_input(cmd, flags, message):
 def test_figures_stand_under_their_own_heading():
     """A set of 100 questions and one of 30 have pass@4 and pass@34: each column holds its own figures."""
     figures = {"accuracy": 0.5, "interval": (0.4, 0.6), "lenient": 0.5, "truncated": 0, "tokens": 9,
-               "answers": 1, "reflections": 0, "f1_correct": None, "f1_incorrect": None, "model": "m",
-               "questions": 100}
+               "answers": 1, "reflections": 0, "first_attempt": 0.5, "any_attempt": 0.5, "f1_correct": None,
+               "f1_incorrect": None, "model": "m", "questions": 100}
     cells = [{**figures, "task": "large", "samples": 4, "pass": {4: 0.25}},
              {**figures, "task": "small", "samples": 34, "pass": {34: 0.75}}]
     headings, *rows = evaluate.table_of(cells)
