@@ -5,6 +5,7 @@ Imports nothing of ours and no torch, so that `rearrange.py` and `tasks.py` stay
 import argparse
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -95,7 +96,8 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
         p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                        help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU")
     p.add_argument("--out", default=out, help="where the output goes; nothing is overwritten in silence")
-    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same output")
+    p.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0,
+                   help="the same seed gives the same output")
     return p
 
 
@@ -105,8 +107,9 @@ def number(kind: type, low=None, high=None, open_low: bool = False) -> Callable[
         value = kind(text)
         too_low = low is not None and (value < low or (open_low and value == low))
         too_high = high is not None and value > high
-        not_a_number = value != value
-        if too_low or too_high or not_a_number:
+        if not abs(value) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be a finite number")
+        if too_low or too_high:
             bounds = f"above {low}" if open_low else f"at least {low}"
             if high is not None:
                 bounds += f" and at most {high}"

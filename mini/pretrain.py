@@ -1,10 +1,11 @@
 """Train the miniature: a base model that attempts small number problems once and judges one when asked.
 
-    python mini/pretrain.py --out out/mini          # 16 million tokens, 15 to 25 minutes of one core
+    python mini/pretrain.py --out out/mini          # 15,625 steps, 15 to 25 minutes of one core
 
 It stands in for a pretrained model so that the whole method runs on a laptop. Like a language model before
-fine-tuning it can do each thing that a trace is made of, and has never seen them put together. Half of what
-it reads are single attempts and single checks, in the project's own prompts; the other half are sheets:
+fine-tuning it can do each thing that a trace is made of, and has never seen a problem attempted twice. Half
+of the documents, a fifth of the text, are single attempts and single checks in the project's own prompts; the
+other half are sheets:
 
     an attempt               a check                        a sheet
     -----------------------  -----------------------------  -------------------------------
@@ -22,22 +23,23 @@ it reads are single attempts and single checks, in the project's own prompts; th
                                                             <verdict>Incorrect</verdict>
                                                             What is 7 * 11? [...]
 
-It all is what a weak model writes: an attempt is mostly a random expression worked out with care, and only
-sometimes a hit; a check computes the attempt again and compares. What the model learns from traces of 3
-numbers should carry over to longer problems, so no decision hangs on how long this one is
-(docs/miniature.md measures what each is worth):
+All of it is what a weak model could write: an attempt is a random expression or a solution (a third to a half
+are right), worked out with care; a check computes the attempt again and compares. What the model learns from
+traces of 3 numbers should carry over to longer problems, so no decision may depend on a problem's length
+(docs/miniature.md measures what each part is worth):
 
 - An attempt keeps *account* of its numbers in writing: the line before says whether another must follow.
 - A check writes the target next to the value that it compares.
 - A *sheet* holds several problems of mixed sizes, each attempted once and perhaps checked: the model has seen
-  problems, attempts and checks at any distance and in any layout.
+  problems, attempts and checks at any distance and in any layout. Half of them end with the last answer once
+  more, in lines of its own.
 
-No document attempts a problem twice, computes on its numbers again after the attempt and its check, or holds
-a tag of the traces: whatever chaining appears later was taught by SkillFactory. All problems come from the
-split `pretrain`, which no other command uses.
+No document attempts a problem twice, computes on exactly its numbers again after the attempt and its check,
+or holds a tag of the traces: whatever retrying appears later was taught by SkillFactory. All problems come
+from the split `pretrain`, which no other command uses.
 
-The tokenizer is bytes, plus one token for each number up to 144, each line of the project's prompts and of
-the documents, and each tag.
+The tokenizer is bytes, plus one token for each number up to 144, each fixed phrase of the project's prompts
+and of the documents, and each tag.
 """
 import json
 import math
@@ -62,7 +64,7 @@ import tasks  # noqa: E402
 from checkpoint import Tokenizer, config_of, save  # noqa: E402
 from cli import command, number, parser, positive, refuse_existing  # noqa: E402
 from model import Transformer  # noqa: E402
-from train import micro_batches  # noqa: E402
+from train import check_finite, micro_batches  # noqa: E402
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -91,7 +93,7 @@ CHAT_TEMPLATE = (
 # ---- what the documents say ----------------------------------------------------------------------
 PRODUCT = "multiply-2-small"
 EXERCISES = {"evaluate": 9, "express": 9}
-KINDS = {  # problems in 100
+KINDS = {  # problems in 100; a sheet has the EXERCISES among them
     "countdown-2-small": 8,
     "countdown-3-small": 30,
     "countdown-4-small": 27,
@@ -256,7 +258,7 @@ class Author:
     def item(self, name: str, style: str, hit: float, slip: float) -> Item:
         """A new problem; the attempt is right with probability `hit` (a random one may be, by luck).
 
-        With probability `slip` a countdown attempt uses wrong numbers.
+        With probability `slip` a countdown attempt has one number exchanged, at times for itself.
         """
         question, truth = self.problem(tasks.find(name))
         if name == PRODUCT:
@@ -313,7 +315,7 @@ class Author:
         return Item(f"{EXPRESS}{lines(steps)}", attempt, self.check(written, value), tuple(numbers), value)
 
     def near(self, value: int) -> int:
-        """A wrong result."""
+        """A wrong result (of 0 sometimes the right one)."""
         return max(0, value + self.rng.choice((-10, -2, -1, 1, 2, 10)))
 
     def check(self, steps: list[Step], target: int, misused: bool = False) -> str:
@@ -573,13 +575,13 @@ def orthogonal(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw_new(embedding: Tensor, new: list[int], seen: Tensor, seed: int) -> None:
-    """Give the tokens that no document holds (the tags, the phrases between) embeddings of their own.
+    """Give phrases that no document holds (the tags, what stands between attempts) embeddings of their own.
 
     Every step of training pushes all of them away in one direction, and they end as the same vector: a model
     that is fine-tuned on them could neither read nor write one apart from another. Words that are new to a
     language model have pieces that are not. So each is drawn as if it were one of the trained tokens, with
     their mean and covariance (Hewitt 2021, "Initializing new word embeddings for pretrained language
-    models").
+    models"). Numbers that no document holds stay as they are, so that nothing makes them likely.
 
     embedding (V, C), seen (V,) of True and False.
     """
@@ -589,16 +591,59 @@ def draw_new(embedding: Tensor, new: list[int], seen: Tensor, seed: int) -> None
     embedding[new] = mean + weights @ (trained - mean) / len(trained) ** 0.5
 
 
+def train(model: Transformer, tokenizer: Tokenizer, data, args) -> Tensor:
+    """Returns which tokens the documents held, (V,) of True and False."""
+    matrices, others = [], []
+    for name, w in model.named_parameters():
+        (matrices if w.ndim == 2 and "embed" not in name else others).append(w)
+    muon = Muon(matrices)
+    adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    read = torch.zeros(tokenizer.size, dtype=torch.bool)
+    steps = math.ceil(args.tokens / args.batch)
+    started = time.time()
+    tokens = 0
+    losses = []
+    # Loss where a check says how its value compares with the target, one of two phrases each: 1.39 is not
+    # knowing, 0.69 is knowing. It falls rather suddenly; before that no check is worth anything.
+    comparing = []
+    outcomes = torch.tensor([tokenizer.encode(phrase)[0] for phrase in (*HITS, *MISSES)])
+    for step in range(1, steps + 1):
+        ids, positions, real = next(data)
+        targets = ids[:, 1:][real]  # (N,)
+        read[targets] = True
+        hidden = model(ids[:, :-1], positions[:, :-1])[real]  # (N, C)
+        logp, _ = model.logprobs(hidden, targets)
+        loss = -logp.mean()
+        losses.append(loss.item())
+        check_finite(losses[-1], "loss")
+        loss.backward()
+        schedule = min(step / 100, 1, (steps - step) / (0.4 * steps))  # warm-up, flat, down to 0
+        muon.step(args.matrix_lr * schedule)
+        adamw.param_groups[0]["lr"] = args.lr * schedule
+        adamw.step()
+        adamw.zero_grad()
+        tokens += len(targets)
+        comparing += (-logp.detach()[torch.isin(targets, outcomes)]).tolist()
+        if step % 500 == 0 or step == steps:
+            print(f"step {step}/{steps}  loss {sum(losses) / len(losses):.4f}  "
+                  f"comparing {torch.tensor(comparing).mean():.2f}  "
+                  f"{tokens / (time.time() - started):,.0f} tokens/s", flush=True)
+            losses.clear()
+            comparing.clear()
+    return read
+
+
 def arguments():
     p = parser(__doc__, out="out/mini", model=None)
-    p.add_argument("--without", nargs="*", default=[], choices=PARTS, metavar="PART",
+    p.add_argument("--without", nargs="+", default=[], choices=PARTS, metavar="PART",
                    help=f"leave parts out of the documents, to see what they are worth: {', '.join(PARTS)}")
     p.add_argument("--tokens", type=positive, default=16_000_000,
-                   help="how many tokens to train on, padding included")
-    p.add_argument("--batch", type=positive, default=1024, help="tokens of a step")
+                   help="as many steps as would hold these tokens if all were full; 86 in 100 are text")
+    p.add_argument("--batch", type=positive, default=1024,
+                   help="tokens of a step, at most, padding included")
     p.add_argument("--matrix-lr", type=number(float, 0), default=0.02, help="Muon's rate for the matrices")
     p.add_argument("--lr", type=number(float, 0), default=3e-3,
-                   help="AdamW's rate for the embedding, the norms and the biases")
+                   help="AdamW's rate for the embedding and the norms")
     return p.parse_args()
 
 
@@ -614,43 +659,10 @@ def main():
     size = sum(w.numel() for w in model.parameters())
     print(f"{size / 1e6:.2f}M parameters, {tokenizer.size} tokens in the vocabulary")
 
-    matrices, others = [], []
-    for name, w in model.named_parameters():
-        (matrices if w.ndim == 2 and "embed" not in name else others).append(w)
-    muon = Muon(matrices)
-    adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     data = batches(tokenizer, Author(args.seed, args.without), args.batch)
-    steps = math.ceil(args.tokens / args.batch)
-    started = time.time()
-    losses = []
-    # Loss where a check says how its value compares with the target, one of two phrases each: 1.39 is not
-    # knowing, 0.69 is knowing. It falls rather suddenly; before that no check is worth anything.
-    comparing = []
-    outcomes = torch.tensor([tokenizer.encode(phrase)[0] for phrase in (*HITS, *MISSES)])
-    seen = torch.zeros(tokenizer.size, dtype=torch.bool)
-    for step in range(1, steps + 1):
-        ids, positions, real = next(data)
-        targets = ids[:, 1:][real]  # (N,)
-        seen[targets] = True
-        hidden = model(ids[:, :-1], positions[:, :-1])[real]  # (N, C)
-        logp, _ = model.logprobs(hidden, targets)
-        loss = -logp.mean()
-        loss.backward()
-        schedule = min(step / 100, 1, (steps - step) / (0.4 * steps))  # warm-up, flat, down to 0
-        muon.step(args.matrix_lr * schedule)
-        adamw.param_groups[0]["lr"] = args.lr * schedule
-        adamw.step()
-        adamw.zero_grad()
-        losses.append(loss.item())
-        comparing += (-logp.detach()[torch.isin(targets, outcomes)]).tolist()
-        if step % 500 == 0 or step == steps:
-            speed = step * args.batch / (time.time() - started)
-            print(f"step {step}/{steps}  loss {sum(losses) / len(losses):.4f}  "
-                  f"comparing {torch.tensor(comparing).mean():.2f}  {speed:,.0f} tokens/s", flush=True)
-            losses.clear()
-            comparing.clear()
-    new = [i for phrase in phrases() for i in tokenizer.encode(phrase) if not seen[i]]
-    draw_new(model.model.embed_tokens.weight, new, seen, args.seed)
+    read = train(model, tokenizer, data, args)
+    new = [i for phrase in phrases() for i in tokenizer.encode(phrase) if not read[i]]
+    draw_new(model.model.embed_tokens.weight, new, read, args.seed)
     save(args.out, model, tokenizer)
     print(f"wrote {args.out}")
 
