@@ -1,4 +1,4 @@
-"""The tokenizer with its chat format, and the checkpoint folder: find it, load it, save it.
+"""The checkpoint folder: find it, load it, save it.
 
     model, tokenizer = load("mini")                            # or a hub id, or any such folder
     tokens = tokenizer.chat([{"role": "user", "content": "Hi"}])
@@ -6,145 +6,65 @@
     save("out/copy", model, tokenizer)                         # transformers and vLLM load it unchanged
 
 A folder is Hugging Face's: config.json, tokenizer.json, tokenizer_config.json, model.safetensors or shards
-with an index. Only safetensors are read, and no code of a folder is run.
+with an index. Only safetensors are read, no code of a folder is run, and its chat template only in a sandbox.
 
-Left out: other weight formats (pytorch_model.bin, GGUF), quantised weights, adapters, slow tokenizers.
+Left out: other weight formats (pytorch_model.bin, GGUF), quantised weights, adapters.
 """
 import json
+import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as BPE
 from torch import Tensor
 
-from cli import UserError, write_whole
+from cli import UserError, read_json, say, write_whole
 from kernels import uses_triton
 from model import Config, Transformer
-
-# ---- text and ids --------------------------------------------------------------------------------
-# The system turn that a family's template adds when the user gives none, recognised by its text: the template
-# is never run. The order matters: the last is a part of the first.
-DEFAULT_SYSTEMS = (
-    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-    "You are a helpful assistant.",
-)
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-)
-
-
-class Tokenizer:
-    """Text to ids and back, and the chat format of the model's family (ChatML, or Llama 3's headers).
-
-    `stop_ids` end a response; `end_id` is the one of them that closes an assistant turn, which SFT teaches.
-    """
-
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"{folder}: tokenizer.json is missing; "
-                            "--model must be a folder in Hugging Face format with a fast tokenizer")
-        self.files = {}
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                self.files[name] = (folder / name).read_bytes()
-        try:
-            self.bpe = BPE.from_str(self.files["tokenizer.json"].decode())
-            config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
-            generation = json.loads(self.files.get("generation_config.json", b"{}"))
-            if not isinstance(config, dict) or not isinstance(generation, dict):
-                raise ValueError("tokenizer_config.json and generation_config.json must hold objects")
-        except Exception as e:  # the tokenizers library raises bare Exception
-            raise UserError(f"{folder}: the tokenizer cannot be read ({str(e).splitlines()[0]})") from e
-        self.bpe.no_padding()
-        self.bpe.no_truncation()
-        # The library's name for: encode their text as ordinary text. <|im_end|> in a question ends no turn.
-        self.bpe.encode_special_tokens = True
-        self.size = max(self.bpe.get_vocab(with_added_tokens=True).values()) + 1
-
-        chatml = self.bpe.token_to_id("<|im_start|>") is not None
-        self.llama = not chatml and self.bpe.token_to_id("<|start_header_id|>") is not None
-        if not chatml and not self.llama:
-            raise UserError(f"{folder}: the tokenizer has neither <|im_start|> (ChatML) nor "
-                            "<|start_header_id|> (Llama 3), so no chat format fits it")
-        template = str(config.get("chat_template") or "")
-        template += self.files.get("chat_template.jinja", b"").decode()
-        self.has_dates = "Cutting Knowledge Date" in template  # Llama 3.1 and later
-        self.default_system = next((text for text in DEFAULT_SYSTEMS if text in template), None)
-        self.end_id = self.bpe.token_to_id("<|eot_id|>" if self.llama else "<|im_end|>")
-        self.stop_ids = sorted({self.end_id, *self._eos_of(config, generation)})
-
-    def _eos_of(self, config: dict, generation: dict) -> list[int]:
-        """The end tokens that the folder's files name: some give ids, some a text."""
-        ids = generation.get("eos_token_id") or []
-        if not isinstance(ids, list):
-            ids = [ids]
-        named = config.get("eos_token")
-        if isinstance(named, dict):
-            named = named.get("content")
-        if named and self.bpe.token_to_id(named) is not None:
-            ids = [*ids, self.bpe.token_to_id(named)]
-        return ids
-
-    def encode(self, text: str) -> list[int]:
-        return self.bpe.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: list[int]) -> str:
-        return self.bpe.decode(list(ids), skip_special_tokens=False)
-
-    def text(self, ids: list[int]) -> str:
-        """The text of a completion: what `decode` gives, less the stop token at its end."""
-        if ids and ids[-1] in self.stop_ids:
-            ids = ids[:-1]
-        return self.decode(ids)
-
-    def chat(self, messages: list[dict]) -> list[int]:
-        """Ids of a conversation, up to and with the opening of the assistant's turn.
-
-        Text between two special tokens is encoded as one string, as the templates do.
-
-        chat([{"role": "user", "content": "Hi"}]) for ChatML without a default system turn:
-        <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
-        """
-        return self._llama3(messages) if self.llama else self._chatml(messages)
-
-    def _chatml(self, messages: list[dict]) -> list[int]:
-        if self.default_system and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.default_system}, *messages]
-        start = self.bpe.token_to_id("<|im_start|>")
-        newline = self.encode("\n")
-        ids = []
-        for message in messages:
-            ids += [start, *self.encode(f"{message['role']}\n{message['content']}"), self.end_id, *newline]
-        return ids + [start, *self.encode("assistant\n")]
-
-    def _llama3(self, messages: list[dict]) -> list[int]:
-        turns = [(message["role"], message["content"].strip()) for message in messages]
-        if self.has_dates:  # the template always opens with two dates; the second is its fixed fallback
-            system = turns.pop(0)[1] if turns[0][0] == "system" else ""
-            dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024"
-            turns.insert(0, ("system", f"{dates}\n\n{system}"))
-        start = self.bpe.token_to_id("<|start_header_id|>")
-        end_of_header = self.bpe.token_to_id("<|end_header_id|>")
-        ids = [self.bpe.token_to_id("<|begin_of_text|>")]
-        for role, text in turns:
-            ids += [start, *self.encode(role), end_of_header, *self.encode("\n\n" + text), self.end_id]
-        return ids + [start, *self.encode("assistant"), end_of_header, *self.encode("\n\n")]
-
+from tokenizer import TOKENIZER_FILES, Tokenizer
 
 # ---- config.json ---------------------------------------------------------------------------------
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Values of a JSON object, each of the type that is needed. Raises UserError that names file and key."""
+    source: dict
+    name: str | Path
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.source.get(key, default)
+        self._check(key, value, type(value) in (int, float) and 0 < value < math.inf, "a number above 0")
+        return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self._or_default(key, default)
+        self._check(key, value, type(value) is int and value > 0, "a whole number of at least 1")
+        return value
+
+    def switch(self, key: str) -> bool:
+        value = self._or_default(key, False)
+        self._check(key, value, type(value) is bool, "true or false")
+        return value
+
+    def object(self, key: str) -> dict:
+        value = self._or_default(key, {})
+        self._check(key, value, type(value) is dict, "an object")
+        return value
+
+    def _or_default(self, key, default):
+        value = self.source.get(key)
+        return default if value is None else value
+
+    def _check(self, key, value, fits, wanted):
+        if value is None and key not in self.source:
+            raise UserError(f"{self.name}: the key {key!r} is missing")
+        if not fits:
+            raise UserError(f"{self.name}: {key} must be {wanted}, not {value!r}")
 
 
 def config_of(source: dict, name: str | Path = "config.json") -> Config:
@@ -152,50 +72,57 @@ def config_of(source: dict, name: str | Path = "config.json") -> Config:
 
     Raises UserError, naming the file, for what this program cannot run.
     """
-    try:
-        return _config_of(source, name)
-    except KeyError as e:
-        raise UserError(f"{name}: the key {e.args[0]!r} is missing") from e
-    except (TypeError, AttributeError, ZeroDivisionError) as e:
-        raise UserError(f"{name}: not the configuration of a model (a value has the wrong type)") from e
-
-
-def _config_of(source: dict, name: str | Path) -> Config:
+    read = Reader(source, name)
     family = source.get("model_type")
     if family not in ("qwen2", "qwen3", "llama"):
         raise UserError(f"{name}: model_type {family!r} is not supported; "
                         "this program knows qwen2 (and 2.5), qwen3 and llama (and SmolLM2)")
-    other_activation = source.get("hidden_act", "silu") != "silu"
-    if source.get("use_sliding_window") or source.get("mlp_bias") or other_activation:
+    layers = read.size("num_hidden_layers")
+    if slides(source, read, layers) or read.switch("mlp_bias") or source.get("hidden_act", "silu") != "silu":
         raise UserError(f"{name}: use_sliding_window, mlp_bias and activations other than silu are not "
                         "supported")
 
     # The settings of the rotary embedding: one dict in transformers 5, two keys before.
-    rope = {**(source.get("rope_scaling") or {}), **(source.get("rope_parameters") or {})}
+    rope = {**read.object("rope_scaling"), **read.object("rope_parameters")}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise UserError(f"{name}: rotary scaling {rope_type!r} is not supported (only default and llama3)")
+    read_rope = Reader(rope, name)
+    scaling = {key: read_rope.number(key) for key in LLAMA3_SCALING} if rope_type == "llama3" else None
 
-    heads = source["num_attention_heads"]
-    bias = source.get("attention_bias", False)
+    C, H = read.size("hidden_size"), read.size("num_attention_heads")
+    K = read.size("num_key_value_heads", H)
+    D = read.size("head_dim", 128 if family == "qwen3" else C // H)
+    if H % K or D % 2:
+        raise UserError(f"{name}: {K} key/value heads must divide {H} heads, "
+                        f"and the head_dim {D} must be even")
+    bias = read.switch("attention_bias")
     return Config(
-        vocab_size=source["vocab_size"],
-        hidden_size=source["hidden_size"],
-        intermediate_size=source["intermediate_size"],
-        num_hidden_layers=source["num_hidden_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=source.get("num_key_value_heads") or heads,
-        head_dim=source.get("head_dim") or source["hidden_size"] // heads,
+        vocab_size=read.size("vocab_size"),
+        hidden_size=C,
+        intermediate_size=read.size("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=H,
+        num_key_value_heads=K,
+        head_dim=D,
         qkv_bias=family == "qwen2" or bias,
         o_bias=family != "qwen2" and bias,
         qk_norm=family == "qwen3",
-        tie_word_embeddings=source.get("tie_word_embeddings", False),
-        rms_norm_eps=source.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=source.get("max_position_embeddings", 2048),
-        rope_theta=rope.get("rope_theta", source.get("rope_theta", 10000.0)),
-        rope_llama3={key: rope[key] for key in LLAMA3_SCALING} if rope_type == "llama3" else None,
+        tie_word_embeddings=read.switch("tie_word_embeddings"),
+        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+        max_position_embeddings=read.size("max_position_embeddings", 2048),
+        rope_theta=(read_rope if "rope_theta" in rope else read).number("rope_theta", 10000.0),
+        rope_llama3=scaling,
         source=source,
     )
+
+
+def slides(source: dict, read: Reader, layers: int) -> bool:
+    """Whether some layer has a sliding window, as transformers reads it."""
+    if source.get("layer_types") is not None:
+        return any(kind != "full_attention" for kind in source["layer_types"])
+    windowed = read.switch("use_sliding_window") and source.get("sliding_window") is not None
+    return windowed and read.size("max_window_layers", 28) < layers
 
 
 # ---- finding and loading a folder ----------------------------------------------------------------
@@ -205,7 +132,7 @@ def find_folder(model: str | Path) -> Path:
     The only code that uses the network.
     """
     name = str(model)
-    if name == "mini":  # the one that ships with the project, wherever the command is started
+    if name.rstrip("/") == "mini":  # the one that ships with the project, wherever the command is started
         return Path(__file__).parent / "mini"
     if Path(model).is_dir():
         return Path(model)
@@ -213,23 +140,14 @@ def find_folder(model: str | Path) -> Path:
         raise UserError(f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-1.5B-Instruct)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    wanted = ["config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=[*wanted, *TOKENIZER_FILES]))
     # ValueError: not a valid hub id.
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(f"--model {name}: no such folder here, "
                         f"and it could not be fetched from the hub ({reason})") from e
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: no such file; --model must be a folder in Hugging Face format") from e
-    except ValueError as e:
-        raise UserError(f"{path}: not valid JSON") from e
 
 
 def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
@@ -249,7 +167,8 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
         try:
             with safe_open(folder / shard, "pt", device=str(device)) as f:
                 for name in f.keys():  # noqa: SIM118 (a safetensors file is not a dict)
-                    weights[name] = f.get_tensor(name)
+                    if not name.endswith("rotary_emb.inv_freq"):  # old folders hold these constants
+                        weights[name] = f.get_tensor(name)
         except FileNotFoundError as e:
             raise UserError(f"{folder / shard}: no such file, but the index lists it; "
                             "fetch the folder again") from e
@@ -258,33 +177,76 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
     return weights
 
 
-def load(model: str | Path, device: str = "auto", dtype: str = "auto") -> tuple[Transformer, Tokenizer]:
+UNREADABLE = {  # what is seen in a folder, or in its config.json: why it is not read
+    "adapter_config.json": "an adapter, not a whole model; merge it into its base first "
+                           "(merge_and_unload of peft)",
+    "quantization_config": "quantised weights; take the model that is not quantised",
+    "pytorch_model.bin": "weights as a pickle, which can run code; convert them to model.safetensors",
+    "pytorch_model.bin.index.json": "weights as pickles, which can run code; convert them to safetensors",
+}
+
+
+def read_config(folder: Path) -> Config:
+    """The Config of a folder. Raises UserError for a folder that this program cannot read."""
+    path = folder / "config.json"
+    source = read_json(path) if path.is_file() else {}
+    seen = {file.name for file in folder.iterdir()}
+    seen |= {key for key, value in source.items() if value is not None}
+    whole = seen & {"model.safetensors", "model.safetensors.index.json"}  # others may lie beside them
+    for name, reason in UNREADABLE.items():
+        if name in seen and not (whole and name.startswith("pytorch_model")):
+            raise UserError(f"{folder}: {name} says that it holds {reason}")
+    return config_of(read_json(path), path)
+
+
+def load(
+    model: str | Path, device: str = "auto", dtype: str = "auto", template_kwargs: dict | None = None,
+) -> tuple[Transformer, Tokenizer]:
     """(Transformer, Tokenizer) of a Hugging Face folder or hub id.
 
+    `template_kwargs` go to the chat template; None takes those of the run that made the folder, if one did.
     Raises UserError for anything wrong in the folder.
     """
     device, dtype = device_and_dtype(device, dtype)
     folder = find_folder(model)
-    config = config_of(read_json(folder / "config.json"), folder / "config.json")
-    tokenizer = Tokenizer(folder)
-    if tokenizer.size > config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.size} ids but the model only "
-                        f"{config.vocab_size}; the two do not belong together")
+    config = read_config(folder)
+    if template_kwargs is None and (folder / "run.json").is_file():
+        template_kwargs = read_json(folder / "run.json").get("flags", {}).get("chat_template_kwargs")
+        if template_kwargs:
+            say(f"{folder}: --chat-template-kwargs '{json.dumps(template_kwargs)}', as its run.json says")
+    tokenizer = Tokenizer(folder, template_kwargs)
+    tokenizer.rows = config.vocab_size
     with torch.device("meta"):
         transformer = Transformer(config)
     weights = read_weights(folder, device)
     if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)  # some folders store the tied head twice
+        drop_tied_head(folder, weights)
     check_weights(folder, weights, transformer.state_dict())
     weights = {name: w.to(dtype) for name, w in weights.items()}
     transformer.load_state_dict(weights, strict=True, assign=True)
     transformer.frequencies = transformer.frequencies.to(device)
-    transformer.vocab = tokenizer.size
+    transformer.vocab = min(tokenizer.size, config.vocab_size)
     return transformer, tokenizer
+
+
+def drop_tied_head(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Some folders store the tied head too. A head of its own would be lost: raises UserError."""
+    head = weights.pop("lm_head.weight", None)
+    embedding = weights.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return
+    if head.shape != embedding.shape or not torch.equal(head.to(embedding.dtype), embedding):
+        raise UserError(f"{folder}: config.json ties the head to the embedding, but holds an lm_head.weight that "
+                        'is another one; to use it, say "tie_word_embeddings": false')
 
 
 def check_weights(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raises UserError that names the tensors which are missing, unexpected or of another shape."""
+    embedding = "model.embed_tokens.weight"
+    for prefix in {name.removesuffix(embedding) for name in found if name.endswith(embedding)} - {""}:
+        if all(name.startswith(prefix) for name in found):
+            raise UserError(f"{folder}: the name of every tensor begins with {prefix!r}, which a wrapper put "
+                            "there (torch.compile, DataParallel, peft); save the model inside it")
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [f"{name} is unexpected" for name in found if name not in expected]
     for name, w in expected.items():
@@ -335,8 +297,10 @@ def save(path: str | Path, model: Transformer, tokenizer: Tokenizer) -> None:
         if name != "generation_config.json":
             write_whole(path / name, content.decode("utf-8"))
     # Engines stop where generation_config.json says. A base model's names the end of a document, not that of
-    # a turn, so our stop ids go in.
-    generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
+    # a turn, so our stop ids go in. Its temperature and penalties, which engines apply in silence, stay out:
+    # the model was trained without them.
+    source = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
+    generation = {name: source[name] for name in ("bos_token_id", "pad_token_id") if name in source}
     generation["eos_token_id"] = tokenizer.stop_ids
     write_whole(path / "generation_config.json", json.dumps(generation, indent=2))
     config = {**model.config.source, "torch_dtype": str(model.dtype).removeprefix("torch.")}

@@ -75,6 +75,12 @@ def explanation(error: Exception) -> str | None:
     return None
 
 
+def say(text: str) -> None:
+    """Print, from the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 # ---- flags ---------------------------------------------------------------------------------------
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
@@ -94,7 +100,11 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
         p.add_argument("--device", default="auto",
                        help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
         p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                       help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU")
+                       help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU (no float16: small "
+                            "gradients vanish in it, and float32 masters come too late to save them)")
+        p.add_argument("--chat-template-kwargs", type=json_object, default=None, metavar="JSON",
+                       help="for the model's chat template, such as '{\"enable_thinking\": false}'; "
+                            "if not given, what the run that made the model was given")
     p.add_argument("--out", default=out, help="where the output goes; nothing is overwritten in silence")
     p.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0,
                    help="the same seed gives the same output")
@@ -119,6 +129,15 @@ def number(kind: type, low=None, high=None, open_low: bool = False) -> Callable[
     return parse
 
 
+def json_object(text: str) -> dict:
+    """An argparse type."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+json_object.__name__ = "JSON object"
 positive = number(int, 1)
 natural = number(int, 0)
 
@@ -156,6 +175,19 @@ def _row(line, where, required):
         if name not in row:
             raise UserError(f"{where}: the key {name!r} is missing (found: {', '.join(row) or 'none'})")
     return row
+
+
+def read_json(path: str | Path) -> dict:
+    """The object that a JSON file holds. Raises UserError with the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"{path}: no such file; --model must be a folder in Hugging Face format") from e
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
 
 
 def to_json(row: dict) -> str:

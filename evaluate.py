@@ -23,13 +23,14 @@ import numpy as np
 from tqdm import tqdm
 
 import tasks
-from checkpoint import Tokenizer, config_of, find_folder, load, read_json
+from checkpoint import find_folder, load, read_config
 from cli import (
     UserError, command, natural, number, parser, positive, refuse_existing, run_record, to_json,
     write_whole,
 )
 from grading import verdict
-from sample import Completion, Params, Request, Sampler
+from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
+from tokenizer import Tokenizer
 
 Interval = tuple[float, float]
 
@@ -198,6 +199,7 @@ def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args) -> l
     """The rows of results.jsonl for one model and task, one per sample."""
     tokenizer, task, problems = sampler.tokenizer, plan.task, plan.problems
     prompts = [tokenizer.chat(task.prompt(problem, args.style)) for problem in problems]
+    say_what_the_context_cuts(prompts, sampler.model, params.max_new_tokens)
     identities = [problem.id for problem in problems]
     work = len(prompts) * plan.samples * (2 if args.budget_forcing else 1)
     forced = None
@@ -414,17 +416,28 @@ def arguments():
         args.models = [(name, folder) for name, folder in ARMS.items()
                        if folder == "mini" or Path(folder, "config.json").is_file()]
     else:
-        args.models = [named_model(text) for text in args.models.split(",")]
+        args.models = [named_model(text) for text in split_at_commas(args.models)]
     if len({name for name, _ in args.models}) < len(args.models):
         raise UserError("--models: two models have the same name; give them as name=folder")
     args.k = whole_numbers(args.k) if args.k else []
     return args
 
 
+def split_at_commas(models: str) -> list[str]:
+    parts = models.split(",")
+    for i in range(len(parts)):
+        for j in range(i + 2, len(parts) + 1):
+            _, path = named_model(",".join(parts[i:j]))
+            if Path(path).exists():
+                raise UserError(f"--models {path}: a comma stands between models; rename this folder, "
+                                "or give a link to it")
+    return parts
+
+
 def named_model(text: str) -> tuple[str, str]:
-    """ "sft=out/sft" -> ("sft", "out/sft");  "out/sft/" -> ("sft", "out/sft/") """
-    if "=" in text:
-        name, folder = text.split("=", 1)
+    """ "sft=out/sft" -> ("sft", "out/sft");  "out/lr=1/" -> ("lr=1", "out/lr=1/") """
+    name, equals, folder = text.partition("=")
+    if equals and "/" not in name and "." not in name:
         return name, folder
     return os.path.basename(text.rstrip("/")), text
 
@@ -453,15 +466,14 @@ def main():
     out = Path(args.out)
     refuse_existing(out)
     for _, folder in args.models:  # a name mistyped at the end of the list must not cost hours
-        config = find_folder(folder) / "config.json"
-        config_of(read_json(config), config)
+        read_config(find_folder(folder))
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 
     first, _ = args.models[0]  # its name
     cells = []
     results = {}  # (model, task): rows
     for name, folder in args.models:
-        model, tokenizer = load(folder, args.device, args.dtype)
+        model, tokenizer = load(folder, args.device, args.dtype, args.chat_template_kwargs)
         sampler = Sampler(model, tokenizer, args.slots)
         if not out.exists():  # not before a model could be loaded: a mistake leaves no folder behind
             write_whole(out / "run.json", json.dumps(run_record(args), indent=2))

@@ -27,12 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tasks
-from checkpoint import Tokenizer, device_and_dtype, load
-from cli import UserError, command, natural, number, parser, positive
+from checkpoint import device_and_dtype, load
+from cli import UserError, command, natural, number, parser, positive, say
 from model import Attend, Transformer
-from sample import Completion, Params, Sampler
+from sample import Completion, Params, Sampler, say_what_the_context_cuts
+from tokenizer import Tokenizer
 from train import (
-    Optimizer, Run, check_finite, interruptible, largest, lr_or_default, micro_batches, progress, rank, say,
+    Optimizer, Run, check_finite, interruptible, largest, lr_or_default, micro_batches, progress, rank,
     start_processes, summed, total, training_flags, world,
 )
 
@@ -385,12 +386,17 @@ def measure(groups: list[Group], update_results: list[tuple], device: torch.devi
     return row
 
 
-def warnings_of(row: dict) -> list[str]:
-    """What in the figures of a step needs attention."""
+def warnings_of(row: dict, context_cuts: bool = False) -> list[str]:
+    """What in the figures of a step needs attention.
+
+    `context_cuts`: it is the model's context that ends responses, not their budget.
+    """
     found = []
     if row["truncated"] > 0.9:
-        found.append(f"{row['truncated']:.0%} of the responses were cut off at the budget; "
-                     "raise --max-new-tokens")
+        where, cure = "budget", "raise --max-new-tokens"
+        if context_cuts:
+            where, cure = "end of the model's context", "only a model with a longer one helps"
+        found.append(f"{row['truncated']:.0%} of the responses were cut off at the {where}; {cure}")
     if not row["groups_with_signal"]:
         found.append("within every group all rewards are equal, so nothing was learned; "
                      "the questions are too hard or too easy for this model")
@@ -528,7 +534,8 @@ def main():
     device, _ = device_and_dtype(args.device)
     start_processes(device)
     args.model, args.out = from_where_to_where(args.model, args.out)
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
+    args.chat_template_kwargs = tokenizer.template_kwargs
     problems, held_out = read_problems(args, tokenizer, model.config.max_position_embeddings)
     reference = None
     if args.kl:
@@ -544,6 +551,8 @@ def main():
     params = Params(args.max_new_tokens, args.temperature)
     say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} "
         f"rollouts, learning rate {lr:g}")
+    prompts = [tokenizer.chat(task.prompt(problem)) for task, problem in problems]
+    context_cuts = say_what_the_context_cuts(prompts, model, args.max_new_tokens) > len(prompts) / 2
     if run.step >= args.steps:
         say(f"{run.out} is finished already")
         return
@@ -570,7 +579,7 @@ def main():
             if held_out and step % args.eval_every == 0:
                 row["val"] = validate(sampler, held_out, args, params)
             run.log(row)
-            for text in warnings_of(row):
+            for text in warnings_of(row, context_cuts):
                 say(f"warning, step {step}: {text}")
             if rank() == 0:
                 log_rollouts(run, groups, tokenizer, step)

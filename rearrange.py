@@ -47,11 +47,15 @@ def flaw(row: dict) -> str:
     """Why an attempt cannot be part of a trace, or ""."""
     if row["finish"] != "stop":
         return "cut off at the budget"
-    if any(tag in row["solution"] for tag in TRACE_TAGS):
+    if holds_a_tag(row["solution"]):
         return "holds a tag of the traces"
     if row["style"].endswith("-hint") and "hint" in row["solution"].lower():  # `sample.py --hint` names it so
         return "mentions the hint"
     return ""
+
+
+def holds_a_tag(text: str) -> bool:
+    return any(tag in text for tag in TRACE_TAGS)
 
 
 def leaks(reflection: dict) -> bool:
@@ -62,8 +66,8 @@ def leaks(reflection: dict) -> bool:
 def valid(reflection: dict, correct: bool) -> bool:
     """Whether a reflection counts: whole, its verdict equal to the grade, no tag or worked example copied."""
     whole = reflection["finish"] == "stop"
-    holds_a_tag = any(tag in reflection["text"] for tag in TRACE_TAGS)
-    return whole and reflection["verdict"] is correct and not holds_a_tag and not leaks(reflection)
+    return (whole and reflection["verdict"] is correct
+            and not holds_a_tag(reflection["text"]) and not leaks(reflection))
 
 
 def pairs_of(
@@ -81,6 +85,8 @@ def pairs_of(
             reason = "no valid reflection"
             if any(leaks(r) for r in row["reflections"]):
                 reason += " (one leaked the prompt's example)"
+            elif any(holds_a_tag(r["text"]) for r in row["reflections"]):
+                reason += " (one holds a tag of the traces)"
         if reason:
             dropped[reason] += 1
             continue
@@ -384,6 +390,11 @@ def main():
         counts = ", ".join(f"{n} ({reason})" for reason, n in sorted(dropped.items()))
         print(f"dropped {counts} of {len(rows)} attempts")
     n_correct = sum(row["correct"] for row in rows)
+    n_thoughts = sum(row["solution"].lstrip().startswith("<think>") for row in rows)
+    if not silver and n_thoughts > len(rows) / 2:
+        raise UserError(f"--data {args.data}: {n_thoughts} of {len(rows)} attempts open with <think>, a tag "
+                        "of the traces: the model thinks before it answers; if its chat template can switch "
+                        "that off, sample with --chat-template-kwargs '{\"enable_thinking\": false}'")
     if not n_correct:
         raise UserError(f"--data {args.data}: none of the {len(rows)} sampled attempts is correct; "
                         "sample more (--n), an easier --task or a stronger --model")

@@ -31,13 +31,14 @@ import tasks
 from cache import (
     GRAIN, MOST_SLOTS, Graphs, KVCache, SlotState, bucket, free_memory, slot_capacity, slot_count,
 )
-from checkpoint import Tokenizer, load
+from checkpoint import load
 from cli import (
-    UserError, command, natural, number, parser, positive, read_jsonl, run_record, to_json, write_whole,
+    UserError, command, natural, number, parser, positive, read_jsonl, run_record, say, to_json, write_whole,
 )
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
 from model import Transformer
+from tokenizer import Tokenizer
 
 
 # ---- what is asked and what comes back -----------------------------------------------------------
@@ -374,10 +375,21 @@ class Sampler:
         self.slot_state.move(end, slot)
 
 
+def say_what_the_context_cuts(prompts: list[list[int]], model: Transformer, max_new_tokens: int) -> int:
+    """For how many prompts the context ends before the budget. Tells the user, before the work begins."""
+    context = model.config.max_position_embeddings
+    cut = sum(len(prompt) + max_new_tokens > context for prompt in prompts)
+    if cut:
+        say(f"the context of {context} tokens leaves {cut} of {len(prompts)} prompts less than "
+            f"--max-new-tokens {max_new_tokens} for the response")
+    return cut
+
+
 # ---- the command ---------------------------------------------------------------------------------
 # What makes two runs one: these flags must agree to go on.
 SETTINGS = ("model", "task", "questions", "split", "styles", "n", "reflections", "hint", "shard", "seed",
-            "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+            "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens",
+            "chat_template_kwargs")
 
 
 # How tokens are chosen if no flag says so: (for a model of the miniature's size, else the paper's). On an
@@ -503,6 +515,11 @@ def attempt_row(asked: Attempts, index: int, completion: Completion, text: str) 
     }
 
 
+def after_own_thought(text: str, tokenizer: Tokenizer) -> str:
+    """What follows the first </think> of a response, where the prompt itself opened <think>; else all."""
+    return (tokenizer.opening and text.partition("</think>")[2].lstrip()) or text
+
+
 def reflection_request(row: dict, n: int, tokenizer: Tokenizer) -> Request:
     prompt = tokenizer.chat(tasks.reflection_prompt(row["question"], row["solution"]))
     identity = f"{row['id']}/{row['style']}/{row['index']}/reflection"
@@ -559,9 +576,10 @@ class Tally:
 
 def answer_by_hand(args) -> None:
     """--prompt: print samples of one text."""
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
     params = choice_of(args, model)
     prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
+    say_what_the_context_cuts([prompt], model, args.max_new_tokens)
     completions, = Sampler(model, tokenizer, args.slots).generate([prompt], args.n, params, args.seed)
     for completion in completions:
         print(tokenizer.text(completion.tokens), f"\n--- {len(completion.tokens)} tokens, "
@@ -579,7 +597,8 @@ def main():
         problems += [(task, problem) for problem in task.problems(args.split, args.questions, args.seed)]
     part, parts = map(int, args.shard.split("/"))
     problems = problems[part::parts]
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
+    args.chat_template_kwargs = tokenizer.template_kwargs
     params = choice_of(args, model)
     context = model.config.max_position_embeddings
     done = start_or_resume(args)
@@ -587,6 +606,7 @@ def main():
     waiting = sum(len(request.indices) for request in queue)
     print(f"sampling {waiting} attempts on {len(problems)} questions, {args.reflections} reflections each, "
           f"with {args.model}")
+    say_what_the_context_cuts([request.prompt for request in queue], model, args.max_new_tokens)
 
     tally = Tally()
     too_long = 0
@@ -594,7 +614,7 @@ def main():
     bar = tqdm(total=waiting, desc="attempts", unit="", disable=None)
     with open(args.out, "a", encoding="utf-8") as f, bar:
         for request, index, completion in sampler.stream(queue, params, args.seed):
-            text = tokenizer.text(completion.tokens)
+            text = after_own_thought(tokenizer.text(completion.tokens), tokenizer)
             if isinstance(request.payload, Attempts):
                 row = attempt_row(request.payload, index, completion, text)
                 # A truncated attempt gets no reflections.

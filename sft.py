@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from checkpoint import Tokenizer, device_and_dtype, load
-from cli import UserError, command, number, parser, positive, read_jsonl
+from checkpoint import device_and_dtype, load
+from cli import UserError, command, number, parser, positive, read_jsonl, say
 from model import Transformer
+from tokenizer import Tokenizer
 from train import (
-    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, rank, say,
+    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, rank,
     start_processes, total, training_flags, world,
 )
 
@@ -58,7 +59,7 @@ def read_examples(paths: str, tokenizer: Tokenizer, context: int) -> list[Exampl
             messages = row["messages"]
             check_messages(messages, f"{path}: row {i}")
             prompt = tokenizer.chat(messages[:-1])
-            answer = tokenizer.encode(messages[-1]["content"]) + [tokenizer.end_id]
+            answer = tokenizer.response(messages[-1]["content"])
             if len(prompt) + len(answer) > context:
                 left_out += 1
             else:
@@ -166,7 +167,8 @@ def main():
     args = arguments()
     device, _ = device_and_dtype(args.device)
     start_processes(device)
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
+    args.chat_template_kwargs = tokenizer.template_kwargs
     if args.context > model.config.max_position_embeddings:
         raise UserError(f"--context {args.context}: "
                         f"{args.model} has a context of {model.config.max_position_embeddings}")

@@ -26,10 +26,11 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import Tokenizer, save_tensors
 from checkpoint import save as save_model_folder
-from cli import UserError, natural, number, positive, run_record, to_json, write_whole
+from checkpoint import save_tensors
+from cli import UserError, natural, number, positive, run_record, say, to_json, write_whole
 from model import Transformer
+from tokenizer import Tokenizer
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -75,12 +76,6 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(text: str) -> None:
-    """Print, from the first process only."""
-    if rank() == 0:
-        print(text, flush=True)
 
 
 def total(values: list[float], device: torch.device | str = "cpu") -> list[float]:

@@ -33,9 +33,10 @@ import torch
 import grpo
 import sft
 import tasks
-from checkpoint import Tokenizer, device_and_dtype, find_folder
+from checkpoint import device_and_dtype, find_folder
 from cli import UserError, command, parser, positive, read_jsonl
 from sample import Params, Sampler
+from tokenizer import Tokenizer
 from train import Optimizer, micro_batches
 
 

@@ -61,9 +61,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers  # noqa: E40
 from tokenizers import Tokenizer as BPE  # noqa: E402
 
 import tasks  # noqa: E402
-from checkpoint import Tokenizer, config_of, save  # noqa: E402
+from checkpoint import config_of, save  # noqa: E402
 from cli import command, number, parser, positive, refuse_existing  # noqa: E402
 from model import Transformer  # noqa: E402
+from tokenizer import CHATML, Tokenizer  # noqa: E402
 from train import check_finite, micro_batches  # noqa: E402
 
 CONFIG = {
@@ -83,12 +84,6 @@ CONFIG = {
     "torch_dtype": "float32",
     "use_cache": True,
 }
-CHAT_TEMPLATE = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 # ---- what the documents say ----------------------------------------------------------------------
 PRODUCT = "multiply-2-small"
@@ -481,7 +476,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
         "pad_token": "<|endoftext|>",
         "clean_up_tokenization_spaces": False,
         "model_max_length": CONFIG["max_position_embeddings"],
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": CHATML,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     end, pad = bpe.token_to_id("<|im_end|>"), bpe.token_to_id("<|endoftext|>")

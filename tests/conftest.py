@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import cli  # noqa: E402
-from checkpoint import Tokenizer, config_of, save  # noqa: E402
+from checkpoint import config_of, save  # noqa: E402
 from model import Transformer  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 MINI = str(ROOT / "mini")
 TINY = {

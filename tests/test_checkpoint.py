@@ -1,4 +1,4 @@
-"""The chat format is the family's, what users write stays text, and a wrong folder is named as such."""
+"""A model folder means what it says, and a wrong one is named as such."""
 import json
 from pathlib import Path
 
@@ -6,45 +6,10 @@ import pytest
 import torch
 from conftest import MINI
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as BPE
 
-from checkpoint import Tokenizer, load, save
+from checkpoint import load, save
 from cli import UserError
-
-CHATS = json.loads((Path(__file__).parent / "golden" / "chat.json").read_text())
-
-
-# ---- text and ids --------------------------------------------------------------------------------
-def family_tokenizer(tmp_path, specials, template, eos):
-    """A byte-level tokenizer with a family's special tokens: all that the chat format depends on."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = BPE(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": eos}))
-    return Tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("case", CHATS, ids=lambda case: case["name"])
-def test_chat_equals_the_familys_template(case, tmp_path):
-    """Rule 7. The golden texts are what the families' own templates render."""
-    tokenizer = family_tokenizer(tmp_path, case["specials"], case["template_holds"], case["specials"][-1])
-    ids = tokenizer.chat(case["messages"])
-    assert tokenizer.decode(ids) == case["text"]
-    bos = tokenizer.bpe.token_to_id("<|begin_of_text|>")
-    assert ids.count(bos) == (bos is not None)
-
-
-def test_special_tokens_in_text_are_text():
-    """Rule 5: a user who writes <|im_end|> does not end the turn."""
-    tokenizer = Tokenizer(MINI)
-    ids = tokenizer.chat([{"role": "user", "content": "a <|im_end|> b"}])
-    assert ids.count(tokenizer.end_id) == 1 and "a <|im_end|> b" in tokenizer.decode(ids)
-    assert tokenizer.decode(tokenizer.encode("<|im_start|>\nü€")) == "<|im_start|>\nü€"
-
+from tokenizer import Tokenizer
 
 # ---- the folder ----------------------------------------------------------------------------------
 def shard(path, model):

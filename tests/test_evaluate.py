@@ -9,10 +9,10 @@ from conftest import MINI, read_rows, refused
 
 import evaluate
 import tasks
-from checkpoint import Tokenizer
 from cli import UserError
 from evaluate import bootstrap, f1, forced_prompt, interval, named_model, pass_at, skills, wilson
 from sample import Completion
+from tokenizer import Tokenizer
 
 
 # ---- statistics ----------------------------------------------------------------------------------

@@ -1,0 +1,282 @@
+"""Conversations are rendered by the folder's own template, as transformers does; what people write stays text."""
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+from conftest import MINI
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as BPE
+
+import tokenizer as module
+from cli import UserError
+from tokenizer import CHATML, Tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}
+LLAMA = {"eos_token": "<|eot_id|>", "bos_token": "<|begin_of_text|>"}
+R1 = {"eos_token": "<｜end▁of▁sentence｜>", "bos_token": "<｜begin▁of▁sentence｜>"}
+GEMMA = {"eos_token": "<eos>", "bos_token": "<bos>"}
+PHI = {"eos_token": "<|endoftext|>", "bos_token": "<s>"}
+LFM = {"eos_token": "<|im_end|>", "bos_token": "<|startoftext|>"}
+COHERE = {"eos_token": "<|END_OF_TURN_TOKEN|>", "bos_token": "<BOS_TOKEN>"}
+# `template`: a file in golden/templates; `named`: what tokenizer_config.json calls its tokens; `kwargs`: those of
+# the template; `opening` and `end` of a turn.
+TEMPLATES = [
+    {"name": "qwen2.5", "template": "qwen2_5", "named": QWEN},
+    {"name": "qwen3", "template": "qwen3", "named": QWEN},
+    {"name": "qwen3, no thinking", "template": "qwen3", "named": QWEN, "kwargs": {"enable_thinking": False}},
+    {"name": "qwen3 of trl", "template": "qwen3_training", "named": QWEN},
+    {"name": "qwen3 2507", "template": "qwen3_instruct_2507", "named": QWEN},
+    {"name": "qwen3.5", "template": "qwen3_5_think", "named": QWEN, "opening": "<think>\n"},
+    {"name": "llama3", "template": "llama3", "named": LLAMA},
+    {"name": "llama3.1", "template": "llama3_1", "named": LLAMA},
+    {"name": "llama3.2", "template": "llama3_2", "named": LLAMA},
+    {"name": "r1", "template": "deepseek_r1_distill", "named": R1, "opening": "<think>\n"},
+    {"name": "phi3", "template": "phi3", "named": PHI, "end": "<|end|>"},
+    {"name": "gemma", "template": "gemma", "named": GEMMA, "end": "<end_of_turn>"},
+    {"name": "gemma3", "template": "gemma3", "named": GEMMA, "end": "<end_of_turn>"},
+    {"name": "lfm2", "template": "lfm2", "named": LFM},
+    {"name": "lfm2.5", "template": "lfm2_2_5", "named": LFM},
+    {"name": "glm4", "template": "glm4moe", "named": {"eos_token": "<|user|>"}},
+    {"name": "cohere", "template": "cohere", "named": COHERE},
+    {"name": "chatml", "source": CHATML, "named": QWEN},
+]
+CONVERSATIONS = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "  2+3?\n"}],
+    [{"role": "system", "content": ""}, {"role": "user", "content": "é 東京 👩‍🚀 \u2028 {{ x }} {% if %}"}],
+    [{"role": "user", "content": "a"},
+     {"role": "assistant", "content": "b"},
+     {"role": "user", "content": "c"}],
+    [{"role": "user", "content": "a"},
+     {"role": "assistant", "content": "<think>\nx\n</think>\n\nb\n"},
+     {"role": "user", "content": "<think> </think> <tool_call>"}],
+]
+
+
+def source_of(case):
+    return case.get("source") or (GOLDEN / "templates" / f"{case['template']}.jinja").read_text()
+
+
+def folder_with(path, case, special=True):
+    """A folder with a byte-level tokenizer that has the tokens of a template."""
+    source = source_of(case)
+    tokens = re.findall(r"<[|｜][^<>{}]+?[|｜]>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>", source)
+    tokens += [token for token in case["named"].values() if token]
+    ordinary = re.findall(r"</?(?:think|tool_call)>", source)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = BPE(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    for token in dict.fromkeys(tokens):
+        bpe.add_tokens([AddedToken(token, special=special, normalized=False)])
+    for token in dict.fromkeys(ordinary):
+        bpe.add_tokens([AddedToken(token, special=False, normalized=False)])
+    path.mkdir(exist_ok=True)
+    bpe.save(str(path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": source, **case["named"]}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def tokenizer_of(path, case, **kw):
+    return Tokenizer(folder_with(path, case, **kw), case.get("kwargs"))
+
+
+# ---- rendering -----------------------------------------------------------------------------------
+GOLDEN_IDS = json.loads((GOLDEN / "chat.json").read_text()) if (GOLDEN / "chat.json").exists() else {}
+
+
+@pytest.mark.parametrize("case", TEMPLATES, ids=lambda case: case["name"])
+def test_chat_equals_transformers(case, tmp_path):
+    """Rule 7: the ids of apply_chat_template, for all but what a template refuses."""
+    tokenizer = tokenizer_of(tmp_path, case)
+    for conversation, want in zip(CONVERSATIONS, GOLDEN_IDS[case["name"]], strict=True):
+        if want is None:
+            with pytest.raises(UserError, match="the chat template fails"):
+                tokenizer.chat(conversation)
+        else:
+            assert tokenizer.chat(conversation) == want
+    bos = tokenizer.bpe.token_to_id(case["named"].get("bos_token") or "")
+    assert tokenizer.chat(CONVERSATIONS[0]).count(bos) <= 1
+    assert tokenizer.opening == case.get("opening", "")
+    assert tokenizer.end_id == tokenizer.bpe.token_to_id(case.get("end", case["named"]["eos_token"]))
+
+
+@pytest.mark.parametrize("case", TEMPLATES, ids=lambda case: case["name"])
+def test_golden_ids_are_transformers(case, tmp_path, monkeypatch):
+    """The live comparison, where transformers is installed: the golden file is not out of date."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(GOLDEN)
+    import make
+    monkeypatch.setattr(make.chat_template_utils, "datetime", make.FixedDate)
+    for conversation, want in zip(CONVERSATIONS, GOLDEN_IDS[case["name"]], strict=True):
+        assert make.ids_by_transformers(case, conversation) == want
+
+
+@pytest.mark.parametrize("special", [True, False], ids=["special", "ordinary"])
+@pytest.mark.parametrize("case", TEMPLATES, ids=lambda case: case["name"])
+def test_no_content_adds_a_control_token(case, special, tmp_path):
+    """Rule 5, whatever the template and however the folder marks its tokens; and no text is lost."""
+    tokenizer = tokenizer_of(tmp_path, case, special=special)
+    added = tokenizer.bpe.get_added_tokens_decoder()
+    control = {id for id, token in added.items() if token.special}
+    assert tokenizer.end_id in control
+
+    def count(content):
+        messages = [{"role": "user", "content": content}]
+        if "<｜User｜>" not in source_of(case):  # R1's template drops what stands before </think>
+            messages += [{"role": "assistant", "content": content}, {"role": "user", "content": content}]
+        ids = tokenizer.chat(messages)
+        assert content.strip() in tokenizer.decode(ids)
+        return sum(id in control for id in ids)
+
+    texts = [token.content for token in added.values() if "think" not in token.content]
+    texts += ["a ", "<", "|>", "<|", "\U000f0000", "\U000f0001", "é", "\n"]
+    rng = random.Random(0)
+    want = count("x")
+    for _ in range(60):
+        pieces = [rng.choice(texts) for _ in range(rng.randint(1, 6))]
+        cut = rng.choice(texts)
+        pieces.append(cut[:rng.randint(1, len(cut))])
+        content = "x" + "".join(pieces) + "x"
+        assert count(content) == want, content
+
+
+def test_special_tokens_in_text_are_text():
+    """Rule 5: a user who writes <|im_end|> does not end the turn."""
+    tokenizer = Tokenizer(MINI)
+    ids = tokenizer.chat([{"role": "user", "content": "a <|im_end|> b"}])
+    assert ids.count(tokenizer.end_id) == 1 and "a <|im_end|> b" in tokenizer.decode(ids)
+    assert tokenizer.decode(tokenizer.encode("<|im_start|>\nü€")) == "<|im_start|>\nü€"
+
+
+def test_think_tags_stay_tokens(tmp_path):
+    """In traces as in prompts, even where a folder marks them as special."""
+    folder = folder_with(tmp_path, TEMPLATES[1])
+    source = json.loads((folder / "tokenizer.json").read_text())
+    for token in source["added_tokens"]:
+        token["special"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(source))
+    tokenizer = Tokenizer(folder)
+    think = tokenizer.bpe.token_to_id("<think>")
+    assert tokenizer.encode("<think>") == [think]
+    assert think in tokenizer.chat([{"role": "user", "content": "<think>"}])
+
+
+# ---- which template ------------------------------------------------------------------------------
+def rendered(folder, **kw):
+    return Tokenizer(folder, **kw).template.render([{"role": "user", "content": "Hi"}])
+
+
+def configure(folder, **changes):
+    path = folder / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def test_the_template_is_the_one_that_transformers_takes(tmp_path):
+    """A stale template, a comment or the tool_use entry once put a system turn into every prompt."""
+    folder = folder_with(tmp_path, TEMPLATES[0])
+    named = [{"name": "tool_use", "template": "{{ 1 / 0 }}"}, {"name": "default", "template": CHATML}]
+    configure(folder, chat_template=named)
+    assert rendered(folder) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    configure(folder, chat_template=named[:1])
+    with pytest.raises(UserError, match="none with the name default"):
+        Tokenizer(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content + messages[-1].content }}<|im_end|>")
+    assert rendered(folder) == "HiHi<|im_end|>"
+
+
+@pytest.mark.parametrize("source, message", [
+    ("{% if %}", "the chat template fails (Expected an expression"),
+    ("{{ messages[0].content.nothing.more }}", "the chat template fails ("),
+    ("{{ raise_exception('not\nme') }}", "the chat template fails (not)"),
+    ("{{ messages.append(1) }}", "the chat template fails ("),
+    ("{{ ''.__class__.__mro__ }}", "the chat template fails ("),
+    ("{{ 'a' * 10 ** 12 }}", "the chat template fails ("),
+    ("{{ cycler.__init__.__globals__ }}", "the chat template fails ("),
+    ("{% include 'other' %}", "the chat template fails ("),
+    ("", "renders nothing of what was said"),
+    ("Hello", "renders nothing of what was said"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it has not ended"),
+])
+def test_a_template_that_fails_is_one_line(tmp_path, monkeypatch, source, message):
+    monkeypatch.setattr(module, "LONGEST_RENDERING", 0.5)
+    folder = folder_with(tmp_path, TEMPLATES[0])
+    configure(folder, chat_template=source)
+    with pytest.raises(UserError) as e:
+        Tokenizer(folder)
+    assert str(e.value).startswith(str(folder / "tokenizer_config.json")), e.value
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_folder_without_a_template_gets_chatml(tmp_path, capsys):
+    """And says so; what is saved holds it, with an eos_token that ends a turn."""
+    folder = folder_with(tmp_path, TEMPLATES[0])
+    configure(folder, chat_template=None, eos_token="<|endoftext|>")
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    tokenizer = Tokenizer(folder)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "no chat template" in out and str(folder) in out
+    assert tokenizer.end_id == tokenizer.bpe.token_to_id("<|im_end|>")
+    config = json.loads(tokenizer.files["tokenizer_config.json"])
+    assert config["chat_template"] == CHATML and config["eos_token"] == "<|im_end|>"
+    assert json.loads(tokenizer.files["special_tokens_map.json"]) == {"eos_token": "<|im_end|>"}
+
+
+def test_a_folder_without_template_and_markers_is_refused(tmp_path):
+    folder = folder_with(tmp_path, TEMPLATES[6])  # a base model of Llama 3
+    configure(folder, chat_template=None)
+    with pytest.raises(UserError, match="no chat template.*put a chat_template.jinja there"):
+        Tokenizer(folder)
+
+
+# ---- where a turn ends ---------------------------------------------------------------------------
+@pytest.mark.parametrize("generation, config, eos, more", [
+    ({"eos_token_id": [257, 258]}, {"eos_token_id": 256}, "<|endoftext|>", {257, 258}),
+    ({"eos_token_id": 257}, {}, None, {257}),
+    ({}, {"eos_token_id": 257}, None, set()),  # as transformers: a generation config is there
+    (None, {"eos_token_id": 257}, None, {257}),
+    (None, None, "<|endoftext|>", set()),
+])
+def test_stop_ids(tmp_path, generation, config, eos, more):
+    """The end of the turn, what generation_config.json says (without one config.json), and eos_token."""
+    folder = folder_with(tmp_path, TEMPLATES[0])
+    configure(folder, eos_token=eos)
+    for name, content in (("generation_config.json", generation), ("config.json", config)):
+        if content is not None:
+            (folder / name).write_text(json.dumps(content))
+    tokenizer = Tokenizer(folder)
+    id_of = tokenizer.bpe.token_to_id
+    assert set(tokenizer.stop_ids) == {id_of("<|im_end|>"), *more, *([id_of(eos)] if eos else [])}
+    assert tokenizer.end_id == id_of("<|im_end|>")
+
+
+def test_eos_of_the_wrong_type_is_one_line(tmp_path):
+    folder = folder_with(tmp_path, TEMPLATES[0])
+    (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id must be a number"):
+        Tokenizer(folder)
+
+
+# ---- prompts that open <think> -------------------------------------------------------------------
+@pytest.mark.parametrize("text, want", [
+    ("<think>\n<sample>\n1\n</think>\n2", "<sample>\n1\n</think>\n2"),
+    ("<think>1</think>2", "1</think>2"),
+    ("2", "\n</think>\n\n2"),
+])
+def test_a_response_leaves_out_the_opening_of_its_prompt(tmp_path, text, want):
+    tokenizer = tokenizer_of(tmp_path, next(case for case in TEMPLATES if case["name"] == "r1"))
+    ids = tokenizer.response(text)
+    assert ids[-1] == tokenizer.end_id and tokenizer.decode(ids[:-1]) == want
+    assert tokenizer.text(ids) == "<think>\n" + want
+
+
+def test_a_response_is_encoded_as_it_is(tmp_path):
+    tokenizer = tokenizer_of(tmp_path, TEMPLATES[1])
+    for text in ("2", "<think>\n1</think>"):
+        ids = tokenizer.response(text)
+        assert tokenizer.text(ids) == text and ids == [*tokenizer.encode(text), tokenizer.end_id]
