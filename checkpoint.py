@@ -30,41 +30,28 @@ from tokenizer import TOKENIZER_FILES, Tokenizer
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
+WANTED = {int: "a whole number above 0", float: "a number above 0", bool: "true or false", dict: "an object"}
+
+
 @dataclass(frozen=True)
 class Reader:
-    """Values of a JSON object, each of the type that is needed. Raises UserError that names file and key."""
+    """Values of a JSON object. Raises UserError, naming file and key, for one that is not of the `kind`."""
     source: dict
     name: str | Path
 
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.source.get(key, default)
-        self._check(key, value, type(value) in (int, float) and 0 < value < math.inf, "a number above 0")
-        return value
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self._or_default(key, default)
-        self._check(key, value, type(value) is int and value > 0, "a whole number of at least 1")
-        return value
-
-    def switch(self, key: str) -> bool:
-        value = self._or_default(key, False)
-        self._check(key, value, type(value) is bool, "true or false")
-        return value
-
-    def object(self, key: str) -> dict:
-        value = self._or_default(key, {})
-        self._check(key, value, type(value) is dict, "an object")
-        return value
-
-    def _or_default(self, key, default):
+    def __call__(self, key: str, kind: type, default=None):
+        """For null the default, but for a float: null is no rotary base."""
         value = self.source.get(key)
-        return default if value is None else value
-
-    def _check(self, key, value, fits, wanted):
+        if value is None and not (kind is float and key in self.source):
+            value = default
         if value is None and key not in self.source:
             raise UserError(f"{self.name}: the key {key!r} is missing")
-        if not fits:
-            raise UserError(f"{self.name}: {key} must be {wanted}, not {value!r}")
+        numeric = kind in (int, float)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or (numeric and not 0 < value < math.inf):
+            raise UserError(f"{self.name}: {key} must be {WANTED[kind]}, not {value!r}")
+        return value
 
 
 def config_of(source: dict, name: str | Path = "config.json") -> Config:
@@ -77,52 +64,53 @@ def config_of(source: dict, name: str | Path = "config.json") -> Config:
     if family not in ("qwen2", "qwen3", "llama"):
         raise UserError(f"{name}: model_type {family!r} is not supported; "
                         "this program knows qwen2 (and 2.5), qwen3 and llama (and SmolLM2)")
-    layers = read.size("num_hidden_layers")
-    if slides(source, read, layers) or read.switch("mlp_bias") or source.get("hidden_act", "silu") != "silu":
+    other_activation = source.get("hidden_act", "silu") != "silu"
+    if slides(read) or read("mlp_bias", bool, False) or other_activation:
         raise UserError(f"{name}: use_sliding_window, mlp_bias and activations other than silu are not "
                         "supported")
 
     # The settings of the rotary embedding: one dict in transformers 5, two keys before.
-    rope = {**read.object("rope_scaling"), **read.object("rope_parameters")}
+    rope = {**read("rope_scaling", dict, {}), **read("rope_parameters", dict, {})}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise UserError(f"{name}: rotary scaling {rope_type!r} is not supported (only default and llama3)")
     read_rope = Reader(rope, name)
-    scaling = {key: read_rope.number(key) for key in LLAMA3_SCALING} if rope_type == "llama3" else None
+    scaling = {key: read_rope(key, float) for key in LLAMA3_SCALING} if rope_type == "llama3" else None
 
-    C, H = read.size("hidden_size"), read.size("num_attention_heads")
-    K = read.size("num_key_value_heads", H)
-    D = read.size("head_dim", 128 if family == "qwen3" else C // H)
-    if H % K or D % 2:
-        raise UserError(f"{name}: {K} key/value heads must divide {H} heads, "
-                        f"and the head_dim {D} must be even")
-    bias = read.switch("attention_bias")
+    width = read("hidden_size", int)
+    heads = read("num_attention_heads", int)
+    kv_heads = read("num_key_value_heads", int, heads)
+    head_dim = read("head_dim", int, 128 if family == "qwen3" else width // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(f"{name}: {kv_heads} key/value heads must divide {heads} heads, "
+                        f"and the head_dim {head_dim} must be even")
+    bias = read("attention_bias", bool, False)
     return Config(
-        vocab_size=read.size("vocab_size"),
-        hidden_size=C,
-        intermediate_size=read.size("intermediate_size"),
-        num_hidden_layers=layers,
-        num_attention_heads=H,
-        num_key_value_heads=K,
-        head_dim=D,
+        vocab_size=read("vocab_size", int),
+        hidden_size=width,
+        intermediate_size=read("intermediate_size", int),
+        num_hidden_layers=read("num_hidden_layers", int),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         qkv_bias=family == "qwen2" or bias,
         o_bias=family != "qwen2" and bias,
         qk_norm=family == "qwen3",
-        tie_word_embeddings=read.switch("tie_word_embeddings"),
-        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-        max_position_embeddings=read.size("max_position_embeddings", 2048),
-        rope_theta=(read_rope if "rope_theta" in rope else read).number("rope_theta", 10000.0),
+        tie_word_embeddings=read("tie_word_embeddings", bool, False),
+        rms_norm_eps=read("rms_norm_eps", float, 1e-6),
+        max_position_embeddings=read("max_position_embeddings", int, 2048),
+        rope_theta=(read_rope if "rope_theta" in rope else read)("rope_theta", float, 10000.0),
         rope_llama3=scaling,
         source=source,
     )
 
 
-def slides(source: dict, read: Reader, layers: int) -> bool:
+def slides(read: Reader) -> bool:
     """Whether some layer has a sliding window, as transformers reads it."""
-    if source.get("layer_types") is not None:
-        return any(kind != "full_attention" for kind in source["layer_types"])
-    windowed = read.switch("use_sliding_window") and source.get("sliding_window") is not None
-    return windowed and read.size("max_window_layers", 28) < layers
+    if read.source.get("layer_types"):
+        return any(kind != "full_attention" for kind in read.source["layer_types"])
+    windowed = read("use_sliding_window", bool, False) and read.source.get("sliding_window") is not None
+    return windowed and read("max_window_layers", int, 28) < read("num_hidden_layers", int)
 
 
 # ---- finding and loading a folder ----------------------------------------------------------------
@@ -181,8 +169,8 @@ UNREADABLE = {  # what is seen in a folder, or in its config.json: why it is not
     "adapter_config.json": "an adapter, not a whole model; merge it into its base first "
                            "(merge_and_unload of peft)",
     "quantization_config": "quantised weights; take the model that is not quantised",
-    "pytorch_model.bin": "weights as a pickle, which can run code; convert them to model.safetensors",
-    "pytorch_model.bin.index.json": "weights as pickles, which can run code; convert them to safetensors",
+    "pytorch_model.bin": "weights in a format that can run code; convert them to model.safetensors",
+    "pytorch_model.bin.index.json": "weights in a format that can run code; convert them to safetensors",
 }
 
 
@@ -236,8 +224,8 @@ def drop_tied_head(folder: Path, weights: dict[str, Tensor]) -> None:
     if head is None or embedding is None:
         return
     if head.shape != embedding.shape or not torch.equal(head.to(embedding.dtype), embedding):
-        raise UserError(f"{folder}: config.json ties the head to the embedding, but holds an lm_head.weight that "
-                        'is another one; to use it, say "tie_word_embeddings": false')
+        raise UserError(f"{folder}: config.json ties the head to the embedding, but there is an "
+                        'lm_head.weight of its own; to use it, say "tie_word_embeddings": false')
 
 
 def check_weights(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

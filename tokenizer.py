@@ -164,7 +164,8 @@ class Tokenizer:
         try:
             self.bpe = BPE.from_str(json.dumps(source))
         except Exception as e:  # the tokenizers library raises bare Exception
-            raise self._unreadable("tokenizer.json", str(e)) from e
+            reason = str(e).splitlines()[0]
+            raise UserError(f"{self.folder}: the tokenizer cannot be read ({reason})") from e
         self.bpe.no_padding()
         self.bpe.no_truncation()
         self.bpe.encode_special_tokens = True  # the library's name for: their text is ordinary text
@@ -185,17 +186,8 @@ class Tokenizer:
 
     # ---- what the folder's files say ----
     def _object(self, name: str) -> dict:
-        """The JSON object of a file, {} if there is none."""
-        try:
-            value = json.loads(self.files.get(name, b"{}"))
-        except ValueError as e:
-            raise self._unreadable(name, str(e)) from e
-        if not isinstance(value, dict):
-            raise self._unreadable(name, "not a JSON object")
-        return value
-
-    def _unreadable(self, name: str, reason: str) -> UserError:
-        return UserError(f"{self.folder / name}: the tokenizer cannot be read ({reason.splitlines()[0]})")
+        """The object of a JSON file, {} if there is none."""
+        return read_json(self.folder / name) if (self.folder / name).is_file() else {}
 
     def _find_template(self, added: set[str]) -> ChatTemplate:
         """chat_template.jinja, or tokenizer_config.json's (of several the default one), or else ChatML."""
@@ -227,11 +219,10 @@ class Tokenizer:
                             "instruct model")
         say(f"{self.folder} has no chat template; it gets ChatML, where <|im_end|> ends a turn")
         config.update(chat_template=CHATML, eos_token="<|im_end|>")
-        self.files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
-        names = self._object("special_tokens_map.json")
-        if names:
-            names["eos_token"] = "<|im_end|>"
-            self.files["special_tokens_map.json"] = json.dumps(names, indent=2, ensure_ascii=False).encode()
+        self.files["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
+        if "special_tokens_map.json" in self.files:
+            names = {**self._object("special_tokens_map.json"), "eos_token": "<|im_end|>"}
+            self.files["special_tokens_map.json"] = json.dumps(names, indent=2).encode()
 
     def _render_neutral_words(self) -> tuple[str, str, str]:
         """(a conversation, what follows the words of an assistant's turn, a prompt) by the template.
@@ -250,11 +241,8 @@ class Tokenizer:
 
     def _eos_ids(self) -> set[int]:
         """What ends a text by generation_config.json, or without one by config.json."""
-        name = "generation_config.json"
+        name = "generation_config.json" if "generation_config.json" in self.files else "config.json"
         ids = self._object(name).get("eos_token_id")
-        if name not in self.files and (self.folder / "config.json").is_file():
-            name = "config.json"
-            ids = read_json(self.folder / name).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
         if not all(id is None or type(id) is int for id in ids):
             raise UserError(f"{self.folder / name}: eos_token_id must be a number or a list of numbers")

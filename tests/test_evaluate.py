@@ -174,6 +174,14 @@ def test_names_of_models():
     assert named_model("sft=out/sft") == ("sft", "out/sft")
     assert named_model("out/sft/") == ("sft", "out/sft/")
     assert named_model("Qwen/Qwen3-0.6B") == ("Qwen3-0.6B", "Qwen/Qwen3-0.6B")
+    assert named_model("out/lr=1e-3") == ("lr=1e-3", "out/lr=1e-3")
+    assert named_model("./a=b") == ("a=b", "./a=b")
+    assert named_model("a=out/lr=1") == ("a", "out/lr=1")
+
+
+def test_a_path_with_a_comma_is_refused(cmd, tmp_path):
+    (tmp_path / "a,b").mkdir()
+    refused(cmd, evaluate, ["--models", "mini,x=a,b"], "--models a,b: a comma stands between models")
 
 
 def test_paper_figures_are_printed_for_its_tasks():

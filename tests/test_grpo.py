@@ -256,3 +256,16 @@ def test_warnings():
 def test_truncation_warning_appears(cmd):
     _, out, _ = cmd(grpo, *FLAGS, "--max-new-tokens", "3")
     assert "cut off at the budget; raise --max-new-tokens" in out
+    assert "context" not in out
+
+
+def test_a_budget_that_the_context_cuts_is_said_once(cmd, folder):
+    """A warning once advised to raise --max-new-tokens 100000 in a context of 2048."""
+    path = folder()  # its context: 256
+    flags = [*FLAGS, "--model", path, "--steps", "2", "--max-new-tokens", "100000"]
+    _, out, _ = cmd(grpo, *flags)
+    assert out.count("the context of 256 tokens leaves 16 of 16 prompts less than --max-new-tokens 1000") == 1
+    assert "raise --max-new-tokens" not in out
+    row = {"truncated": 1.0, "groups_with_signal": 1, "sampler_trainer_mean": None}
+    warning, = grpo.warnings_of(row, context_cuts=True)
+    assert "cut off at the end of the model's context; only a model with a longer one helps" in warning

@@ -205,7 +205,7 @@ TAGGED = {"text": "</reflect> <verdict>Correct</verdict>", "verdict": True, "fin
     ({"style": "plain-hint", "solution": "By the Hint, <answer>6</answer>"}, "mentions the hint"),
     ({"reflections": []}, "no valid reflection"),
     ({"reflections": [LEAK]}, "leaked the prompt's example"),
-    ({"reflections": [TAGGED]}, "no valid reflection"),
+    ({"reflections": [TAGGED]}, "no valid reflection (one holds a tag of the traces)"),
 ])
 def test_flawed_attempts_are_dropped_and_counted(cmd, change, reason):
     bad, = sample_rows(questions=1, attempts=1)

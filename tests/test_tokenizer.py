@@ -1,4 +1,4 @@
-"""Conversations are rendered by the folder's own template, as transformers does; what people write stays text."""
+"""Conversations are rendered by the folder's own template; what people write in them stays text."""
 import json
 import random
 import re
@@ -21,8 +21,8 @@ GEMMA = {"eos_token": "<eos>", "bos_token": "<bos>"}
 PHI = {"eos_token": "<|endoftext|>", "bos_token": "<s>"}
 LFM = {"eos_token": "<|im_end|>", "bos_token": "<|startoftext|>"}
 COHERE = {"eos_token": "<|END_OF_TURN_TOKEN|>", "bos_token": "<BOS_TOKEN>"}
-# `template`: a file in golden/templates; `named`: what tokenizer_config.json calls its tokens; `kwargs`: those of
-# the template; `opening` and `end` of a turn.
+# `template` is a file in golden/templates, `named` what tokenizer_config.json says of its tokens, `kwargs` go
+# to the template.
 TEMPLATES = [
     {"name": "qwen2.5", "template": "qwen2_5", "named": QWEN},
     {"name": "qwen3", "template": "qwen3", "named": QWEN},
