@@ -119,11 +119,17 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
 )
+THINK = ("<think>", "</think>")  # a model's own: it writes them, so do traces
 PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters without a meaning
 # A conversation of words that no template holds, to see what one puts around them.
 SYSTEM = {"role": "system", "content": "quince"}
 USER = {"role": "user", "content": "medlar"}
 ASSISTANT = {"role": "assistant", "content": "damson"}
+
+
+def is_plain(token: str) -> bool:
+    """Whether a token is a word or space, which may stand anywhere."""
+    return not token.strip() or token.strip().isalpha()
 
 
 class Tokenizer:
@@ -152,15 +158,17 @@ class Tokenizer:
         with time_limit(LONGEST_RENDERING):  # a template can loop for ever
             self.template = self._find_template({token["content"] for token in added})
             conversation, closed, prompt = self._render_neutral_words()
+        eos = self.template.variables.get("eos_token", "")
         eos_ids = self._eos_ids()
-        control = set()
+        control = []
         for token in added:
-            if token["special"] or token["id"] in eos_ids or token["content"] in conversation:
-                control.add(token["content"])
-        control -= {"<think>", "</think>"}  # those are the model's own
-        # The library's word for control tokens is "special", and not every folder marks them all.
-        for token in added:
-            token["special"] = token["content"] in control
+            ends = token["id"] in eos_ids or token["content"] == eos
+            shapes = token["content"] in conversation and not is_plain(token["content"])
+            # The library's word for control tokens is "special", and not every folder marks them all.
+            token["special"] = (token["special"] or ends or shapes) and token["content"] not in THINK
+            if token["special"]:
+                control.append(re.escape(token["content"]))
+        self.control = "(" + ("|".join(sorted(control, key=len, reverse=True)) or "(?!)") + ")"
         try:
             self.bpe = BPE.from_str(json.dumps(source))
         except Exception as e:  # the tokenizers library raises bare Exception
@@ -172,16 +180,12 @@ class Tokenizer:
         self.size = max(self.bpe.get_vocab(with_added_tokens=True).values()) + 1
         self.rows = self.size  # of the embedding; `load` knows better
 
-        longest_first = sorted(control, key=len, reverse=True)
-        self.control = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
-        found = self.control.search(closed)
-        end = found[0] if found else self.template.variables.get("eos_token", "")
-        self.end_id = self.bpe.token_to_id(end)
+        found = re.search(self.control, closed)
+        self.end_id = self.bpe.token_to_id(found[0] if found else eos)
         if self.end_id is None:
             raise UserError(f"{self.template.where}: no token ends the assistant's turn; the template must "
                             "write one, or tokenizer_config.json name an eos_token")
-        eos = self.bpe.token_to_id(self.template.variables.get("eos_token", ""))
-        self.stop_ids = sorted({self.end_id, *eos_ids} | ({eos} - {None}))
+        self.stop_ids = sorted({self.end_id, *eos_ids, self.bpe.token_to_id(eos)} - {None})
         self.opening = prompt[prompt.rindex("<think>"):] if prompt.rstrip().endswith("<think>") else ""
 
     # ---- what the folder's files say ----
@@ -287,8 +291,8 @@ class Tokenizer:
         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
 
         Equal to transformers' apply_chat_template, except that control tokens in what was said stay text: for
-        the rendering a character without a meaning is put between their letters, so the control tokens that
-        can be found in the rendered text are the template's.
+        the rendering a character without a meaning is put after each of their letters, and what can then be
+        found in the text are the template's.
         """
         said = "".join(message["content"] for message in messages)
         hidden = next(c for c in map(chr, PRIVATE_USE) if c not in said)
@@ -298,7 +302,7 @@ class Tokenizer:
 
         written = []
         for message in messages:
-            content = self.control.sub(hide, message["content"])
+            content = re.sub(self.control, hide, message["content"])
             written.append({"role": message["role"], "content": content})
         text = self.template.render(written)
         if hidden not in text:
@@ -307,7 +311,7 @@ class Tokenizer:
             self.bpe.encode_special_tokens = True
             return self._known(ids)
         ids = []
-        for i, piece in enumerate(self.control.split(text)):  # text, token, text, token, ...
+        for i, piece in enumerate(re.split(f"{self.control}(?!{hidden})", text)):  # text, token, text, ...
             if i % 2:
                 ids.append(self.bpe.token_to_id(piece))
             else:
