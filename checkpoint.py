@@ -107,8 +107,9 @@ def config_of(source: dict, name: str | Path = "config.json") -> Config:
 
 def slides(read: Reader) -> bool:
     """Whether some layer has a sliding window, as transformers reads it."""
-    if read.source.get("layer_types"):
-        return any(kind != "full_attention" for kind in read.source["layer_types"])
+    kinds = read.source.get("layer_types")
+    if isinstance(kinds, list):
+        return any(kind != "full_attention" for kind in kinds)
     windowed = read("use_sliding_window", bool, False) and read.source.get("sliding_window") is not None
     return windowed and read("max_window_layers", int, 28) < read("num_hidden_layers", int)
 

@@ -517,7 +517,9 @@ def attempt_row(asked: Attempts, index: int, completion: Completion, text: str) 
 
 def after_own_thought(text: str, tokenizer: Tokenizer) -> str:
     """What follows the first </think> of a response, where the prompt itself opened <think>; else all."""
-    return (tokenizer.opening and text.partition("</think>")[2].lstrip()) or text
+    if not tokenizer.opening:
+        return text
+    return text.partition("</think>")[2].lstrip() or text
 
 
 def reflection_request(row: dict, n: int, tokenizer: Tokenizer) -> Request:

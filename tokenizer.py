@@ -154,20 +154,23 @@ class Tokenizer:
             raise UserError(f"{folder}: tokenizer.json is missing; "
                             "--model must be a folder in Hugging Face format with a fast tokenizer")
         source = self._object("tokenizer.json")
-        added = source.get("added_tokens") or []
+        added = {}  # content: token
+        for token in source.get("added_tokens") or []:
+            if isinstance(token, dict) and isinstance(token.get("content"), str):
+                added[token["content"]] = token
         with time_limit(LONGEST_RENDERING):  # a template can loop for ever
-            self.template = self._find_template({token["content"] for token in added})
+            self.template = self._find_template(set(added))
             conversation, closed, prompt = self._render_neutral_words()
         eos = self.template.variables.get("eos_token", "")
         eos_ids = self._eos_ids()
         control = []
-        for token in added:
-            ends = token["id"] in eos_ids or token["content"] == eos
-            shapes = token["content"] in conversation and not is_plain(token["content"])
+        for text, token in added.items():
+            ends = token.get("id") in eos_ids or text == eos
+            shapes = text in conversation and not is_plain(text)
             # The library's word for control tokens is "special", and not every folder marks them all.
-            token["special"] = (token["special"] or ends or shapes) and token["content"] not in THINK
+            token["special"] = bool(token.get("special") or ends or shapes) and text not in THINK
             if token["special"]:
-                control.append(re.escape(token["content"]))
+                control.append(re.escape(text))
         self.control = "(" + ("|".join(sorted(control, key=len, reverse=True)) or "(?!)") + ")"
         try:
             self.bpe = BPE.from_str(json.dumps(source))
@@ -202,9 +205,10 @@ class Tokenizer:
             where = self.folder / "chat_template.jinja"
             source = self.files["chat_template.jinja"].decode(errors="replace")
         elif isinstance(source, list):
-            source = next((named["template"] for named in source if named.get("name") == "default"), None)
-            if source is None:
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            if "default" not in named:
                 raise UserError(f"{where}: it lists chat templates, but none with the name default")
+            source = named["default"]
         if source is None:
             self._take_chatml(config, added)
             source = CHATML

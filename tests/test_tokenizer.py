@@ -183,9 +183,10 @@ def test_the_template_is_the_one_that_transformers_takes(tmp_path):
     named = [{"name": "tool_use", "template": "{{ 1 / 0 }}"}, {"name": "default", "template": CHATML}]
     configure(folder, chat_template=named)
     assert rendered(folder) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    configure(folder, chat_template=named[:1])
-    with pytest.raises(UserError, match="none with the name default"):
-        Tokenizer(folder)
+    for broken in (named[:1], [], ["default"], [{"name": "tool_use"}]):
+        configure(folder, chat_template=broken)
+        with pytest.raises(UserError, match="none with the name default"):
+            Tokenizer(folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content + messages[-1].content }}<|im_end|>")
     assert rendered(folder) == "HiHi<|im_end|>"
 
@@ -232,6 +233,19 @@ def test_a_folder_without_template_and_markers_is_refused(tmp_path):
     configure(folder, chat_template=None)
     with pytest.raises(UserError, match="no chat template.*put a chat_template.jinja there"):
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize("source", [
+    "{", "[]", "{}",
+    '{"added_tokens": [1, {}, {"content": "a"}]}',
+    '{"added_tokens": {"a": 1}, "model": null}',
+])
+def test_a_damaged_tokenizer_is_one_line(tmp_path, source):
+    folder = folder_with(tmp_path, TEMPLATES[0])
+    (folder / "tokenizer.json").write_text(source)
+    with pytest.raises(UserError) as e:
+        Tokenizer(folder)
+    assert str(folder) in str(e.value) and "\n" not in str(e.value)
 
 
 # ---- where a turn ends ---------------------------------------------------------------------------
