@@ -11,7 +11,6 @@ with an index. Only safetensors are read, no code of a folder is run, and its ch
 Left out: other weight formats (pytorch_model.bin, GGUF), quantised weights, adapters.
 """
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +45,11 @@ class Reader:
             value = default
         if value is None and key not in self.source:
             raise UserError(f"{self.name}: the key {key!r} is missing")
-        numeric = kind in (int, float)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind or (numeric and not 0 < value < math.inf):
+        numeric = kind in (int, float) and type(value) in (int, kind)
+        fits = 0 < value < 2**48 if numeric else type(value) is kind
+        if not fits:
             raise UserError(f"{self.name}: {key} must be {WANTED[kind]}, not {value!r}")
-        return value
+        return kind(value)
 
 
 def config_of(source: dict, name: str | Path = "config.json") -> Config:
@@ -145,13 +143,16 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
     if (folder / "model.safetensors").is_file():
         shards = ["model.safetensors"]
     elif index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        shards = Reader(read_json(index), index)("weight_map", dict).values()
+        if not all(isinstance(shard, str) for shard in shards):
+            raise UserError(f"{index}: weight_map must give the file of each tensor")
+        shards = sorted(set(shards))
     else:
         raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there "
                         "(weights in other formats are not read)")
     weights = {}
     for shard in shards:
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise UserError(f"{index}: the shard {shard!r} lies outside the folder; it is not read")
         try:
             with safe_open(folder / shard, "pt", device=str(device)) as f:
@@ -178,14 +179,14 @@ UNREADABLE = {  # what is seen in a folder, or in its config.json: why it is not
 def read_config(folder: Path) -> Config:
     """The Config of a folder. Raises UserError for a folder that this program cannot read."""
     path = folder / "config.json"
-    source = read_json(path) if path.is_file() else {}
+    source = read_json(path) if path.is_file() else {}  # an adapter has none
     seen = {file.name for file in folder.iterdir()}
     seen |= {key for key, value in source.items() if value is not None}
     whole = seen & {"model.safetensors", "model.safetensors.index.json"}  # others may lie beside them
     for name, reason in UNREADABLE.items():
         if name in seen and not (whole and name.startswith("pytorch_model")):
             raise UserError(f"{folder}: {name} says that it holds {reason}")
-    return config_of(read_json(path), path)
+    return config_of(source or read_json(path), path)
 
 
 def load(
@@ -200,10 +201,14 @@ def load(
     folder = find_folder(model)
     config = read_config(folder)
     if template_kwargs is None and (folder / "run.json").is_file():
-        template_kwargs = read_json(folder / "run.json").get("flags", {}).get("chat_template_kwargs")
+        record = folder / "run.json"
+        flags = Reader(read_json(record), record)("flags", dict, {})
+        template_kwargs = Reader(flags, record)("chat_template_kwargs", dict, {}) or None
         if template_kwargs:
             say(f"{folder}: --chat-template-kwargs '{json.dumps(template_kwargs)}', as its run.json says")
     tokenizer = Tokenizer(folder, template_kwargs)
+    if not tokenizer.has_template:
+        say(f"{folder} has no chat template; it gets ChatML, where <|im_end|> ends a turn")
     tokenizer.rows = config.vocab_size
     with torch.device("meta"):
         transformer = Transformer(config)
@@ -241,6 +246,8 @@ def check_weights(folder: Path, found: dict[str, Tensor], expected: dict[str, Te
     for name, w in expected.items():
         if name in found and found[name].shape != w.shape:
             wrong.append(f"{name} has shape {tuple(found[name].shape)}, the config says {tuple(w.shape)}")
+        elif name in found and not found[name].is_floating_point():
+            wrong.append(f"{name} holds {found[name].dtype}, as quantised weights do")
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:3])}{more}")

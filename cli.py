@@ -183,7 +183,7 @@ def read_json(path: str | Path) -> dict:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file; --model must be a folder in Hugging Face format") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON") from e
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")

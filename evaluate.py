@@ -425,6 +425,8 @@ def arguments():
 
 def split_at_commas(models: str) -> list[str]:
     parts = models.split(",")
+    if "" in parts:
+        raise UserError(f"--models {models}: nothing between two commas")
     for i in range(len(parts)):
         for j in range(i + 2, len(parts) + 1):
             _, path = named_model(",".join(parts[i:j]))
@@ -467,6 +469,7 @@ def main():
     refuse_existing(out)
     for _, folder in args.models:  # a name mistyped at the end of the list must not cost hours
         read_config(find_folder(folder))
+        Tokenizer(find_folder(folder), args.chat_template_kwargs)
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 
     first, _ = args.models[0]  # its name
@@ -482,6 +485,7 @@ def main():
             rows = run_cell(name, sampler, plan, params, args)
             results[name, task] = rows
             cell = summarise(rows, None if name == first else results[first, task], plan)
+            cell["chat_template_kwargs"] = tokenizer.template_kwargs
             cells.append(cell)
             write_results(out, cells, results, rows, args)
             print(f"{name} on {task}: {percent(cell['accuracy'])}%", flush=True)

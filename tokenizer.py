@@ -21,7 +21,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as BPE
 
-from cli import UserError, read_json, say
+from cli import UserError, read_json
 
 # ---- the chat template ---------------------------------------------------------------------------
 CHATML = (  # for a folder that has no template of its own, as most base models
@@ -43,21 +43,30 @@ class Generation(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body).set_lineno(line)
 
 
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Without powers: 9 ** 99999999 is one step of the interpreter, which no alarm can end."""
+    intercepted_binops = frozenset({"**"})
+
+    def call_binop(self, context, operator, left, right):
+        raise jinja2.TemplateError(f"{operator} is not allowed")
+
+
 class ChatTemplate:
     """A template in jinja2's immutable sandbox, with the settings and functions that transformers gives it.
 
-    There is no clock: one that asks for the date gets a fixed one, so a seed gives the same bytes next week.
-    Raises UserError, naming the file, for a template that cannot be rendered.
+    There is no chance and no clock: one that asks for the date gets a fixed one, so that a seed gives the
+    same bytes next week. Raises UserError, naming the file, for a template that cannot be rendered.
     """
 
     def __init__(self, source: str, where: str, variables: dict):
         self.where = where
         self.variables = variables
-        environment = ImmutableSandboxedEnvironment(
+        environment = Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = self._tojson
         environment.globals["raise_exception"] = self._refuse
         environment.globals["strftime_now"] = self._fixed_date
+        del environment.globals["lipsum"], environment.filters["random"]
         with self._named_errors():
             self.compiled = environment.from_string(source)
 
@@ -71,6 +80,8 @@ class ChatTemplate:
     def _named_errors(self):
         try:
             yield
+        except TimeoutError:
+            raise  # for `time_limit`
         except Exception as e:  # a template can raise anything
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(f"{self.where}: the chat template fails ({reason})") from e
@@ -90,8 +101,8 @@ class ChatTemplate:
 
 
 @contextmanager
-def time_limit(seconds: float):
-    """Raises TimeoutError inside if it takes longer (where there is such an alarm: not in other threads)."""
+def time_limit(where: Path, seconds: float):
+    """Raises UserError if what is inside takes longer (in the main thread, where alarms ring)."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -103,6 +114,8 @@ def time_limit(seconds: float):
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except TimeoutError as e:
+        raise UserError(f"{where}: the chat template fails ({e})") from e
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -155,22 +168,24 @@ class Tokenizer:
                             "--model must be a folder in Hugging Face format with a fast tokenizer")
         source = self._object("tokenizer.json")
         added = {}  # content: token
-        for token in source.get("added_tokens") or []:
+        tokens = source.get("added_tokens")
+        for token in tokens if isinstance(tokens, list) else []:
             if isinstance(token, dict) and isinstance(token.get("content"), str):
                 added[token["content"]] = token
-        with time_limit(LONGEST_RENDERING):  # a template can loop for ever
+        with time_limit(self.folder, LONGEST_RENDERING):  # a template can loop for ever
             self.template = self._find_template(set(added))
-            conversation, closed, prompt = self._render_neutral_words()
-        eos = self.template.variables.get("eos_token", "")
+            rendered, closed, prompt = self._render_neutral_words()
+        eos = self._named_tokens().get("eos_token", "")
         eos_ids = self._eos_ids()
         control = []
         for text, token in added.items():
             ends = token.get("id") in eos_ids or text == eos
-            shapes = text in conversation and not is_plain(text)
+            shapes = text in rendered and not is_plain(text)
             # The library's word for control tokens is "special", and not every folder marks them all.
             token["special"] = bool(token.get("special") or ends or shapes) and text not in THINK
             if token["special"]:
                 control.append(re.escape(text))
+                token["normalized"] = False  # or <|IM_END|> would be one where a tokenizer lowers letters
         self.control = "(" + ("|".join(sorted(control, key=len, reverse=True)) or "(?!)") + ")"
         try:
             self.bpe = BPE.from_str(json.dumps(source))
@@ -180,7 +195,7 @@ class Tokenizer:
         self.bpe.no_padding()
         self.bpe.no_truncation()
         self.bpe.encode_special_tokens = True  # the library's name for: their text is ordinary text
-        self.size = max(self.bpe.get_vocab(with_added_tokens=True).values()) + 1
+        self.size = max(self.bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.rows = self.size  # of the embedding; `load` knows better
 
         found = re.search(self.control, closed)
@@ -196,6 +211,18 @@ class Tokenizer:
         """The object of a JSON file, {} if there is none."""
         return read_json(self.folder / name) if (self.folder / name).is_file() else {}
 
+    def _named_tokens(self) -> dict[str, str]:
+        """{"eos_token": "<|im_end|>", ...}, from the same of two files as in transformers."""
+        config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        if "added_tokens_decoder" not in config:
+            config = {**config, **json.loads(self.files.get("special_tokens_map.json", b"{}"))}
+        tokens = {}
+        for name, value in config.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                tokens[name] = text
+        return tokens
+
     def _find_template(self, added: set[str]) -> ChatTemplate:
         """chat_template.jinja, or tokenizer_config.json's (of several the default one), or else ChatML."""
         config = self._object("tokenizer_config.json")
@@ -205,19 +232,17 @@ class Tokenizer:
             where = self.folder / "chat_template.jinja"
             source = self.files["chat_template.jinja"].decode(errors="replace")
         elif isinstance(source, list):
-            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-            if "default" not in named:
-                raise UserError(f"{where}: it lists chat templates, but none with the name default")
-            source = named["default"]
-        if source is None:
+            source = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        if isinstance(source, dict):
+            source = source.get("default", False)
+        self.has_template = source is not None
+        if not self.has_template:
             self._take_chatml(config, added)
             source = CHATML
-        variables = {}  # {"eos_token": "<|im_end|>", ...}
-        for name, value in {**self._object("special_tokens_map.json"), **config}.items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if name.endswith("_token") and isinstance(text, str):
-                variables[name] = text
-        return ChatTemplate(str(source), where, {**variables, **(self.template_kwargs or {})})
+        if not isinstance(source, str):
+            raise UserError(f"{where}: chat_template must be a text, or several of which one has the name "
+                            "default")
+        return ChatTemplate(source, where, {**self._named_tokens(), **(self.template_kwargs or {})})
 
     def _take_chatml(self, config: dict, added: set[str]) -> None:
         """Give the folder ChatML, in the files that `save` writes too, or other engines would not know."""
@@ -225,7 +250,6 @@ class Tokenizer:
             raise UserError(f"{self.folder}: it has no chat template, and its tokenizer not the <|im_start|> "
                             "and <|im_end|> of ChatML; put a chat_template.jinja there, such as that of the "
                             "instruct model")
-        say(f"{self.folder} has no chat template; it gets ChatML, where <|im_end|> ends a turn")
         config.update(chat_template=CHATML, eos_token="<|im_end|>")
         self.files["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
         if "special_tokens_map.json" in self.files:
@@ -233,36 +257,41 @@ class Tokenizer:
             self.files["special_tokens_map.json"] = json.dumps(names, indent=2).encode()
 
     def _render_neutral_words(self) -> tuple[str, str, str]:
-        """(a conversation, what follows the words of an assistant's turn, a prompt) by the template.
+        """(conversations, what follows the words of an assistant's turn, a prompt) by the template.
 
         Raises UserError for one that loses what was said.
         """
         prompt = self.template.render([USER])
-        turn = self.template.render([USER, ASSISTANT], prompt=False)
-        try:
-            conversation = self.template.render([SYSTEM, USER, ASSISTANT, USER])
-        except UserError:  # some refuse system turns
-            conversation = self.template.render([USER, ASSISTANT, USER])
-        if USER["content"] not in prompt or ASSISTANT["content"] not in turn:
+        turn = self._rendered_or_nothing([USER, ASSISTANT], prompt=False)
+        if USER["content"] not in prompt or (turn and ASSISTANT["content"] not in turn):
             raise UserError(f"{self.template.where}: the chat template renders nothing of what was said")
-        return conversation, turn.rpartition(ASSISTANT["content"])[2], prompt
+        rendered = prompt + turn + self._rendered_or_nothing([USER, ASSISTANT, USER])
+        rendered += self._rendered_or_nothing([SYSTEM, USER])
+        return rendered, turn.rpartition(ASSISTANT["content"])[2], prompt
 
-    def _eos_ids(self) -> set[int]:
+    def _rendered_or_nothing(self, messages: list[dict], prompt: bool = True) -> str:
+        """Some templates refuse system turns, some a conversation that ends with the assistant."""
+        try:
+            return self.template.render(messages, prompt)
+        except UserError:
+            return ""
+
+    def _eos_ids(self) -> list[int]:
         """What ends a text by generation_config.json, or without one by config.json."""
         name = "generation_config.json" if "generation_config.json" in self.files else "config.json"
         ids = self._object(name).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
         if not all(id is None or type(id) is int for id in ids):
             raise UserError(f"{self.folder / name}: eos_token_id must be a number or a list of numbers")
-        return set(ids) - {None}
+        return [id for id in ids if id is not None]
 
     # ---- ids ----
     def encode(self, text: str) -> list[int]:
-        return self._known(self.bpe.encode(text, add_special_tokens=False).ids)
-
-    def _known(self, ids: list[int]) -> list[int]:
-        """The ids, all of which the model knows: a tokenizer may have grown without it."""
-        largest = max(ids, default=0)
+        try:
+            ids = self.bpe.encode(text, add_special_tokens=False).ids
+        except TypeError as e:  # half of a surrogate pair: what a terminal makes of other encodings
+            raise UserError(f"the text {text[:60]!r} is not valid Unicode; fix it") from e
+        largest = max(ids, default=0)  # a tokenizer may have grown without its model
         if largest >= self.rows:
             raise UserError(f"{self.folder}: the embedding has {self.rows} rows and none for the token "
                             f"{self.bpe.id_to_token(largest)!r} ({largest}), which is needed; "
@@ -281,11 +310,13 @@ class Tokenizer:
     def response(self, text: str) -> list[int]:
         """Ids of an assistant's turn as a response to `chat`, with its end token: `text` the other way round.
 
-        Where the prompt has opened <think>, a text that does not begin with it gets an empty thought.
+        Where the prompt has opened <think>, a text without a thought gets an empty one.
         """
-        if self.opening:
-            thought = text if text.startswith("<think>") else f"<think>\n\n</think>\n\n{text}"
-            text = thought.removeprefix("<think>").removeprefix(self.opening.removeprefix("<think>"))
+        if self.opening and text.lstrip().startswith("<think>"):
+            opened = self.opening.removeprefix("<think>")
+            text = text.lstrip().removeprefix("<think>").removeprefix(opened)
+        elif self.opening and "</think>" not in text:
+            text = f"\n</think>\n\n{text}"
         return self.encode(text) + [self.end_id]
 
     def chat(self, messages: list[dict]) -> list[int]:
@@ -294,9 +325,10 @@ class Tokenizer:
         chat([{"role": "user", "content": "Hi"}]) in ChatML:
         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
 
-        Equal to transformers' apply_chat_template, except that control tokens in what was said stay text: for
-        the rendering a character without a meaning is put after each of their letters, and what can then be
-        found in the text are the template's.
+        Equal to transformers' apply_chat_template, unless control tokens are in what was said: they stay
+        text. For the rendering a character without a meaning is put after each of their letters; what can
+        then be found in the text are the template's. (Left out: a token that is spread over two messages, if
+        a template puts nothing between them.)
         """
         said = "".join(message["content"] for message in messages)
         hidden = next(c for c in map(chr, PRIVATE_USE) if c not in said)
@@ -311,13 +343,14 @@ class Tokenizer:
         text = self.template.render(written)
         if hidden not in text:
             self.bpe.encode_special_tokens = False
-            ids = self.bpe.encode(text, add_special_tokens=False).ids
-            self.bpe.encode_special_tokens = True
-            return self._known(ids)
+            try:
+                return self.encode(text)
+            finally:
+                self.bpe.encode_special_tokens = True
         ids = []
         for i, piece in enumerate(re.split(f"{self.control}(?!{hidden})", text)):  # text, token, text, ...
             if i % 2:
                 ids.append(self.bpe.token_to_id(piece))
             else:
                 ids += self.encode(piece.replace(hidden, ""))
-        return self._known(ids)
+        return ids

@@ -49,6 +49,17 @@ def test_shards_stay_inside_the_folder(folder):
         load(path, "cpu")
 
 
+@pytest.mark.parametrize("weight_map", [
+    None, 5, ["x"], {"a": 5}, {"a": None}, {"a": ""}, {"a": ".."}, {"a": "b.bin"},
+])
+def test_a_wrong_index_is_one_line(folder, weight_map):
+    path = folder()
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match="model.safetensors.index.json: "):
+        load(path, "cpu")
+
+
 def test_save_keeps_config_and_tokenizer_and_adds_stop_ids(folder):
     path = folder()
     assert (path / "tokenizer.json").read_bytes() == Path(MINI, "tokenizer.json").read_bytes()
@@ -162,6 +173,8 @@ def test_other_weights_may_lie_beside_safetensors(folder):
     ("hidden_size", 32.0, "hidden_size must be a whole number above 0, not 32.0"),
     ("hidden_size", True, "hidden_size must be a whole number above 0, not True"),
     ("num_hidden_layers", 0, "num_hidden_layers must be a whole number above 0, not 0"),
+    ("vocab_size", 10**30, "vocab_size must be a whole number above 0"),
+    ("rope_theta", 10**400, "rope_theta must be a number above 0"),
     ("vocab_size", -5, "vocab_size must be a whole number above 0, not -5"),
     ("max_position_embeddings", "2048", "max_position_embeddings must be a whole number above 0"),
     ("tie_word_embeddings", "false", "tie_word_embeddings must be true or false, not 'false'"),
@@ -229,7 +242,7 @@ def test_a_saved_folder_has_no_sampling_of_its_source(folder, tmp_path):
     assert generation.keys() == {"bos_token_id", "pad_token_id", "eos_token_id"}
 
 
-def test_a_base_without_a_template_is_saved_with_one(folder, tmp_path):
+def test_a_base_without_a_template_is_saved_with_one(folder, tmp_path, capsys):
     """What is written renders in transformers to our ids, and ends a turn where we do."""
     transformers = pytest.importorskip("transformers")
     path = folder()
@@ -237,7 +250,10 @@ def test_a_base_without_a_template_is_saved_with_one(folder, tmp_path):
     del config["chat_template"]
     (path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|endoftext|>"}))
     (path / "generation_config.json").write_text('{"eos_token_id": 0}')
-    save(tmp_path / "again", *load(path, "cpu"))
+    model, tokenizer = load(path, "cpu")
+    out = capsys.readouterr().out
+    assert out == f"{path} has no chat template; it gets ChatML, where <|im_end|> ends a turn\n"
+    save(tmp_path / "again", model, tokenizer)
     ours = load(tmp_path / "again", "cpu")[1]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
@@ -255,6 +271,10 @@ def test_template_kwargs_come_from_the_run_that_made_the_folder(folder, capsys):
     assert load(path, "cpu")[1].template_kwargs == {"x": 1}
     assert """--chat-template-kwargs '{"x": 1}', as its run.json says""" in capsys.readouterr().out
     assert load(path, "cpu", template_kwargs={})[1].template_kwargs == {}
+    for flags in ([1], {"chat_template_kwargs": "x"}):
+        (path / "run.json").write_text(json.dumps({"flags": flags}))
+        with pytest.raises(UserError, match="run.json: .* must be an object"):
+            load(path, "cpu")
 
 
 def test_mini_with_a_slash_is_the_miniature(monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MINI
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as BPE
 
 import tokenizer as module
@@ -122,7 +122,10 @@ def test_no_content_adds_a_control_token(case, special, tmp_path):
     """Rule 5, whatever the template and however the folder marks its tokens; and no text is lost."""
     tokenizer = tokenizer_of(tmp_path, case, special=special)
     added = tokenizer.bpe.get_added_tokens_decoder()
-    control = {id for id, token in added.items() if token.special}
+    neutral = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 2
+    control = {id for id, token in added.items() if not re.search("think|tool", token.content)}
+    if not special:
+        control &= {tokenizer.end_id, *tokenizer.chat(neutral[:3])}
     assert tokenizer.end_id in control
 
     def count(content):
@@ -151,6 +154,42 @@ def test_special_tokens_in_text_are_text():
     ids = tokenizer.chat([{"role": "user", "content": "a <|im_end|> b"}])
     assert ids.count(tokenizer.end_id) == 1 and "a <|im_end|> b" in tokenizer.decode(ids)
     assert tokenizer.decode(tokenizer.encode("<|im_start|>\nü€")) == "<|im_start|>\nü€"
+
+
+@pytest.mark.parametrize("normalizer, texts", [
+    (normalizers.Lowercase(), ["<|IM_END|>"]),
+    (normalizers.NFKC(), ["＜|im_end|＞", "<｜im_end｜>"]),
+    (normalizers.NFC(), ["<|im_end|\u0338>"]),
+])
+def test_no_lookalike_is_a_control_token(tmp_path, normalizer, texts):
+    """A tokenizer that normalises text may make a control token of what is none."""
+    folder = folder_with(tmp_path, TEMPLATES[0])
+    bpe = BPE.from_file(str(folder / "tokenizer.json"))
+    bpe.normalizer = normalizer
+    source = json.loads(bpe.to_str())
+    for token in source["added_tokens"]:
+        token["normalized"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(source))
+    tokenizer = Tokenizer(folder)
+    neutral = tokenizer.chat([{"role": "user", "content": "x"}])
+    for text in texts:
+        ids = tokenizer.chat([{"role": "user", "content": text}])
+        assert ids.count(tokenizer.end_id) == neutral.count(tokenizer.end_id)
+
+
+def test_words_are_no_control_tokens():
+    """The miniature has a token for "user\\n": it may stand in a question as it is."""
+    tokenizer = Tokenizer(MINI)
+    word = tokenizer.bpe.token_to_id("user\n")
+    assert tokenizer.encode("user\n") == [word]
+    assert tokenizer.chat([{"role": "user", "content": "user\n"}]).count(word) == 2
+
+
+def test_half_a_surrogate_pair_is_one_line():
+    tokenizer = Tokenizer(MINI)
+    for call in (tokenizer.encode, lambda text: tokenizer.chat([{"role": "user", "content": text}])):
+        with pytest.raises(UserError, match="not valid Unicode"):
+            call("a\udcff")
 
 
 def test_think_tags_stay_tokens(tmp_path):
@@ -183,12 +222,18 @@ def test_the_template_is_the_one_that_transformers_takes(tmp_path):
     named = [{"name": "tool_use", "template": "{{ 1 / 0 }}"}, {"name": "default", "template": CHATML}]
     configure(folder, chat_template=named)
     assert rendered(folder) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    for broken in (named[:1], [], ["default"], [{"name": "tool_use"}]):
+    configure(folder, chat_template={"rag": "x", "default": CHATML})
+    assert rendered(folder) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    for broken in (named[:1], [], {}, ["default"], [{"name": "tool_use"}], 5, True):
         configure(folder, chat_template=broken)
-        with pytest.raises(UserError, match="none with the name default"):
+        with pytest.raises(UserError, match="several of which one has the name default"):
             Tokenizer(folder)
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content + messages[-1].content }}<|im_end|>")
-    assert rendered(folder) == "HiHi<|im_end|>"
+    source = "{% for m in messages %}{{ m.content }}<|im_end|>{% if 0 %}{% break %}{% endif %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(source)
+    assert rendered(folder) == "Hi<|im_end|>"
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 @pytest.mark.parametrize("source, message", [
@@ -197,12 +242,16 @@ def test_the_template_is_the_one_that_transformers_takes(tmp_path):
     ("{{ raise_exception('not\nme') }}", "the chat template fails (not)"),
     ("{{ messages.append(1) }}", "the chat template fails ("),
     ("{{ ''.__class__.__mro__ }}", "the chat template fails ("),
-    ("{{ 'a' * 10 ** 12 }}", "the chat template fails ("),
+    ("{{ 'a' * 1000000000000 }}", "the chat template fails ("),
+    ("{{ 9 ** 99999999 }}", "the chat template fails (** is not allowed)"),
+    ("{{ lipsum() }}", "the chat template fails ("),
+    ("{{ messages[0].content + messages[-1].content }}{% if messages|length > 2 %}" + ENDLESS + "{% endif %}",
+     "it has not ended"),
     ("{{ cycler.__init__.__globals__ }}", "the chat template fails ("),
     ("{% include 'other' %}", "the chat template fails ("),
     ("", "renders nothing of what was said"),
     ("Hello", "renders nothing of what was said"),
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it has not ended"),
+    (ENDLESS, "it has not ended"),
 ])
 def test_a_template_that_fails_is_one_line(tmp_path, monkeypatch, source, message):
     monkeypatch.setattr(module, "LONGEST_RENDERING", 0.5)
@@ -210,18 +259,18 @@ def test_a_template_that_fails_is_one_line(tmp_path, monkeypatch, source, messag
     configure(folder, chat_template=source)
     with pytest.raises(UserError) as e:
         Tokenizer(folder)
-    assert str(e.value).startswith(str(folder / "tokenizer_config.json")), e.value
+    assert str(e.value).startswith(str(folder)), e.value
     assert message in str(e.value) and "\n" not in str(e.value)
 
 
 def test_a_folder_without_a_template_gets_chatml(tmp_path, capsys):
-    """And says so; what is saved holds it, with an eos_token that ends a turn."""
+    """What is saved holds it, with an eos_token that ends a turn."""
     folder = folder_with(tmp_path, TEMPLATES[0])
     configure(folder, chat_template=None, eos_token="<|endoftext|>")
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     tokenizer = Tokenizer(folder)
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "no chat template" in out and str(folder) in out
+    assert not tokenizer.has_template and not out  # `load` tells
     assert tokenizer.end_id == tokenizer.bpe.token_to_id("<|im_end|>")
     config = json.loads(tokenizer.files["tokenizer_config.json"])
     assert config["chat_template"] == CHATML and config["eos_token"] == "<|im_end|>"
@@ -236,7 +285,8 @@ def test_a_folder_without_template_and_markers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("source", [
-    "{", "[]", "{}",
+    "{", "[]", "{}", "[" * 100000,
+    '{"added_tokens": 5}', '{"added_tokens": [{"content": "a", "id": [1]}]}',
     '{"added_tokens": [1, {}, {"content": "a"}]}',
     '{"added_tokens": {"a": 1}, "model": null}',
 ])
@@ -250,10 +300,10 @@ def test_a_damaged_tokenizer_is_one_line(tmp_path, source):
 
 # ---- where a turn ends ---------------------------------------------------------------------------
 @pytest.mark.parametrize("generation, config, eos, more", [
-    ({"eos_token_id": [257, 258]}, {"eos_token_id": 256}, "<|endoftext|>", {257, 258}),
-    ({"eos_token_id": 257}, {}, None, {257}),
-    ({}, {"eos_token_id": 257}, None, set()),  # as transformers: a generation config is there
-    (None, {"eos_token_id": 257}, None, {257}),
+    ({"eos_token_id": [7, 8]}, {"eos_token_id": 9}, "<|endoftext|>", {7, 8}),
+    ({"eos_token_id": 7}, {}, None, {7}),
+    ({}, {"eos_token_id": 9}, None, set()),  # as transformers: a generation config is there
+    (None, {"eos_token_id": 9}, None, {9}),
     (None, None, "<|endoftext|>", set()),
 ])
 def test_stop_ids(tmp_path, generation, config, eos, more):
@@ -280,6 +330,8 @@ def test_eos_of_the_wrong_type_is_one_line(tmp_path):
 @pytest.mark.parametrize("text, want", [
     ("<think>\n<sample>\n1\n</think>\n2", "<sample>\n1\n</think>\n2"),
     ("<think>1</think>2", "1</think>2"),
+    ("\n<think>\n1</think>2", "1</think>2"),
+    ("1</think>2", "1</think>2"),
     ("2", "\n</think>\n\n2"),
 ])
 def test_a_response_leaves_out_the_opening_of_its_prompt(tmp_path, text, want):
