@@ -177,10 +177,10 @@ def _row(line, where, required):
     return row
 
 
-def read_json(path: str | Path) -> dict:
-    """The object that a JSON file holds. Raises UserError with the file."""
+def read_json(path: str | Path, content: bytes | None = None) -> dict:
+    """The object that a JSON file holds, or this content of it. Raises UserError with the file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_bytes() if content is None else content)
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file; --model must be a folder in Hugging Face format") from e
     except (ValueError, RecursionError) as e:

@@ -140,9 +140,32 @@ USER = {"role": "user", "content": "medlar"}
 ASSISTANT = {"role": "assistant", "content": "damson"}
 
 
-def is_plain(token: str) -> bool:
-    """Whether a token is a word or space, which may stand anywhere."""
-    return not token.strip() or token.strip().isalpha()
+def added_tokens(source: dict) -> dict[str, dict]:
+    """{text: token} of the tokens that tokenizer.json matches as a whole."""
+    tokens = source.get("added_tokens")
+    added = {}
+    for token in tokens if isinstance(tokens, list) else []:  # what is damaged the library will name
+        if isinstance(token, dict) and isinstance(token.get("content"), str):
+            added[token["content"]] = token
+    return added
+
+
+def mark_control_tokens(added: dict[str, dict], ends: set[str], rendered: str) -> str:
+    """A pattern of the control tokens, and in `added` they, and no others, are marked as special.
+
+    They are what the folder calls special (not every folder marks them all), what ends a text, and what the
+    template puts around neutral words, unless it is a word or space, which may stand anywhere.
+    """
+    pattern = []
+    for text, token in added.items():
+        plain = not text.strip() or text.strip().isalpha()
+        control = token.get("special") or text in ends or (text in rendered and not plain)
+        token["special"] = bool(control) and text not in THINK
+        if token["special"]:
+            pattern.append(re.escape(text))
+            token["normalized"] = False  # or <|IM_END|> would be one where a tokenizer lowers letters
+    longest_first = sorted(pattern, key=len, reverse=True)
+    return "(" + ("|".join(longest_first) or "(?!)") + ")"
 
 
 class Tokenizer:
@@ -167,26 +190,14 @@ class Tokenizer:
             raise UserError(f"{folder}: tokenizer.json is missing; "
                             "--model must be a folder in Hugging Face format with a fast tokenizer")
         source = self._object("tokenizer.json")
-        added = {}  # content: token
-        tokens = source.get("added_tokens")
-        for token in tokens if isinstance(tokens, list) else []:
-            if isinstance(token, dict) and isinstance(token.get("content"), str):
-                added[token["content"]] = token
+        added = added_tokens(source)
         with time_limit(self.folder, LONGEST_RENDERING):  # a template can loop for ever
-            self.template = self._find_template(set(added))
+            self.template = self._find_template(added.keys())
             rendered, closed, prompt = self._render_neutral_words()
         eos = self._named_tokens().get("eos_token", "")
         eos_ids = self._eos_ids()
-        control = []
-        for text, token in added.items():
-            ends = token.get("id") in eos_ids or text == eos
-            shapes = text in rendered and not is_plain(text)
-            # The library's word for control tokens is "special", and not every folder marks them all.
-            token["special"] = bool(token.get("special") or ends or shapes) and text not in THINK
-            if token["special"]:
-                control.append(re.escape(text))
-                token["normalized"] = False  # or <|IM_END|> would be one where a tokenizer lowers letters
-        self.control = "(" + ("|".join(sorted(control, key=len, reverse=True)) or "(?!)") + ")"
+        ends = {text for text, token in added.items() if token.get("id") in eos_ids} | {eos}
+        self.control = mark_control_tokens(added, ends, rendered)
         try:
             self.bpe = BPE.from_str(json.dumps(source))
         except Exception as e:  # the tokenizers library raises bare Exception
@@ -208,14 +219,14 @@ class Tokenizer:
 
     # ---- what the folder's files say ----
     def _object(self, name: str) -> dict:
-        """The object of a JSON file, {} if there is none."""
-        return read_json(self.folder / name) if (self.folder / name).is_file() else {}
+        """What a JSON file holds, {} if there is none."""
+        return read_json(self.folder / name, self.files.get(name, b"{}"))
 
     def _named_tokens(self) -> dict[str, str]:
         """{"eos_token": "<|im_end|>", ...}, from the same of two files as in transformers."""
-        config = json.loads(self.files.get("tokenizer_config.json", b"{}"))
+        config = self._object("tokenizer_config.json")
         if "added_tokens_decoder" not in config:
-            config = {**config, **json.loads(self.files.get("special_tokens_map.json", b"{}"))}
+            config = {**config, **self._object("special_tokens_map.json")}
         tokens = {}
         for name, value in config.items():
             text = value.get("content") if isinstance(value, dict) else value
@@ -278,8 +289,11 @@ class Tokenizer:
 
     def _eos_ids(self) -> list[int]:
         """What ends a text by generation_config.json, or without one by config.json."""
-        name = "generation_config.json" if "generation_config.json" in self.files else "config.json"
+        name = "generation_config.json"
         ids = self._object(name).get("eos_token_id")
+        if name not in self.files and (self.folder / "config.json").is_file():
+            name = "config.json"
+            ids = read_json(self.folder / name).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
         if not all(id is None or type(id) is int for id in ids):
             raise UserError(f"{self.folder / name}: eos_token_id must be a number or a list of numbers")

@@ -292,10 +292,16 @@ def test_a_folder_without_template_and_markers_is_refused(tmp_path):
 ])
 def test_a_damaged_tokenizer_is_one_line(tmp_path, source):
     folder = folder_with(tmp_path, TEMPLATES[0])
-    (folder / "tokenizer.json").write_text(source)
-    with pytest.raises(UserError) as e:
-        Tokenizer(folder)
-    assert str(folder) in str(e.value) and "\n" not in str(e.value)
+    names = ["tokenizer.json"]
+    if not source.startswith("{") or source == "{":
+        names += ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
+    for name in names:
+        before = (folder / name).read_bytes() if (folder / name).is_file() else b"{}"
+        (folder / name).write_text(source)
+        with pytest.raises(UserError) as e:
+            Tokenizer(folder)
+        assert str(folder) in str(e.value) and "\n" not in str(e.value)
+        (folder / name).write_bytes(before)
 
 
 # ---- where a turn ends ---------------------------------------------------------------------------
