@@ -28,7 +28,8 @@ are right), worked out with care; a check computes the attempt again and compare
 traces of 3 numbers should carry over to longer problems, so no decision may depend on a problem's length
 (docs/miniature.md measures what each part is worth):
 
-- An attempt keeps *account* of its numbers in writing: the line before says whether another must follow.
+- An attempt keeps *account* of its numbers in writing: the line before says whether another must follow
+  (that this is needed could not be shown).
 - A check writes the target next to the value that it compares.
 - A *sheet* holds several problems of mixed sizes, each attempted once and perhaps checked: the model has seen
   problems, attempts and checks at any distance and in any layout. Half of them end with the last answer once
