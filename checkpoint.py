@@ -39,7 +39,7 @@ class Reader:
     name: str | Path
 
     def __call__(self, key: str, kind: type, default=None):
-        """For null the default, but for a float: null is no rotary base."""
+        """A null counts as missing, except for a float: a null rotary base is an error."""
         value = self.source.get(key)
         if value is None and not (kind is float and key in self.source):
             value = default
@@ -167,10 +167,9 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
     return weights
 
 
-UNREADABLE = {  # what is seen in a folder, or in its config.json: why it is not read
+UNREADABLE = {  # a file beside or instead of model.safetensors: what the folder holds
     "adapter_config.json": "an adapter, not a whole model; merge it into its base first "
                            "(merge_and_unload of peft)",
-    "quantization_config": "quantised weights; take the model that is not quantised",
     "pytorch_model.bin": "weights in a format that can run code; convert them to model.safetensors",
     "pytorch_model.bin.index.json": "weights in a format that can run code; convert them to safetensors",
 }
@@ -178,38 +177,43 @@ UNREADABLE = {  # what is seen in a folder, or in its config.json: why it is not
 
 def read_config(folder: Path) -> Config:
     """The Config of a folder. Raises UserError for a folder that this program cannot read."""
-    path = folder / "config.json"
-    source = read_json(path) if path.is_file() else {}  # an adapter has none
-    seen = {file.name for file in folder.iterdir()}
-    seen |= {key for key, value in source.items() if value is not None}
-    whole = seen & {"model.safetensors", "model.safetensors.index.json"}  # others may lie beside them
+    safe = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
     for name, reason in UNREADABLE.items():
-        if name in seen and not (whole and name.startswith("pytorch_model")):
-            raise UserError(f"{folder}: {name} says that it holds {reason}")
-    return config_of(source or read_json(path), path)
+        if (folder / name).is_file() and not (safe and name.startswith("pytorch_model")):
+            raise UserError(f"{folder}: {name} means {reason}")
+    path = folder / "config.json"
+    source = read_json(path)
+    if source.get("quantization_config") is not None:
+        raise UserError(f"{path}: quantization_config means quantised weights; take the model that is not "
+                        "quantised")
+    return config_of(source, path)
+
+
+def read_folder(model: str | Path, template_kwargs: dict | None = None) -> tuple[Path, Config, Tokenizer]:
+    """All of a folder but its weights. Raises UserError for anything wrong in it.
+
+    `template_kwargs` go to the chat template; None takes those of the run that made the folder, if one did.
+    """
+    folder = find_folder(model)
+    config = read_config(folder)
+    record = folder / "run.json"
+    if template_kwargs is None and record.is_file():
+        flags = Reader(read_json(record), record)("flags", dict, {})
+        template_kwargs = Reader(flags, record)("chat_template_kwargs", dict, {}) or None
+    return folder, config, Tokenizer(folder, template_kwargs, rows=config.vocab_size)
 
 
 def load(
     model: str | Path, device: str = "auto", dtype: str = "auto", template_kwargs: dict | None = None,
 ) -> tuple[Transformer, Tokenizer]:
-    """(Transformer, Tokenizer) of a Hugging Face folder or hub id.
-
-    `template_kwargs` go to the chat template; None takes those of the run that made the folder, if one did.
-    Raises UserError for anything wrong in the folder.
-    """
+    """(Transformer, Tokenizer) of a Hugging Face folder or hub id, as `read_folder` reads it."""
     device, dtype = device_and_dtype(device, dtype)
-    folder = find_folder(model)
-    config = read_config(folder)
-    if template_kwargs is None and (folder / "run.json").is_file():
-        record = folder / "run.json"
-        flags = Reader(read_json(record), record)("flags", dict, {})
-        template_kwargs = Reader(flags, record)("chat_template_kwargs", dict, {}) or None
-        if template_kwargs:
-            say(f"{folder}: --chat-template-kwargs '{json.dumps(template_kwargs)}', as its run.json says")
-    tokenizer = Tokenizer(folder, template_kwargs)
+    folder, config, tokenizer = read_folder(model, template_kwargs)
     if not tokenizer.has_template:
         say(f"{folder} has no chat template; it gets ChatML, where <|im_end|> ends a turn")
-    tokenizer.rows = config.vocab_size
+    if tokenizer.template_kwargs and template_kwargs is None:
+        kwargs = json.dumps(tokenizer.template_kwargs)
+        say(f"{folder}: --chat-template-kwargs '{kwargs}', as its run.json says")
     with torch.device("meta"):
         transformer = Transformer(config)
     weights = read_weights(folder, device)
@@ -291,7 +295,7 @@ def save(path: str | Path, model: Transformer, tokenizer: Tokenizer) -> None:
     save_tensors(path / "model.safetensors", weights)
     for name, content in tokenizer.files.items():
         if name != "generation_config.json":
-            write_whole(path / name, content.decode("utf-8"))
+            write_whole(path / name, content)
     # Engines stop where generation_config.json says. A base model's names the end of a document, not that of
     # a turn, so our stop ids go in. Its temperature and penalties, which engines apply in silence, stay out:
     # the model was trained without them.

@@ -137,7 +137,7 @@ def json_object(text: str) -> dict:
     return value
 
 
-json_object.__name__ = "JSON object"
+json_object.__name__ = "JSON object"  # argparse names it, as above
 positive = number(int, 1)
 natural = number(int, 0)
 
@@ -194,12 +194,12 @@ def to_json(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False)
 
 
-def write_whole(path: str | Path, text: str) -> None:
+def write_whole(path: str | Path, text: str | bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
     tmp = f"{path}.tmp"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(tmp, "w", encoding="utf-8") as f:
-        f.write(text)
+    with open(tmp, "wb") as f:
+        f.write(text.encode("utf-8") if isinstance(text, str) else text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 import tasks
-from checkpoint import find_folder, load, read_config
+from checkpoint import load, read_folder
 from cli import (
     UserError, command, natural, number, parser, positive, refuse_existing, run_record, to_json,
     write_whole,
@@ -424,6 +424,7 @@ def arguments():
 
 
 def split_at_commas(models: str) -> list[str]:
+    """Refuses a folder whose name holds a comma, which would be read as two models."""
     parts = models.split(",")
     if "" in parts:
         raise UserError(f"--models {models}: nothing between two commas")
@@ -468,8 +469,7 @@ def main():
     out = Path(args.out)
     refuse_existing(out)
     for _, folder in args.models:  # a name mistyped at the end of the list must not cost hours
-        read_config(find_folder(folder))
-        Tokenizer(find_folder(folder), args.chat_template_kwargs)
+        read_folder(folder, args.chat_template_kwargs)
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
 
     first, _ = args.models[0]  # its name

@@ -390,7 +390,8 @@ def main():
         counts = ", ".join(f"{n} ({reason})" for reason, n in sorted(dropped.items()))
         print(f"dropped {counts} of {len(rows)} attempts")
     n_correct = sum(row["correct"] for row in rows)
-    n_thoughts = sum(row["solution"].lstrip().startswith("<think>") for row in rows)
+    whole = [row["solution"].lstrip() for row in rows if row["finish"] == "stop"]
+    n_thoughts = sum(solution.startswith("<think>") for solution in whole)
     if not silver and n_thoughts > len(rows) / 2:
         raise UserError(f"--data {args.data}: {n_thoughts} of {len(rows)} attempts open with <think>, a tag "
                         "of the traces: the model thinks before it answers; if its chat template can switch "

@@ -515,13 +515,6 @@ def attempt_row(asked: Attempts, index: int, completion: Completion, text: str) 
     }
 
 
-def after_own_thought(text: str, tokenizer: Tokenizer) -> str:
-    """What follows the first </think> of a response, where the prompt itself opened <think>; else all."""
-    if not tokenizer.opening:
-        return text
-    return text.partition("</think>")[2].lstrip() or text
-
-
 def reflection_request(row: dict, n: int, tokenizer: Tokenizer) -> Request:
     prompt = tokenizer.chat(tasks.reflection_prompt(row["question"], row["solution"]))
     identity = f"{row['id']}/{row['style']}/{row['index']}/reflection"
@@ -616,7 +609,7 @@ def main():
     bar = tqdm(total=waiting, desc="attempts", unit="", disable=None)
     with open(args.out, "a", encoding="utf-8") as f, bar:
         for request, index, completion in sampler.stream(queue, params, args.seed):
-            text = after_own_thought(tokenizer.text(completion.tokens), tokenizer)
+            text = tokenizer.after_own_thought(completion.tokens)
             if isinstance(request.payload, Attempts):
                 row = attempt_row(request.payload, index, completion, text)
                 # A truncated attempt gets no reflections.

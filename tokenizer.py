@@ -54,8 +54,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 class ChatTemplate:
     """A template in jinja2's immutable sandbox, with the settings and functions that transformers gives it.
 
-    There is no chance and no clock: one that asks for the date gets a fixed one, so that a seed gives the
-    same bytes next week. Raises UserError, naming the file, for a template that cannot be rendered.
+    Nothing in it is random and it has no clock: a template that asks for the date gets a fixed one, so that a
+    seed gives the same bytes next week. Raises UserError, naming the file, for one that cannot be rendered.
     """
 
     def __init__(self, source: str, where: str, variables: dict):
@@ -81,7 +81,7 @@ class ChatTemplate:
         try:
             yield
         except TimeoutError:
-            raise  # for `time_limit`
+            raise  # `time_limit` reports it
         except Exception as e:  # a template can raise anything
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(f"{self.where}: the chat template fails ({reason})") from e
@@ -141,35 +141,35 @@ ASSISTANT = {"role": "assistant", "content": "damson"}
 
 
 def added_tokens(source: dict) -> dict[str, dict]:
-    """{text: token} of the tokens that tokenizer.json matches as a whole."""
+    """{text: token} of the tokens that are matched as a whole, from the content of tokenizer.json."""
     tokens = source.get("added_tokens")
     added = {}
-    for token in tokens if isinstance(tokens, list) else []:  # what is damaged the library will name
+    for token in tokens if isinstance(tokens, list) else []:  # the library will report what is damaged
         if isinstance(token, dict) and isinstance(token.get("content"), str):
             added[token["content"]] = token
     return added
 
 
 def mark_control_tokens(added: dict[str, dict], ends: set[str], rendered: str) -> str:
-    """A pattern of the control tokens, and in `added` they, and no others, are marked as special.
+    """Marks as special the control tokens in `added` and no others. Returns a pattern of them.
 
     They are what the folder calls special (not every folder marks them all), what ends a text, and what the
-    template puts around neutral words, unless it is a word or space, which may stand anywhere.
+    template puts around neutral words, unless it is of letters or space and so may stand anywhere.
     """
-    pattern = []
+    control = []
     for text, token in added.items():
         plain = not text.strip() or text.strip().isalpha()
-        control = token.get("special") or text in ends or (text in rendered and not plain)
-        token["special"] = bool(control) and text not in THINK
+        special = bool(token.get("special")) or text in ends or (text in rendered and not plain)
+        token["special"] = special and text not in THINK
         if token["special"]:
-            pattern.append(re.escape(text))
+            control.append(text)
             token["normalized"] = False  # or <|IM_END|> would be one where a tokenizer lowers letters
-    longest_first = sorted(pattern, key=len, reverse=True)
-    return "(" + ("|".join(longest_first) or "(?!)") + ")"
+    longest_first = sorted(control, key=len, reverse=True)
+    return "(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")"
 
 
 class Tokenizer:
-    """Text to ids and back, and conversations in the format of the folder's own chat template.
+    """The tokenizer of a folder. `rows`: of the model's embedding, which may be fewer than there are ids.
 
     `stop_ids` end a response; `end_id` is the one of them that closes an assistant turn, which SFT teaches.
     `opening` is the "<think>\n" with which the prompts of some models end, so that a response begins inside;
@@ -179,7 +179,7 @@ class Tokenizer:
     models wrote they stay text: <|im_end|> in a question ends no turn.
     """
 
-    def __init__(self, folder: str | Path, template_kwargs: dict | None = None):
+    def __init__(self, folder: str | Path, template_kwargs: dict | None = None, rows: int | None = None):
         self.folder = Path(folder)
         self.template_kwargs = template_kwargs
         self.files = {}
@@ -205,9 +205,9 @@ class Tokenizer:
             raise UserError(f"{self.folder}: the tokenizer cannot be read ({reason})") from e
         self.bpe.no_padding()
         self.bpe.no_truncation()
-        self.bpe.encode_special_tokens = True  # the library's name for: their text is ordinary text
+        self.bpe.encode_special_tokens = True  # as ordinary text, that is
         self.size = max(self.bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.rows = self.size  # of the embedding; `load` knows better
+        self.rows = rows or self.size
 
         found = re.search(self.control, closed)
         self.end_id = self.bpe.token_to_id(found[0] if found else eos)
@@ -305,7 +305,11 @@ class Tokenizer:
             ids = self.bpe.encode(text, add_special_tokens=False).ids
         except TypeError as e:  # half of a surrogate pair: what a terminal makes of other encodings
             raise UserError(f"the text {text[:60]!r} is not valid Unicode; fix it") from e
-        largest = max(ids, default=0)  # a tokenizer may have grown without its model
+        return self._known(ids)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The same ids. Raises UserError for one without an embedding, if the tokenizer alone has grown."""
+        largest = max(ids, default=0)
         if largest >= self.rows:
             raise UserError(f"{self.folder}: the embedding has {self.rows} rows and none for the token "
                             f"{self.bpe.id_to_token(largest)!r} ({largest}), which is needed; "
@@ -316,13 +320,18 @@ class Tokenizer:
         return self.bpe.decode(list(ids), skip_special_tokens=False)
 
     def text(self, ids: list[int]) -> str:
-        """The text of a completion, after the `opening` and without the stop token at its end."""
+        """The text of a completion: the prompt's `opening`, then what was sampled, without the stop token."""
         if ids and ids[-1] in self.stop_ids:
             ids = ids[:-1]
         return self.opening + self.decode(ids)
 
+    def after_own_thought(self, ids: list[int]) -> str:
+        """The text of an attempt: where the prompt opened <think>, what follows the first </think>."""
+        text = self.text(ids)
+        return (text.partition("</think>")[2].lstrip() if self.opening else "") or text
+
     def response(self, text: str) -> list[int]:
-        """Ids of an assistant's turn as a response to `chat`, with its end token: `text` the other way round.
+        """The inverse of the method `text`: ids, with the end token, of an answer to `chat`'s prompt.
 
         Where the prompt has opened <think>, a text without a thought gets an empty one.
         """
@@ -331,7 +340,7 @@ class Tokenizer:
             text = text.lstrip().removeprefix("<think>").removeprefix(opened)
         elif self.opening and "</think>" not in text:
             text = f"\n</think>\n\n{text}"
-        return self.encode(text) + [self.end_id]
+        return self.encode(text) + self._known([self.end_id])
 
     def chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, up to and with the opening of the assistant's turn.
@@ -355,7 +364,7 @@ class Tokenizer:
             content = re.sub(self.control, hide, message["content"])
             written.append({"role": message["role"], "content": content})
         text = self.template.render(written)
-        if hidden not in text:
+        if hidden not in text:  # as a whole: in some tokenizers a token takes the space beside it
             self.bpe.encode_special_tokens = False
             try:
                 return self.encode(text)
@@ -364,7 +373,7 @@ class Tokenizer:
         ids = []
         for i, piece in enumerate(re.split(f"{self.control}(?!{hidden})", text)):  # text, token, text, ...
             if i % 2:
-                ids.append(self.bpe.token_to_id(piece))
+                ids += self._known([self.bpe.token_to_id(piece)])
             else:
                 ids += self.encode(piece.replace(hidden, ""))
         return ids

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import config_of, find_folder, load, save
 from cli import UserError
-from tokenizer import Tokenizer
+from tokenizer import CHATML, Tokenizer
 
 # ---- the folder ----------------------------------------------------------------------------------
 def shard(path, model):
@@ -145,8 +145,8 @@ def test_a_prefix_of_all_names_is_named(folder, prefix):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("adapter_config.json", "adapter_config.json says that it holds an adapter.*merge"),
-    ("pytorch_model.bin", "pytorch_model.bin says that it holds weights in a format that can run code"),
+    ("adapter_config.json", "adapter_config.json means an adapter.*merge"),
+    ("pytorch_model.bin", "pytorch_model.bin means weights in a format that can run code"),
 ])
 def test_what_is_no_safetensors_model_is_recognised(folder, name, message):
     path = folder()
@@ -161,7 +161,7 @@ def test_other_weights_may_lie_beside_safetensors(folder):
     (path / "pytorch_model.bin").write_text("")
     load(path, "cpu")
     change_json(path / "config.json", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(UserError, match="quantization_config says that it holds quantised weights"):
+    with pytest.raises(UserError, match="quantization_config means quantised weights"):
         load(path, "cpu")
 
 
@@ -231,6 +231,26 @@ def test_a_tokenizer_may_have_grown(folder):
     for call in (tokenizer.encode, lambda text: tokenizer.chat([{"role": "user", "content": text}])):
         with pytest.raises(UserError, match="none for the token '<pad>'"):
             call("a <pad>")
+
+
+def test_a_control_token_without_an_embedding_is_refused(folder):
+    path = folder()
+    end = Tokenizer(path).end_id
+    tokenizer = Tokenizer(path, rows=end)
+    assert tokenizer.encode("a <|im_end|>")
+    for call in (tokenizer.response, lambda text: tokenizer.chat([{"role": "user", "content": text}])):
+        for text in ("a", "a <|im_end|>"):
+            with pytest.raises(UserError, match="none for the token"):
+                call(text)
+
+
+def test_files_are_copied_as_they_are(folder, tmp_path):
+    """A template in another encoding was a traceback at the first checkpoint."""
+    path = folder()
+    source = CHATML.encode() + "{# é #}".encode("latin-1")
+    (path / "chat_template.jinja").write_bytes(source)
+    save(tmp_path / "again", *load(path, "cpu"))
+    assert (tmp_path / "again" / "chat_template.jinja").read_bytes() == source
 
 
 def test_a_saved_folder_has_no_sampling_of_its_source(folder, tmp_path):

@@ -96,6 +96,12 @@ def test_no_code_from_data():
         assert not forbidden.search(text), path
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", "x", ""])
+def test_template_kwargs_must_be_an_object(cmd, text):
+    status, _, err = cmd(sample, "--chat-template-kwargs", text)
+    assert status == 2 and "invalid JSON object value" in err and "Traceback" not in err
+
+
 def test_light_files_import_no_torch():
     code = "import sys, tasks, rearrange; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment()).returncode == 0

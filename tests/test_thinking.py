@@ -13,7 +13,6 @@ import sample
 import sft
 from checkpoint import config_of, save
 from model import Transformer
-from sample import after_own_thought
 from tokenizer import Tokenizer
 
 TASK = ("--task", "multiply-2-small")
@@ -62,13 +61,13 @@ def test_sample_to_evaluate(cmd, tmp_path, name, flags, kwargs, opening):
     for run in ("sft", "grpo"):
         recorded = json.loads((tmp_path / run / "run.json").read_text())["flags"]
         assert recorded["chat_template_kwargs"] == kwargs
-    few = ("--questions", 2, "--samples", 2, "--tasks", TASK[1], *few[-4:])
+    few = ("--questions", 2, "--samples", 2, "--tasks", TASK[1], "--max-new-tokens", 8, "--device", "cpu")
     assert cmd(evaluate, "--models", "sft,grpo", "--budget-forcing", "--out", "evaluate", *few)[0] == 0
     for row in read_rows("evaluate/results.jsonl"):
         assert row["response"].startswith(opening) and row["forced"]["response"].startswith(opening)
 
 
-def test_a_trace_begins_where_its_prompt_ends(tmp_path, monkeypatch):
+def test_a_trace_begins_where_its_prompt_ends(tmp_path):
     """There is one <think> in prompt and response together."""
     tokenizer = thinker(tmp_path / "base", "r1")
     trace = "<think>\n<sample>\n1\n</sample>\n</think>\n\n<answer>1</answer>"
@@ -87,8 +86,20 @@ def test_a_trace_begins_where_its_prompt_ends(tmp_path, monkeypatch):
     ("<think>\nhm", "<think>\nhm"),  # it never ended: dropped later, for its tag
 ])
 def test_the_attempt_is_what_follows_the_models_own_thought(tmp_path, text, want):
-    assert after_own_thought(text, thinker(tmp_path / "r1", "r1")) == want
-    assert after_own_thought(text, thinker(tmp_path / "qwen3", "qwen3")) == text
+    r1, qwen3 = thinker(tmp_path / "r1", "r1"), thinker(tmp_path / "qwen3", "qwen3")
+    assert r1.after_own_thought([*r1.encode(text.removeprefix("<think>\n")), r1.end_id]) == want
+    assert qwen3.after_own_thought(qwen3.encode(text)) == text
+
+
+def test_attempts_are_cut_after_the_models_own_thought(cmd, tmp_path, monkeypatch):
+    """In the file that sample.py writes."""
+    thinker(tmp_path / "base", "r1")
+    thought = "hm</think>\n\nSo <answer>1</answer>"
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: thought)
+    few = ("--questions", 2, "--max-new-tokens", 4, "--device", "cpu")
+    assert cmd(sample, "--model", "base", *TASK, *few)[0] == 0
+    for row in read_rows("samples.jsonl"):
+        assert row["solution"] == "So <answer>1</answer>" and row["answer"] == "1"
 
 
 def test_a_model_that_thinks_unasked_is_named(cmd, tmp_path):

@@ -122,10 +122,11 @@ def test_no_content_adds_a_control_token(case, special, tmp_path):
     """Rule 5, whatever the template and however the folder marks its tokens; and no text is lost."""
     tokenizer = tokenizer_of(tmp_path, case, special=special)
     added = tokenizer.bpe.get_added_tokens_decoder()
-    neutral = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 2
+    user = {"role": "user", "content": "x"}
+    neutral = [user, {"role": "assistant", "content": "y"}, user]
     control = {id for id, token in added.items() if not re.search("think|tool", token.content)}
     if not special:
-        control &= {tokenizer.end_id, *tokenizer.chat(neutral[:3])}
+        control &= {tokenizer.end_id, *tokenizer.chat(neutral)}
     assert tokenizer.end_id in control
 
     def count(content):
@@ -216,7 +217,7 @@ def configure(folder, **changes):
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
 
 
-def test_the_template_is_the_one_that_transformers_takes(tmp_path):
+def test_the_template_is_the_file_or_the_default_entry(tmp_path):
     """A stale template, a comment or the tool_use entry once put a system turn into every prompt."""
     folder = folder_with(tmp_path, TEMPLATES[0])
     named = [{"name": "tool_use", "template": "{{ 1 / 0 }}"}, {"name": "default", "template": CHATML}]
@@ -292,16 +293,21 @@ def test_a_folder_without_template_and_markers_is_refused(tmp_path):
 ])
 def test_a_damaged_tokenizer_is_one_line(tmp_path, source):
     folder = folder_with(tmp_path, TEMPLATES[0])
-    names = ["tokenizer.json"]
-    if not source.startswith("{") or source == "{":
-        names += ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
-    for name in names:
-        before = (folder / name).read_bytes() if (folder / name).is_file() else b"{}"
-        (folder / name).write_text(source)
-        with pytest.raises(UserError) as e:
-            Tokenizer(folder)
-        assert str(folder) in str(e.value) and "\n" not in str(e.value)
-        (folder / name).write_bytes(before)
+    (folder / "tokenizer.json").write_text(source)
+    with pytest.raises(UserError) as e:
+        Tokenizer(folder)
+    assert str(folder) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", [
+    "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+])
+@pytest.mark.parametrize("source", ["{", "[]", "[" * 100000, "\udcff"])
+def test_a_damaged_file_is_named(tmp_path, name, source):
+    folder = folder_with(tmp_path, TEMPLATES[0])
+    (folder / name).write_text(source, errors="surrogateescape")
+    with pytest.raises(UserError, match=re.escape(f"{folder / name}: not ")):
+        Tokenizer(folder)
 
 
 # ---- where a turn ends ---------------------------------------------------------------------------
