@@ -203,6 +203,7 @@ class Tokenizer:
         except Exception as e:  # the tokenizers library raises bare Exception
             reason = str(e).splitlines()[0]
             raise UserError(f"{self.folder}: the tokenizer cannot be read ({reason})") from e
+        self._check_added_elsewhere()
         self.bpe.no_padding()
         self.bpe.no_truncation()
         self.bpe.encode_special_tokens = True  # as ordinary text, that is
@@ -221,6 +222,17 @@ class Tokenizer:
     def _object(self, name: str) -> dict:
         """What a JSON file holds, {} if there is none."""
         return read_json(self.folder / name, self.files.get(name, b"{}"))
+
+    def _check_added_elsewhere(self) -> None:
+        """transformers adds the tokens of two other files to those of tokenizer.json: we want them there."""
+        decoder = self._object("tokenizer_config.json").get("added_tokens_decoder")
+        texts = list(self._object("added_tokens.json"))
+        for entry in decoder.values() if isinstance(decoder, dict) else []:
+            texts.append(str(entry.get("content")) if isinstance(entry, dict) else str(entry))
+        for text in texts:
+            if self.bpe.token_to_id(text) is None:
+                raise UserError(f"{self.folder}: tokenizer.json lacks the token {text!r}, which another file "
+                                "adds; load the tokenizer with transformers and save it again")
 
     def _named_tokens(self) -> dict[str, str]:
         """{"eos_token": "<|im_end|>", ...}, from the same of two files as in transformers."""

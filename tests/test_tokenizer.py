@@ -193,6 +193,18 @@ def test_half_a_surrogate_pair_is_one_line():
             call("a\udcff")
 
 
+@pytest.mark.parametrize("name, content", [
+    ("added_tokens.json", {"<|new|>": 999}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"999": {"content": "<|new|>"}}}),
+])
+def test_a_token_of_another_file_is_not_taken_for_text(tmp_path, name, content):
+    folder = folder_with(tmp_path, TEMPLATES[0])
+    source = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    (folder / name).write_text(json.dumps({**source, **content}))
+    with pytest.raises(UserError, match=re.escape("lacks the token '<|new|>'")):
+        Tokenizer(folder)
+
+
 def test_think_tags_stay_tokens(tmp_path):
     """In traces as in prompts, even where a folder marks them as special."""
     folder = folder_with(tmp_path, TEMPLATES[1])
