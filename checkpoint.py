@@ -214,6 +214,10 @@ def load(
     if tokenizer.template_kwargs and template_kwargs is None:
         kwargs = json.dumps(tokenizer.template_kwargs)
         say(f"{folder}: --chat-template-kwargs '{kwargs}', as its run.json says")
+    for name in sorted((tokenizer.template_kwargs or {}).keys() - tokenizer.template.names):
+        say(f"{folder}: its chat template does not look at {name!r} of --chat-template-kwargs")
+    if tokenizer.ends_with_eos:
+        say(f"{folder}: its chat template ends a turn with no token that the tokenizer has; eos_token does")
     with torch.device("meta"):
         transformer = Transformer(config)
     weights = read_weights(folder, device)

@@ -134,6 +134,9 @@ def json_object(text: str) -> dict:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError
+    for name in ("messages", "add_generation_prompt", "tools", "documents"):
+        if name in value:
+            raise argparse.ArgumentTypeError(f"{name} cannot be given")
     return value
 
 

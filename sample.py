@@ -381,7 +381,7 @@ def say_what_the_context_cuts(prompts: list[list[int]], model: Transformer, max_
     cut = sum(len(prompt) + max_new_tokens > context for prompt in prompts)
     if cut:
         say(f"the context of {context} tokens leaves {cut} of {len(prompts)} prompts less than "
-            f"--max-new-tokens {max_new_tokens} for the response")
+            f"--max-new-tokens {max_new_tokens} for the response, which is cut off there")
     return cut
 
 

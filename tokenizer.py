@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 import jinja2.ext
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as BPE
 
@@ -61,6 +62,7 @@ class ChatTemplate:
     def __init__(self, source: str, where: str, variables: dict):
         self.where = where
         self.variables = variables
+        self.names = set()  # of the variables that it looks at
         environment = Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = self._tojson
@@ -68,13 +70,14 @@ class ChatTemplate:
         environment.globals["strftime_now"] = self._fixed_date
         del environment.globals["lipsum"], environment.filters["random"]
         with self._named_errors():
+            self.names = jinja2.meta.find_undeclared_variables(environment.parse(source))
             self.compiled = environment.from_string(source)
 
     def render(self, messages: list[dict], prompt: bool = True) -> str:
         """The text of a conversation; with `prompt`, up to and with the opening of the assistant's turn."""
         given = {"messages": messages, "add_generation_prompt": prompt, "tools": None, "documents": None}
         with self._named_errors():
-            return self.compiled.render({**given, **self.variables})
+            return self.compiled.render({**self.variables, **given})
 
     @contextmanager
     def _named_errors(self):
@@ -215,6 +218,7 @@ class Tokenizer:
         if self.end_id is None:
             raise UserError(f"{self.template.where}: no token ends the assistant's turn; the template must "
                             "write one, or tokenizer_config.json name an eos_token")
+        self.ends_with_eos = not found  # because the template writes nothing there that is a token
         self.stop_ids = sorted({self.end_id, *eos_ids, self.bpe.token_to_id(eos)} - {None})
         self.opening = prompt[prompt.rindex("<think>"):] if prompt.rstrip().endswith("<think>") else ""
 

@@ -291,6 +291,24 @@ def test_template_kwargs_come_from_the_run_that_made_the_folder(folder, capsys):
     assert load(path, "cpu")[1].template_kwargs == {"x": 1}
     assert """--chat-template-kwargs '{"x": 1}', as its run.json says""" in capsys.readouterr().out
     assert load(path, "cpu", template_kwargs={})[1].template_kwargs == {}
+    capsys.readouterr()
+    load(path, "cpu", template_kwargs={"enable_thinkng": False})
+    assert "its chat template does not look at 'enable_thinkng'" in capsys.readouterr().out
+
+
+def test_a_template_of_another_tokenizer_is_told(folder, capsys):
+    """Its markers are text to this one, and so is the end of a turn."""
+    path = folder()
+    load(path, "cpu")
+    assert "ends a turn with no token" not in capsys.readouterr().out
+    source = "{% for m in messages %}<|start|>{{ m.content }}<|eot|>{% endfor %}"
+    (path / "chat_template.jinja").write_text(source)
+    load(path, "cpu")
+    assert "ends a turn with no token that the tokenizer has; eos_token does" in capsys.readouterr().out
+
+
+def test_what_run_json_says_of_the_template_is_checked(folder):
+    path = folder()
     for flags in ([1], {"chat_template_kwargs": "x"}):
         (path / "run.json").write_text(json.dumps({"flags": flags}))
         with pytest.raises(UserError, match="run.json: .* must be an object"):

@@ -100,6 +100,8 @@ def test_no_code_from_data():
 def test_template_kwargs_must_be_an_object(cmd, text):
     status, _, err = cmd(sample, "--chat-template-kwargs", text)
     assert status == 2 and "invalid JSON object value" in err and "Traceback" not in err
+    status, _, err = cmd(sample, "--chat-template-kwargs", '{"messages": []}')
+    assert status == 2 and "messages cannot be given" in err
 
 
 def test_light_files_import_no_torch():
