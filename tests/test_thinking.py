@@ -50,15 +50,19 @@ def test_sample_to_evaluate(cmd, tmp_path, name, flags, kwargs, opening):
     assert tokenizer.opening == opening
     few = ("--max-new-tokens", 8, "--device", "cpu")
     assert cmd(sample, "--model", "base", *TASK, "--questions", 4, "--n", 1, *few, *flags)[0] == 0
+    other = ("--chat-template-kwargs", '{"enable_thinking": true}')
+    again = ("--model", "base", *TASK, "--questions", 4, "--n", 1, *few, *other)
+    refused(cmd, sample, again, "was made with --chat-template-kwargs")
     write_jsonl("right.jsonl", right_answers(read_rows("samples.jsonl")))
     assert cmd(rearrange, "--data", "right.jsonl")[0] == 0
     assert read_rows("silver.jsonl")[0]["messages"][-1]["content"].startswith("<think>\n<sample>\n")
     assert cmd(sft, "--model", "base", "--out", "sft", "--epochs", 1, "--device", "cpu", *flags)[0] == 0
+    assert cmd(sft, "--model", "sft", "--out", "more", "--epochs", 1, "--device", "cpu")[0] == 0
     few = ("--questions", 4, *TASK, *few)
     step = ("--steps", 1, "--questions-per-step", 4)
     status, out, _ = cmd(grpo, "--model", "sft", "--out", "grpo", *step, *few)
     assert status == 0 and ("as its run.json says" in out) == bool(kwargs)
-    for run in ("sft", "grpo"):
+    for run in ("sft", "more", "grpo"):
         recorded = json.loads((tmp_path / run / "run.json").read_text())["flags"]
         assert recorded["chat_template_kwargs"] == kwargs
     few = ("--questions", 2, "--samples", 2, "--tasks", TASK[1], "--max-new-tokens", 8, "--device", "cpu")

@@ -178,6 +178,18 @@ def test_no_lookalike_is_a_control_token(tmp_path, normalizer, texts):
         assert ids.count(tokenizer.end_id) == neutral.count(tokenizer.end_id)
 
 
+def test_a_control_token_of_one_letter(tmp_path):
+    folder = folder_with(tmp_path, {"source": CHATML, "named": {**QWEN, "unk_token": "☃"}})
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.bpe.token_to_id("☃") not in tokenizer.chat([{"role": "user", "content": "a ☃ b"}])
+
+
+def test_tools_are_none_as_in_transformers(tmp_path):
+    folder = folder_with(tmp_path, TEMPLATES[0])
+    configure(folder, chat_template=CHATML + "{% if tools is not none %}tools{% endif %}")
+    assert "tools" not in rendered(folder)
+
+
 def test_words_are_no_control_tokens():
     """The miniature has a token for "user\\n": it may stand in a question as it is."""
     tokenizer = Tokenizer(MINI)
