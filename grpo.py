@@ -507,8 +507,8 @@ def from_where_to_where(model: str | None, out: str | None) -> tuple[str, str]:
     return "mini", out
 
 
-def read_problems(args, tokenizer: Tokenizer, context: int) -> tuple[list, list]:
-    """([(task, problem)] to train on, the same to validate on).
+def read_problems(args, tokenizer: Tokenizer, context: int) -> tuple[list, list, list[list[int]]]:
+    """([(task, problem)] to train on, the same to validate on, the prompts of the first).
 
     Refuses now what would fail in the middle of the run.
     """
@@ -521,12 +521,14 @@ def read_problems(args, tokenizer: Tokenizer, context: int) -> tuple[list, list]
     if len(problems) < args.questions_per_step:
         raise UserError(f"--questions-per-step {args.questions_per_step}: "
                         f"there are only {len(problems)} questions; raise --questions or lower it")
+    prompts = []
     for task, problem in problems + held_out:
-        n = len(tokenizer.chat(task.prompt(problem)))
+        prompts.append(tokenizer.chat(task.prompt(problem)))
+        n = len(prompts[-1])
         if n >= context:
             raise UserError(f"--task {task.name}: the prompt of {problem.id} has {n} tokens and does not fit "
                             f"the model's context of {context}; remove it")
-    return problems, held_out
+    return problems, held_out, prompts[:len(problems)]
 
 
 def main():
@@ -536,7 +538,7 @@ def main():
     args.model, args.out = from_where_to_where(args.model, args.out)
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
     args.chat_template_kwargs = tokenizer.template_kwargs
-    problems, held_out = read_problems(args, tokenizer, model.config.max_position_embeddings)
+    problems, held_out, prompts = read_problems(args, tokenizer, model.config.max_position_embeddings)
     reference = None
     if args.kl:
         reference = deepcopy(model).requires_grad_(False)  # before resuming: the model the run began with
@@ -551,7 +553,6 @@ def main():
     params = Params(args.max_new_tokens, args.temperature)
     say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} "
         f"rollouts, learning rate {lr:g}")
-    prompts = [tokenizer.chat(task.prompt(problem)) for task, problem in problems]
     context_cuts = say_what_the_context_cuts(prompts, model, args.max_new_tokens) > len(prompts) / 2
     if run.step >= args.steps:
         say(f"{run.out} is finished already")

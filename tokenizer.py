@@ -59,7 +59,7 @@ class ChatTemplate:
     seed gives the same bytes next week. Raises UserError, naming the file, for one that cannot be rendered.
     """
 
-    def __init__(self, source: str, where: str, variables: dict):
+    def __init__(self, source: str, where: Path, variables: dict):
         self.where = where
         self.variables = variables
         self.names = set()  # of the variables that it looks at
