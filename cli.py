@@ -4,11 +4,14 @@ Imports nothing of ours and no torch, so that `rearrange.py` and `tasks.py` stay
 """
 import argparse
 import errno
+import gzip
 import json
 import math
 import os
 import subprocess
 import sys
+import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -131,7 +134,7 @@ def number(kind: type, low=None, high=None, open_low: bool = False) -> Callable[
 
 def json_object(text: str) -> dict:
     """An argparse type."""
-    value = json.loads(text)
+    value = json.loads(text, parse_constant=int)  # int("NaN") is a ValueError, as bad JSON is
     if not isinstance(value, dict):
         raise ValueError
     for name in ("messages", "add_generation_prompt", "tools", "documents"):
@@ -140,44 +143,90 @@ def json_object(text: str) -> dict:
     return value
 
 
+def split_list(text: str, flag: str) -> list[str]:
+    """The parts of a list with commas. Raises UserError if one is empty or there twice."""
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part:
+            raise UserError(f"{flag} {text!r}: nothing between two commas")
+        if parts.count(part) > 1:
+            raise UserError(f"{flag} {text}: {part} is there twice; name it once")
+    return parts
+
+
 json_object.__name__ = "JSON object"  # argparse names it, as above
 positive = number(int, 1)
 natural = number(int, 0)
 
 
 # ---- files ---------------------------------------------------------------------------------------
-def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[dict]:
-    """Yield the objects of a JSON Lines file; each must have the `required` names.
+def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """Yield ("file:line", object) for each line of a JSON Lines file; each must have the `required` names.
 
-    Raises UserError with file and line.
+    It may be compressed (.gz); a .json file may be one array. Raises UserError with file and line.
     """
+    path = str(path)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
+    if path.endswith((".parquet", ".csv", ".tsv")):
+        raise UserError(f"{path}: not JSON Lines; make it that: python convert.py {path} --out rows.jsonl")
     empty = True
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                empty = False
-                yield _row(line, f"{path}:{number}", required)
+    for where, value in _values(path):
+        empty = False
+        yield where, _row(value, where, path, required)
     if empty:
         raise UserError(f"{path}: the file holds no rows")
 
 
-def _row(line, where, required):
+def _values(path):
+    """("file:line", what the line holds)"""
+    opened = gzip.open if path.endswith(".gz") else open
     try:
-        row = json.loads(line.decode("utf-8"))
-        to_json(row).encode("utf-8")  # "\ud800" alone is valid JSON but no text
+        with opened(path, "rb") as f:
+            if path.removesuffix(".gz").endswith(".json"):
+                content = f.read().removeprefix(BOM_UTF8)
+                if content.lstrip().startswith(b"["):
+                    for number, value in enumerate(_parsed(content, path), 1):
+                        yield f"{path}: item {number}", value
+                    return
+                f = content.splitlines()
+            for number, line in enumerate(f, 1):
+                line = line.removeprefix(BOM_UTF8) if number == 1 else line
+                if line.strip():
+                    yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
+    except (gzip.BadGzipFile, zlib.error, EOFError) as e:
+        raise UserError(f"{path}: not a whole gzip file; get it again") from e
+
+
+def _parsed(content, where):
+    try:
+        value = json.loads(content.decode("utf-8"))
+        to_json(value).encode("utf-8")  # "\ud800" alone is valid JSON but no text
     except UnicodeError as e:
         raise UserError(f"{where}: not UTF-8 text; fix or remove this line") from e
     except (ValueError, RecursionError) as e:  # ValueError: bad JSON, or a number of thousands of digits
         reason = getattr(e, "msg", str(e)[:60])
         raise UserError(f"{where}: not valid JSON ({reason}); fix or remove this line") from e
+    return value
+
+
+def _row(row, where, path, required):
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object like {{...}}, found {type(row).__name__}")
     for name in required:
         if name not in row:
+            refuse_published_shape(row, where, path)
             raise UserError(f"{where}: the key {name!r} is missing (found: {', '.join(row) or 'none'})")
     return row
+
+
+def refuse_published_shape(row: dict, where: str, path: str | Path) -> None:
+    """Name the shape that a row has, if it is one that `convert.py` knows."""
+    from convert import shape_of  # here, so that it is a leaf: it can be deleted with this function
+    shape = shape_of(row)
+    if shape:
+        raise UserError(f"{where}: this is {shape.about}; make it ours: "
+                        f"python convert.py {path} --out {shape.example}")
 
 
 def read_json(path: str | Path, content: bytes | None = None) -> dict:

@@ -5,8 +5,9 @@
     python evaluate.py --models Qwen/Qwen2.5-1.5B-Instruct --tasks gsm8k --questions 0 --max-new-tokens 4096
 
 All models get the same questions, so the difference to the first is paired. Intervals are at 95%. An answer
-counts if it is the last one after </think> (strict); the lenient figure takes the last one anywhere, which
-tells a wrong answer from a response that never came to its end.
+counts if it is the last one after </think> (strict); the lenient figure takes the last one anywhere. Beside
+them stands the share without a readable answer, and the share that is right but for the form (an <answer>
+elsewhere, or \\boxed{}): what training gains there is form, not reasoning.
 
 Left out: several GPUs (start one process a task), going on with an interrupted evaluation, judging by another
 model.
@@ -28,7 +29,7 @@ from cli import (
     UserError, command, natural, number, parser, positive, refuse_existing, run_record, to_json,
     write_whole,
 )
-from grading import verdict
+from grading import last_boxed, verdict
 from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
 from tokenizer import Tokenizer
 
@@ -36,13 +37,42 @@ Interval = tuple[float, float]
 
 
 # ---- statistics ----------------------------------------------------------------------------------
-def wilson(right: float, n: int, z: float = 1.96) -> Interval:
+def wilson(right: float, n: float, z: float = 1.96) -> Interval:
     """95% interval of a proportion (Wilson 1927); it stays within 0..1 and is sane at 0 and n."""
     p = right / n
     centre = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+LEAST_CORRELATION = 0.1  # of the samples of a question
+
+
+def interval(right) -> Interval:
+    """95% interval of the accuracy. right: (questions, samples) of 0 and 1.
+
+    Wilson's for the independent answers that the samples are worth, accuracy (1 - accuracy) / variance of the
+    mean over questions, with Student's quantile for so many questions. Where few answers are right, the
+    variance that shows is often too small: so the samples of a question count as correlated by 0.1 at least.
+    A test simulates how often it holds the truth.
+    """
+    right = np.asarray(right, dtype=float)
+    n, k = right.shape
+    accuracy = right.mean()
+    variance = right.mean(1).var(ddof=1) / n if n > 1 else 0.0
+    if k == 1 or variance == 0:
+        return wilson(accuracy * n, n)
+    most = n * k / (1 + (k - 1) * LEAST_CORRELATION)
+    worth = min(accuracy * (1 - accuracy) / variance, most)
+    return wilson(accuracy * worth, worth, student(n - 1))
+
+
+def student(df: int) -> float:
+    """The 97.5% quantile of Student's t for `df` degrees of freedom (Abramowitz and Stegun 26.7.5)."""
+    z = 1.959964
+    return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
 
 
 def bootstrap(means, seed: int = 0, draws: int = 4000) -> Interval:
@@ -56,19 +86,6 @@ def bootstrap(means, seed: int = 0, draws: int = 4000) -> Interval:
     estimates = [means[rng.integers(0, n, n)].mean() for _ in range(draws)]
     low, high = np.quantile(estimates, (0.025, 0.975))
     return float(low), float(high)
-
-
-def interval(right) -> Interval:
-    """95% interval of the accuracy. right: (questions, samples) of 0 and 1.
-
-    One sample each: Wilson; else by question. With no spread between questions a bootstrap collapses to a
-    point, and Wilson over the questions is the honest one.
-    """
-    right = np.asarray(right)
-    means = right.mean(1)
-    if right.shape[1] == 1 or means.std() == 0:
-        return wilson(means.sum(), len(means))
-    return bootstrap(means)
 
 
 def paired(differences) -> Interval:
@@ -106,7 +123,9 @@ def f1(verdicts: list[tuple[bool, bool]], label: bool) -> float | None:
 
 
 # ---- use of the skills ---------------------------------------------------------------------------
-BLOCK = re.compile(r"<sample>(.*?)</sample>\s*(?:<reflect>(.*?)</reflect>)?", re.DOTALL)
+# An attempt and, before the next one, its check.
+BLOCK = re.compile(r"<sample>(.*?)</sample>(?:(?:(?!<sample>).)*?<reflect>(.*?)</reflect>)?", re.DOTALL)
+THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 
 
 def skills(task: tasks.Task, problem: tasks.Problem, text: str) -> dict:
@@ -116,11 +135,11 @@ def skills(task: tasks.Task, problem: tasks.Problem, text: str) -> dict:
     The answers are those inside <think> (outside is only the final one); without <think>, all. Reflections
     are counted in the whole text. A response without a <sample> is one attempt.
     """
-    thought = text.partition("<think>")[2].partition("</think>")[0] or text
+    thought = "".join(THOUGHT.findall(text)) or text
     attempts = []
     verdicts = []  # (said, actual)
     for attempt, reflection in BLOCK.findall(thought):
-        correct = task.grade(problem, attempt, lenient=True).correct
+        correct = task.grade(problem, attempt).correct
         attempts.append(correct)
         said = verdict(reflection)
         if said is not None:
@@ -140,28 +159,38 @@ def forced_prompt(tokenizer: Tokenizer, completion: Completion) -> tuple[list[in
     """(the prompt to go on from, what it adds to the old one), for a response that ended within its budget.
 
     Cut before the last </think> (at the end, if there is none) and open a new <sample>. The ids that stay are
-    the sampled ones and the new ones are appended as ids: nothing is decoded and encoded again, so no token
-    before the cut can change.
+    the sampled ones: nothing before the cut is decoded and encoded again. Where the cut falls inside a token,
+    what that token says before it is appended with the new <sample>.
     """
-    beginning = completion.tokens[:-1]  # without the stop token
-    cut = tokenizer.decode(beginning).rfind("</think>")
+    sampled = completion.tokens[:-1]  # without the stop token
+    text = tokenizer.decode(sampled)
+    cut = text.rfind("</think>")
     if cut >= 0:
-        beginning = beginning[:longest_prefix(tokenizer, beginning, cut)]
-    line = "" if tokenizer.decode(beginning).endswith("\n") else "\n"
-    beginning = beginning + tokenizer.encode(f"{line}<sample>\n")
+        text = text[:cut]
+    beginning = sampled[:longest_prefix(tokenizer, sampled, text)]
+    rest = text[len(tokenizer.decode(beginning)):]
+    line = "" if text.endswith("\n") else "\n"
+    beginning = beginning + tokenizer.encode(f"{rest}{line}<sample>\n")
     return completion.prompt + beginning, beginning
 
 
-def longest_prefix(tokenizer: Tokenizer, ids: list[int], characters: int) -> int:
-    """How many of the first ids have a text of at most so many characters, by bisection."""
+def longest_prefix(tokenizer: Tokenizer, ids: list[int], text: str) -> int:
+    """How many of the first ids say nothing but a beginning of the text.
+
+    By bisection over their length, then step by step: ids that end within a character are longer than those
+    that complete it.
+    """
     low, high = 0, len(ids)
     while low < high:
         middle = (low + high + 1) // 2
-        if len(tokenizer.decode(ids[:middle])) <= characters:
+        if len(tokenizer.decode(ids[:middle])) <= len(text):
             low = middle
         else:
             high = middle - 1
-    return low
+    n = min(low + 4, len(ids))  # a character has up to 4 bytes
+    while not text.startswith(tokenizer.decode(ids[:n])):
+        n -= 1
+    return n
 
 
 def force(sampler: Sampler, problems, groups, params: Params, seed: int, bar) -> list[list[Completion]]:
@@ -233,8 +262,16 @@ def result_row(name, task, problem, index, completion, tokenizer):
         "correct": grade.correct,
         "reason": grade.reason,
         "lenient": task.grade(problem, text, lenient=True).correct,
+        "wrong_form": not grade.correct and right_in_another_form(task, problem, text),
         **skills(task, problem, text),
     }
+
+
+def right_in_another_form(task, problem, text):
+    """Whether a response holds the right answer as its last closed <answer> or last \\boxed{}, wherever."""
+    boxed = last_boxed(text)
+    return (task.grade(problem, text, lenient=True).correct
+            or (boxed is not None and not task.check(boxed, problem.truth)))
 
 
 def forced_result(task, problem, completion, tokenizer):
@@ -269,6 +306,8 @@ def summarise(rows: list[dict], baseline: list[dict] | None, plan: Plan) -> dict
         "accuracy": right.mean(),
         "interval": interval(right),
         "lenient": mean("lenient"),
+        "no_answer": float(np.mean([row["answer"] is None for row in rows])),
+        "wrong_form": mean("wrong_form"),
         "pass": pass_at_k,
         "truncated": float(np.mean([row["finish"] == "length" for row in rows])),
         "tokens": mean("tokens"),
@@ -293,88 +332,6 @@ def summarise(rows: list[dict], baseline: list[dict] | None, plan: Plan) -> dict
         cell["forced_difference"] = float((forced - right).mean())
         cell["forced_difference_interval"] = paired((forced - right).mean(1))
     return cell
-
-
-# ---- tables --------------------------------------------------------------------------------------
-def percent(x: float) -> str:
-    return f"{100 * x:.1f}"
-
-
-def bounds(ends: Interval) -> str:
-    low, high = ends
-    return f"[{percent(low)}, {percent(high)}]"
-
-
-def change(x: float, ends: Interval) -> str:
-    return f"{100 * x:+.1f} {bounds(ends)}"
-
-
-def two_places(x: float | None) -> str:
-    return "-" if x is None else f"{x:.2f}"
-
-
-def table_row(cell: dict, ks: list[int]) -> dict[str, str]:
-    """{heading: text}, the row of a cell in a table with these pass@k."""
-    row = {
-        "model": cell["model"],
-        "task": cell["task"],
-        "n x k": f"{cell['questions']} x {cell['samples']}",
-        "accuracy %": f"{percent(cell['accuracy'])} {bounds(cell['interval'])}",
-        "against the first": "",
-        "lenient": percent(cell["lenient"]),
-    }
-    if "difference" in cell:
-        row["against the first"] = change(cell["difference"], cell["difference_interval"])
-    for k in ks:
-        row[f"pass@{k}"] = percent(cell["pass"][k]) if k in cell["pass"] else ""
-    row["cut off"] = percent(cell["truncated"])
-    row["tokens"] = f"{cell['tokens']:.0f}"
-    row["answers"] = two_places(cell["answers"])
-    row["reflects"] = two_places(cell["reflections"])
-    row["first / any right"] = f"{percent(cell['first_attempt'])} / {percent(cell['any_attempt'])}"
-    row["F1 right/wrong"] = f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}"
-    if "forced" in cell:
-        gain = change(cell["forced_difference"], cell["forced_difference_interval"])
-        row["forced to go on"] = f"{percent(cell['forced'])} ({gain})"
-    return row
-
-
-def by_task(cells: list[dict]) -> list[dict]:
-    """The models of one task together."""
-    names = list(dict.fromkeys(cell["task"] for cell in cells))
-    return sorted(cells, key=lambda cell: names.index(cell["task"]))
-
-
-def table_of(cells: list[dict]) -> list[list[str]]:
-    """Headings, then a row for each cell. Sets of different sizes may have different pass@k."""
-    ks = sorted({k for cell in cells for k in cell["pass"] if k > 1})
-    rows = [table_row(cell, ks) for cell in cells]
-    return [list(rows[0]), *(list(row.values()) for row in rows)]
-
-
-def paper_table(names: set[str]) -> list[list[str]]:
-    """The paper's figures for the tasks of `names`, [] if it has none.
-
-    They are of Qwen2.5-1.5B-Instruct trained on Countdown-3, accuracy in %, single runs.
-    """
-    paper = json.loads((Path(__file__).resolve().parent / "paper.json").read_text())
-    common = [name for name in paper["tasks"] if name in names]
-    if not common:
-        return []
-    rows = [["paper, 1.5B", *common]]
-    for arm, figures in paper["arms"].items():
-        figure_of = dict(zip(paper["tasks"], figures, strict=True))
-        rows.append([arm, *(f"{figure_of[name]:.1f}" for name in common)])
-    return rows
-
-
-def text_table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -454,7 +411,7 @@ def whole_numbers(text: str) -> list[int]:
 
 def make_plans(args) -> list[Plan]:
     plans = []
-    for task in tasks.find_all(args.tasks, args.data_dir):
+    for task in tasks.find_all(args.tasks, args.data_dir, "--tasks"):
         problems = task.problems(args.split, args.questions, args.seed)
         samples = args.samples or (4 if len(problems) >= 100 else 34)
         ks = args.k or [samples]
@@ -487,26 +444,22 @@ def main():
             cell = summarise(rows, None if name == first else results[first, task], plan)
             cell["chat_template_kwargs"] = tokenizer.template_kwargs
             cells.append(cell)
-            write_results(out, cells, results, rows, args)
-            print(f"{name} on {task}: {percent(cell['accuracy'])}%", flush=True)
+            tables_so_far = write_results(out, cells, results, rows, args)
+            print(f"{name} on {task}: {cell['accuracy']:.1%}", flush=True)
         del model, sampler
-    print("\n" + text_table(table_of(by_task(cells))))
-    paper = paper_table({plan.task.name for plan in plans})
-    if paper:
-        print("\n" + text_table(paper))
+    print("\n" + tables_so_far)
     print(f"\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
-def write_results(out: Path, cells: list[dict], results: dict, rows: list[dict], args) -> None:
-    """Add the rows of a new cell to results.jsonl; make summary.json and the page anew."""
-    from report import page  # here, so that the page is a leaf: it can be deleted with its two lines
+def write_results(out: Path, cells: list[dict], results: dict, rows: list[dict], args) -> str:
+    """Add the rows of a cell to results.jsonl; make summary.json and the page anew. Returns the tables."""
+    import report  # here, so that it is a leaf: it can be deleted with these lines
     with open(out / "results.jsonl", "a", encoding="utf-8") as f:
         f.writelines(to_json(row) + "\n" for row in rows)
     write_whole(out / "summary.json", json.dumps(cells, indent=2))
-    cells = by_task(cells)
-    paper = paper_table({cell["task"] for cell in cells})
     command_line = " ".join(run_record(args)["command"])
-    write_whole(out / "report.html", page(command_line, cells, table_of(cells), paper, results))
+    write_whole(out / "report.html", report.page(command_line, cells, results))
+    return report.tables(cells)
 
 
 if __name__ == "__main__":

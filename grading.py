@@ -7,63 +7,146 @@
     check_countdown("2 + 3", {"numbers": [2, 3, 20], "target": 100})          # "uses [2, 3], the numbers ..."
 
 Grading never runs an answer: countdown has its own parser over exact fractions, with work bounded by the 256
-characters that an answer may have.
-
-Left out: symbolic math (the math-verify library does it, if installed).
+characters that an answer may have. Every checker reads the bare answer, without `$`, `\\boxed{}`, `**` and
+their like around it; what else stands there makes it another answer. Math is in `equivalence.py`.
 """
 import gzip
 import operator
 import re
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
-
-from cli import UserError
 
 # The tags of a trace. An attempt or a reflection that holds one of them would break the trace it is put into.
 TRACE_TAGS = ("<think>", "</think>", "<sample>", "</sample>", "<reflect>", "</reflect>")
 
 
 # ---- what a text says ----------------------------------------------------------------------------
+NO_ANSWER = "no <answer>"
+CLOSED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+
+
 def extract_answer(text: str, lenient: bool = False) -> tuple[str | None, str]:
     """(answer or None, the reason why there is none).
 
-    Strict: the last <answer> after the last </think>, none if <think> never closed. Lenient: the last
-    <answer> anywhere.
+    Strict: the last <answer> after the last </think>, none if a <think> is open. An earlier <answer> that was
+    never closed is only named ("I end with the <answer> tag"); one right before another, or around it, is
+    refused. Lenient: the strict answer, else the last closed pair anywhere.
 
     extract_answer("<think><answer>1</answer></think><answer> 2 </answer>")  ->  ("2", "")
     """
-    if not lenient:
-        if "</think>" in text:
-            text = text[text.rindex("</think>"):]
-        elif "<think>" in text:
-            return None, "the <think> is never closed"
-    opening = text.rfind("<answer>")
-    if opening < 0:
-        return None, "no <answer>"
-    if text.count("<answer>", 0, opening) > text.count("</answer>", 0, opening):
-        return None, "nested <answer> tags"
-    closing = text.find("</answer>", opening)
-    if closing < 0:
+    answer, why_none = _strict_answer(text)
+    if answer is None and lenient:
+        closed = CLOSED.findall(text)
+        if closed:
+            return closed[-1].strip(), ""
+    return answer, why_none
+
+
+def _strict_answer(text):
+    after_thought = text.rpartition("</think>")[2]
+    if "<think>" in after_thought:
+        return None, "the <think> is never closed"
+    before, opening, rest = after_thought.rpartition("<answer>")
+    if not opening:
+        return None, NO_ANSWER
+    answer, closing, after = rest.partition("</answer>")
+    if not closing:
         return None, "the <answer> is never closed"
-    return text[opening + len("<answer>"):closing].strip(), ""
+    around = before.count("<answer>") > before.count("</answer>") and "</answer>" in after
+    if around or before.rstrip().endswith("<answer>"):
+        return None, "nested <answer> tags"
+    return answer.strip(), ""
 
 
-VERDICT = re.compile(r"<verdict>\s*(correct|incorrect)\s*</verdict>", re.IGNORECASE)
+def malformed(text: str) -> str:
+    """Why one cannot tell what the answer of a text is, or "". A text without <answer> is not malformed."""
+    answer, why_none = extract_answer(text)
+    return "" if answer is not None or why_none == NO_ANSWER else why_none
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last \boxed{} of a text holds, braces in it included; None if there is none that closes."""
+    _, opening, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for at, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if opening and depth == 0:
+            return rest[:at].strip()
+    return None
+
+
+VERDICT = re.compile(r"<verdict>([^<]*)</verdict>", re.IGNORECASE)
 
 
 def verdict(text: str) -> bool | None:
-    """True or False for the last <verdict> of a reflection, None if it has none."""
+    """True or False for the last <verdict> of a reflection, None if it has none that can be read."""
     found = VERDICT.findall(text)
-    return found[-1].lower() == "correct" if found else None
+    said = found[-1].strip(" \n\t.!*_`").lower() if found else ""
+    return {"correct": True, "incorrect": False}.get(said)
+
+
+# ---- the bare answer -----------------------------------------------------------------------------
+WRAPPERS = (("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"), ("**", "**"), ("`", "`"),
+            ("\\boxed{", "}"), ("\\text{", "}"))
+# ASCII has its characters from "!" to "~" a second time, as wide as a Chinese character.
+FULL_WIDTH = {code + 0xFEE0: code for code in range(ord("!"), ord("~") + 1)} | {ord("。"): "."}
+
+
+def unwrap(answer: str) -> str:
+    """An answer without what people write around one: brackets of math, bold, code, one final full stop.
+
+    unwrap("**\\\\(\\\\boxed{5}\\\\).**")  ->  "5"
+    """
+    bare = answer.translate(FULL_WIDTH).strip()
+    may_stop = True
+    for _ in range(8):  # more wrappers than anybody writes
+        before = bare
+        if may_stop and bare.endswith("."):
+            bare = bare[:-1].rstrip()
+            may_stop = False
+        for opening, closing in WRAPPERS:
+            inner = bare[len(opening):-len(closing)]
+            both = len(bare) >= len(opening + closing) and bare.startswith(opening) and bare.endswith(closing)
+            if both and _is_one(inner, opening, closing):
+                bare = inner.strip()
+        if bare == before:
+            break
+    return bare
+
+
+def _is_one(inner, opening, closing):
+    """Whether what stands within a wrapper is one text: `$5$ or $6$` is two."""
+    if closing != "}":
+        inner = inner.replace("\\$", "")  # a dollar, not a bracket
+        return closing not in (inner.strip(closing) if opening == closing else inner)
+    depth = 0
+    for character in inner:
+        depth += (character == "{") - (character == "}")
+        if depth < 0:
+            return False
+    return True
+
+
+Check = Callable[[str, dict], str]
+
+
+def of_bare_answers(check: Check) -> Check:
+    """Makes a checker of bare answers one of answers as people write them."""
+    @wraps(check)
+    def checked(answer, truth):
+        return check(unwrap(answer), truth)
+    return checked
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------
 LONGEST = 256  # characters of an answer
 DEEPEST = 64  # parentheses
-SPELLINGS = {  # other ways to write an operator
-    "\\times": "*", "\\cdot": "*", "\\div": "/", "×": "*", "x": "*", "X": "*", "÷": "/", "−": "-",
+SPELLINGS = {  # other ways to write an operator or a parenthesis
+    "\\times": "*", "\\cdot": "*", "\\div": "/", "\\left": "", "\\right": "",
+    "×": "*", "x": "*", "X": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-",
 }
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -147,8 +230,9 @@ def apply(symbol: str, a: Fraction, b: Fraction) -> Fraction:
 
 
 # ---- checkers: (answer, truth) -> "" if right, else the reason -----------------------------------
+@of_bare_answers
 def check_countdown(answer: str, truth: dict) -> str:
-    """An expression (perhaps with `= 100`, its value as text), or lines `Step 1: a op b = c` to the target.
+    """An expression, perhaps with its value (`= 5 * 20 = 100`), or lines `Step 1: a op b = c` to the target.
 
     Either way each number is used exactly once.
     """
@@ -166,11 +250,13 @@ def check_countdown(answer: str, truth: dict) -> str:
 
 
 def _check_expression(answer, numbers, target):
-    expression, equals, claim = answer.partition("=")
-    claim = claim.strip()
+    expression, *links = answer.split("=")
     value, used = parse(expression)
-    if equals and claim != str(value):
-        return f"claims to be {claim} but is {value}"
+    for link in links:
+        signed = link.strip()
+        claim, _ = parse("0" + signed if signed.startswith(("-", "−")) else signed)
+        if claim != value:
+            return f"claims to be {signed} but is {value}"
     if Counter(used) != Counter(numbers):
         return f"uses {sorted(used)}, the numbers are {sorted(numbers)}"
     return "" if value == target else f"is {value}, not {target}"
@@ -204,72 +290,68 @@ def _check_steps(answer, numbers, target):
     return "" if left == [target] else f"ends with {left}, not with {target} alone"
 
 
-INTEGER = re.compile(r"\$? ?([-+−]?)\$? ?([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)? ?(%|[A-Za-z]+)?")
-# Words that change the number: "3 k" is not 3 of something.
-NOT_UNITS = {"k", "m", "b", "hundred", "thousand", "million", "billion", "dozen", "x", "e"}
+SEPARATOR = re.compile(r"(?<=[0-9])(?:,\\!|\{,\}|\\,) ?(?=[0-9]{3})")  # LaTeX's commas of thousands
+INTEGER = re.compile(r"([-+−]?) ?(?:\\?[$]|[€£¥])? ?([-+−]?)"
+                     r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?( ?\\?%)?")
 
 
-def integer_of(text: str) -> int | None:
-    """The integer that a text is, or None.
+def integer_of(text: str, percent: bool = False) -> int | None:
+    """The integer that a bare text is, or None.
 
-    It may have thousands separators, decimals of zero, a currency sign before and a percent sign or one word
-    of a unit after.
+    It may have thousands separators, decimals of zero, a currency sign before it and, with `percent`, a
+    percent sign after it. No other unit: "5 trillion" is not 5.
 
-    integer_of("$1,234.00 dollars")  ->  1234
+    integer_of("$1,234.00")  ->  1234
     """
-    match = INTEGER.fullmatch(text) if len(text) <= LONGEST else None
+    match = INTEGER.fullmatch(SEPARATOR.sub(",", text)) if len(text) <= LONGEST else None
     if not match:
         return None
-    sign, digits, unit = match.groups()
-    if (unit or "").lower() in NOT_UNITS:
+    sign, inner_sign, digits, percent_sign = match.groups()
+    if (sign and inner_sign) or (percent_sign and not percent):
         return None
     value = int(digits.replace(",", ""))
-    return -value if sign in ("-", "−") else value
+    return -value if sign + inner_sign in ("-", "−") else value
 
 
+@of_bare_answers
 def check_integer(answer: str, truth: dict) -> str:
-    value = integer_of(answer)
+    gold = unwrap(truth["answer"])
+    value = integer_of(answer, percent=gold.endswith("%"))
     if value is None:
         return "not an integer"
-    return "" if value == integer_of(truth["answer"]) else f"is {value}"
+    return "" if value == integer_of(gold, percent=True) else f"is {value}"
 
 
+@of_bare_answers
 def check_exact(answer: str, truth: dict) -> str:
-    return "" if answer == truth["answer"].strip() else "differs from the right answer"
+    return "" if answer == unwrap(truth["answer"]) else "differs from the right answer"
 
 
-LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.:].*)?", re.DOTALL)
-
-
+@of_bare_answers
 def check_choice(answer: str, truth: dict) -> str:
-    """A letter, `(A)`, `A. bank` or the text of the choice."""
-    choices = truth.get("choices", {})
-    named = [letter for letter, text in choices.items() if text.lower() == answer.lower()]
+    """The label of a choice, alone or with its text (`A`, `(A)`, `A) bank`, `A. bank`), or the text alone.
+
+    Labels go before texts: of the choices {A: "B", B: "C"}, `B` is the second. Small letters will do.
+    """
+    choices = {label: unwrap(text) for label, text in truth["choices"].items()}
+    named = [label for label, text in choices.items() if _is_label(answer, label, text)]
     if not named:
-        match = LETTER.fullmatch(answer[:LONGEST])
-        named = [match[1].upper()] if match else []
-    if truth["answer"] in named:
-        return ""
-    return "is another choice" if named else "is no choice"
+        lowered = answer.lower()
+        named = [label for label, text in choices.items() if _is_label(lowered, label.lower(), text.lower())]
+    if not named:
+        named = [label for label, text in choices.items() if text.lower() == answer.lower()]
+    if not named:
+        return "is no choice"
+    return "" if named == [truth["answer"]] else "is another choice"
 
 
-def load_math_verify():
-    """The library for math equivalence, which is not among the requirements."""
-    try:
-        import math_verify
-    except ImportError as e:
-        raise UserError("grading math needs the math-verify library: "
-                        "pip install math-verify[antlr4_13_2]") from e
-    return math_verify
-
-
-def check_math(answer: str, truth: dict) -> str:
-    library = load_math_verify()
-    if len(answer) > LONGEST:
-        return f"longer than {LONGEST} characters"
-    gold = library.parse(f"${truth['answer']}$")
-    same = library.verify(gold, library.parse(f"${answer}$"))
-    return "" if same else "is not equal to the right answer"
+def _is_label(answer, label, text):
+    """Whether an answer is this label, perhaps with its own text."""
+    for written in (label, f"({label})", f"{label})", f"{label}.", f"{label}:"):
+        rest = answer.removeprefix(written)
+        if rest != answer and rest.strip() in ("", text) and not (written == label and rest):
+            return True
+    return False
 
 
 @lru_cache
@@ -279,6 +361,7 @@ def dictionary() -> dict[str, bool]:
         return {line.split()[0]: line.endswith(" 35\n") for line in f}
 
 
+@of_bare_answers
 def check_word(answer: str, truth: dict) -> str:
     """A dictionary word of at least `least` letters, made of the given ones (in their order if `ordered`)."""
     word, letters = answer.lower(), truth["letters"]

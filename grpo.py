@@ -94,21 +94,26 @@ def policy_loss(
 
     The first term has no gradient for a token whose ratio has left the clip range in the direction of its
     advantage. k3 is an unbiased estimate of KL(policy || reference) that is never negative (Schulman 2020).
-    Returns (loss, {name: sum over tokens}).
+    Returns (loss, {name: sum over tokens}). The sums, `loss` among them, are of the first term and of tokens
+    with an advantage, so that they mean the same with and without a reference; `reference_kl` is of all.
     """
     log_ratio = logp - old_logp
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -(weight * torch.minimum(ratio * advantage, clipped * advantage)).sum()
+    trained = advantage != 0
     stats = {
+        "loss": loss.item(),
+        "trained_tokens": trained.sum().item(),
         "clip_fraction": (ratio * advantage > clipped * advantage).sum().item(),
-        "approx_kl": (ratio - 1 - log_ratio).sum().item(),
+        "approx_kl": (ratio - 1 - log_ratio)[trained].sum().item(),
     }
     if reference is not None:
         gap = reference - logp
         k3 = gap.exp() - gap - 1
         loss = loss + kl * (weight * k3).sum()
         stats["reference_kl"] = k3.sum().item()
+        stats["reference_tokens"] = len(logp)
     return loss, stats
 
 
@@ -254,7 +259,8 @@ class Response:
     cost: int  # about the tokens it puts through the model: its own, and its part of the prompt they share
 
 
-SUMMED = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "reference_kl", "entropy", "difference")
+SUMMED = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "reference_kl", "reference_tokens",
+          "entropy", "difference")
 
 
 def update(
@@ -284,8 +290,8 @@ def update(
                 sums[name] += value
     sums = summed(sums, model.device)
     sums["largest_difference"] = largest(largest_difference, model.device)
-    check_finite(sums["loss"], "loss")
-    norm = optimizer.step(lr) if sums["trained_tokens"] else None
+    check_finite(sums["loss"] + sums["reference_kl"], "loss")
+    norm = optimizer.step(lr) if sums["trained_tokens"] + sums["reference_tokens"] else None
     return norm, sums
 
 
@@ -330,13 +336,12 @@ def backward(
     loss, stats = policy_loss(
         logp, old_logp, advantage, weight, args.clip_low, args.clip_high, reference_logp, args.kl)
     loss.backward()
+    trained = advantage != 0
     difference = (logp.detach() - old_logp).abs()
     return {
         **stats,
-        "loss": loss.item(),
-        "trained_tokens": len(logp),
-        "entropy": entropy.sum().item(),
-        "difference": difference.sum().item(),
+        "entropy": entropy[trained].sum().item(),
+        "difference": difference[trained].sum().item(),
         "largest_difference": difference.max().item(),
     }
 
@@ -345,8 +350,8 @@ def backward(
 def measure(groups: list[Group], update_results: list[tuple], device: torch.device) -> dict:
     """The figures of a step over all processes: means per rollout or per trained token.
 
-    `update_results`: the (gradient norm, sums) of each mini-batch. `loss` is the sum of theirs, `grad_norm`
-    the mean.
+    `update_results`: the (gradient norm, sums) of each mini-batch. `loss`, without a KL term, is the sum of
+    theirs, `grad_norm` the mean. A trained token is one of a response in the loss that has an advantage.
     """
     completions = [c for group in groups for c in group.completions]
     counts = summed({
@@ -374,7 +379,7 @@ def measure(groups: list[Group], update_results: list[tuple], device: torch.devi
         "entropy": sums["entropy"] / trained,
         "clip_fraction": sums["clip_fraction"] / trained,
         "approx_kl": sums["approx_kl"] / trained,
-        "reference_kl": sums["reference_kl"] / trained,
+        "reference_kl": sums["reference_kl"] / max(1, sums["reference_tokens"]),
         "sampler_trainer_mean": None,
         "sampler_trainer_max": None,
     }
@@ -447,7 +452,9 @@ def arguments():
     g = p.add_argument_group("what to train on")
     g.add_argument("--task", default="countdown-3-small", help=f"tasks, separated by commas: {tasks.NAMES}")
     g.add_argument("--questions", type=natural, default=400,
-                   help="how many of each task, from the split rl (0: all rows of a file; the paper: 1000)")
+                   help="how many of each task (0: all rows of a file; the paper: 1000)")
+    g.add_argument("--split", default="rl",
+                   help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
     g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/ and the like lie")
     g.add_argument("--steps", type=positive, default=30, help="steps in all (the paper: 150)")
     g.add_argument("--questions-per-step", type=positive, default=16,
@@ -480,12 +487,14 @@ def arguments():
                    help="do not divide advantages by the group's standard deviation")
     g.add_argument("--truncated", choices=["keep", "mask"], default="keep",
                    help="responses cut off at the budget: "
-                        "train on them (reward 0), or leave them out of loss and divisor")
+                        "train on them (one that had answered already may be right), or leave them out "
+                        "of loss and divisor")
     g.add_argument("--reward", choices=["correct", "random"], default="correct",
                    help="random is a control: a coin that ignores the answer")
     training_flags(p)
     p.add_argument("--eval-every", type=natural, default=0,
-                   help="steps between measurements on the split val; 0: never")
+                   help="steps between measurements on the split val, the first before step 1, "
+                        "the last after the last; 0: never")
     p.add_argument("--eval-questions", type=positive, default=64, help="how many of each task")
     args = p.parse_args()
     if args.questions_per_step % args.mini_batch:
@@ -507,28 +516,29 @@ def from_where_to_where(model: str | None, out: str | None) -> tuple[str, str]:
     return "mini", out
 
 
-def read_problems(args, tokenizer: Tokenizer, context: int) -> tuple[list, list, list[list[int]]]:
-    """([(task, problem)] to train on, the same to validate on, the prompts of the first).
-
-    Refuses now what would fail in the middle of the run.
-    """
+def read_problems(args) -> tuple[list, list]:
+    """([(task, problem)] to train on, the same to validate on)."""
     def of(split, n):
         return [(task, problem) for task in found for problem in task.problems(split, n, args.seed)]
 
     found = tasks.find_all(args.task, args.data_dir)
-    problems = of("rl", args.questions)
-    held_out = of("val", args.eval_questions) if args.eval_every else []
+    problems = of(args.split, args.questions)
     if len(problems) < args.questions_per_step:
         raise UserError(f"--questions-per-step {args.questions_per_step}: "
                         f"there are only {len(problems)} questions; raise --questions or lower it")
+    return problems, of("val", args.eval_questions) if args.eval_every else []
+
+
+def prompts_of(problems: list, tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    """Refuses now what would fail in the middle of the run."""
     prompts = []
-    for task, problem in problems + held_out:
+    for task, problem in problems:
         prompts.append(tokenizer.chat(task.prompt(problem)))
         n = len(prompts[-1])
         if n >= context:
             raise UserError(f"--task {task.name}: the prompt of {problem.id} has {n} tokens and does not fit "
                             f"the model's context of {context}; remove it")
-    return problems, held_out, prompts[:len(problems)]
+    return prompts
 
 
 def main():
@@ -536,9 +546,10 @@ def main():
     device, _ = device_and_dtype(args.device)
     start_processes(device)
     args.model, args.out = from_where_to_where(args.model, args.out)
+    problems, held_out = read_problems(args)
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
     args.chat_template_kwargs = tokenizer.template_kwargs
-    problems, held_out, prompts = read_problems(args, tokenizer, model.config.max_position_embeddings)
+    prompts = prompts_of(problems + held_out, tokenizer, model.config.max_position_embeddings)[:len(problems)]
     reference = None
     if args.kl:
         reference = deepcopy(model).requires_grad_(False)  # before resuming: the model the run began with
@@ -558,6 +569,8 @@ def main():
         say(f"{run.out} is finished already")
         return
 
+    if held_out and run.step == 0:
+        run.log({"step": 0, "val": validate(sampler, held_out, args, params)})
     with interruptible(device) as asked_to_stop, progress("grpo", run.step, args.steps) as bar:
         for step in range(run.step + 1, args.steps + 1):
             started = time.time()
@@ -577,7 +590,7 @@ def main():
             row["rollout_seconds"] = round(rollout_seconds, 3)
             row["update_seconds"] = round(time.time() - rolled_out, 3)
             row["rollout_tokens_per_second"] = round(tokens / rollout_seconds, 1)
-            if held_out and step % args.eval_every == 0:
+            if held_out and (step % args.eval_every == 0 or step == args.steps):
                 row["val"] = validate(sampler, held_out, args, params)
             run.log(row)
             for text in warnings_of(row, context_cuts):

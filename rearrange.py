@@ -23,9 +23,10 @@ from pathlib import Path
 
 import tasks
 from cli import (
-    UserError, command, natural, parser, positive, read_jsonl, refuse_existing, to_json, write_whole,
+    UserError, command, natural, parser, positive, read_jsonl, refuse_existing, split_list, to_json,
+    write_whole,
 )
-from grading import TRACE_TAGS
+from grading import TRACE_TAGS, malformed
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,25 @@ def flaw(row: dict) -> str:
         return "holds a tag of the traces"
     if row["style"].endswith("-hint") and "hint" in row["solution"].lower():  # `sample.py --hint` names it so
         return "mentions the hint"
-    return ""
+    why_malformed = malformed(row["solution"])  # perhaps right, perhaps wrong: no check of it can be trusted
+    return f"malformed: {why_malformed}" if why_malformed else ""
 
 
 def holds_a_tag(text: str) -> bool:
     return any(tag in text for tag in TRACE_TAGS)
 
 
-def leaks(reflection: dict) -> bool:
-    """Whether a reflection copied the worked example of its prompt."""
-    return any(word in reflection["text"] for word in tasks.REFLECT_LEAKS)
+def leaks(reflection: dict, row: dict) -> bool:
+    """Whether a reflection copied the worked example of its prompt (Sydney may also be asked about)."""
+    asked = row["question"] + row["solution"]
+    return any(word in reflection["text"] and word not in asked for word in tasks.REFLECT_LEAKS)
 
 
-def valid(reflection: dict, correct: bool) -> bool:
+def valid(reflection: dict, row: dict) -> bool:
     """Whether a reflection counts: whole, its verdict equal to the grade, no tag or worked example copied."""
     whole = reflection["finish"] == "stop"
-    return (whole and reflection["verdict"] is correct
-            and not holds_a_tag(reflection["text"]) and not leaks(reflection))
+    return (whole and reflection["verdict"] is row["correct"]
+            and not holds_a_tag(reflection["text"]) and not leaks(reflection, row))
 
 
 def pairs_of(
@@ -79,11 +82,11 @@ def pairs_of(
     """
     pairs = []
     for row in rows:
-        reflections = [r for r in row["reflections"] if valid(r, row["correct"])]
+        reflections = [r for r in row["reflections"] if valid(r, row)]
         reason = flaw(row)
         if not reason and needs_reflection and not reflections:
             reason = "no valid reflection"
-            if any(leaks(r) for r in row["reflections"]):
+            if any(leaks(r, row) for r in row["reflections"]):
                 reason += " (one leaked the prompt's example)"
             elif any(holds_a_tag(r["text"]) for r in row["reflections"]):
                 reason += " (one holds a tag of the traces)"
@@ -203,10 +206,11 @@ RECIPES = {
                         closing="returning", returns=True),
     "confirm": Recipe(confirm, "ends on two correct pairs and says so", closing="confirming"),
     "random": Recipe(random_order, "ablation: the paper's draws in any order, may end wrong"),
-    "no-reflection": Recipe(paper, "ablation: the paper's order without the <reflect> blocks",
-                            reflections=False, needs_reflection=False),
+    # Needs reflections, though it shows none: its traces are those of `paper`.
+    "no-reflection": Recipe(paper, "ablation: the paper's traces without the <reflect> blocks",
+                            reflections=False),
     "star": Recipe(star, "baseline: each correct attempt as it is", tagged=False, needs_reflection=False),
-    # Needs reflections, though it shows none: its attempts are those that `paper` draws.
+    # The same.
     "unarranged": Recipe(unarranged, "control: the attempts that `paper` draws, right or wrong, each alone",
                          tagged=False),
 }
@@ -298,18 +302,19 @@ NOT_A_SAMPLE = ("not a line of sample.py (id, question, style, solution: text; i
 
 
 def read_rows(paths: str) -> list[dict]:
-    """Rows of all files, sorted, each (id, style, index) once."""
+    """Rows of all files, sorted. Each (id, style, index) once a file: another file may be of another seed."""
     rows = {}
-    for path in paths.split(","):
-        for number, row in enumerate(read_jsonl(path, REQUIRED), 1):
-            where = f"{path}: row {number}"
+    for path in split_list(paths, "--data"):
+        mine = {}
+        for where, row in read_jsonl(path, REQUIRED):
             if not _is_sample(row):
                 raise UserError(f"{where}: {NOT_A_SAMPLE}")
             if row["correct"] and row["answer"] is None:
                 raise UserError(f"{where}: an attempt without an answer cannot be correct")
             identity = (row["id"], row["style"], row["index"])
-            if rows.setdefault(identity, row) != row:
+            if mine.setdefault(identity, row) != row:
                 raise UserError(f"{where}: attempt {identity} is there twice, with different content")
+            rows[*identity, to_json(row)] = row
     return [rows[identity] for identity in sorted(rows)]
 
 
@@ -347,7 +352,8 @@ def silver_row(problem: tasks.Problem, recipe: str, trace: Trace, text: str) -> 
 def arguments():
     recipes = "; ".join(f"{name}: {recipe.about}" for name, recipe in RECIPES.items())
     p = parser(__doc__, out="silver.jsonl", model=None)
-    p.add_argument("--data", default="samples.jsonl", help="what sample.py wrote; several files with commas")
+    p.add_argument("--data", default="samples.jsonl",
+                   help="what sample.py wrote; several files, of several seeds too, with commas")
     p.add_argument("--recipe", default="paper", choices=list(RECIPES), help=recipes)
     p.add_argument("--max-correct", type=positive, default=5,
                    help="the paper's 5: most correct pairs of a trace (for full: most pairs; "

@@ -1,11 +1,108 @@
-"""The page of an evaluation: one HTML file, no script, nothing loaded from elsewhere.
+"""What an evaluation tells: tables, and a page, one HTML file with no script that loads nothing.
 
 A leaf: `evaluate.py` imports it where it writes its results, and nothing else does.
 """
 import html
+import json
+from pathlib import Path
 
 import numpy as np
 
+Interval = tuple[float, float]
+
+
+
+# ---- tables --------------------------------------------------------------------------------------
+def percent(x: float) -> str:
+    return f"{100 * x:.1f}"
+
+
+def bounds(ends: Interval) -> str:
+    low, high = ends
+    return f"[{percent(low)}, {percent(high)}]"
+
+
+def change(x: float, ends: Interval) -> str:
+    return f"{100 * x:+.1f} {bounds(ends)}"
+
+
+def two_places(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"
+
+
+def table_row(cell: dict, ks: list[int]) -> dict[str, str]:
+    """{heading: text}, the row of a cell in a table with these pass@k."""
+    row = {
+        "model": cell["model"],
+        "task": cell["task"],
+        "n x k": f"{cell['questions']} x {cell['samples']}",
+        "accuracy %": f"{percent(cell['accuracy'])} {bounds(cell['interval'])}",
+        "against the first": "",
+        "lenient": percent(cell["lenient"]),
+        "no answer": percent(cell["no_answer"]),
+        "only form wrong": percent(cell["wrong_form"]),
+    }
+    if "difference" in cell:
+        row["against the first"] = change(cell["difference"], cell["difference_interval"])
+    for k in ks:
+        row[f"pass@{k}"] = percent(cell["pass"][k]) if k in cell["pass"] else ""
+    row["cut off"] = percent(cell["truncated"])
+    row["tokens"] = f"{cell['tokens']:.0f}"
+    row["answers"] = two_places(cell["answers"])
+    row["reflects"] = two_places(cell["reflections"])
+    row["first / any right"] = f"{percent(cell['first_attempt'])} / {percent(cell['any_attempt'])}"
+    row["F1 right/wrong"] = f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}"
+    if "forced" in cell:
+        gain = change(cell["forced_difference"], cell["forced_difference_interval"])
+        row["forced to go on"] = f"{percent(cell['forced'])} ({gain})"
+    return row
+
+
+def by_task(cells: list[dict]) -> list[dict]:
+    """The models of one task together."""
+    names = list(dict.fromkeys(cell["task"] for cell in cells))
+    return sorted(cells, key=lambda cell: names.index(cell["task"]))
+
+
+def table_of(cells: list[dict]) -> list[list[str]]:
+    """Headings, then a row for each cell. Sets of different sizes may have different pass@k."""
+    ks = sorted({k for cell in cells for k in cell["pass"] if k > 1})
+    rows = [table_row(cell, ks) for cell in cells]
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
+
+
+def paper_table(names: set[str]) -> list[list[str]]:
+    """The paper's figures for the tasks of `names`, [] if it has none.
+
+    They are of Qwen2.5-1.5B-Instruct trained on Countdown-3, accuracy in %, single runs.
+    """
+    paper = json.loads((Path(__file__).resolve().parent / "paper.json").read_text())
+    common = [name for name in paper["tasks"] if name in names]
+    if not common:
+        return []
+    rows = [["paper, 1.5B", *common]]
+    for arm, figures in paper["arms"].items():
+        figure_of = dict(zip(paper["tasks"], figures, strict=True))
+        rows.append([arm, *(f"{figure_of[name]:.1f}" for name in common)])
+    return rows
+
+
+def text_table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def tables(cells: list[dict]) -> str:
+    """The table of an evaluation and, for the tasks that it has, the paper's."""
+    paper = paper_table({cell["task"] for cell in cells})
+    return "\n\n".join(text_table(table) for table in (table_of(by_task(cells)), paper) if table)
+
+
+# ---- the page ------------------------------------------------------------------------------------
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
 body { max-width: 84rem; margin: 2rem auto; padding: 0 1rem }
@@ -21,15 +118,15 @@ summary { cursor: pointer }
 PALETTE = ("#9aa5b1", "#d08c3c", "#5b8bd0", "#3b9c6b", "#a05195", "#c0504d")
 
 
-def page(
-    command_line: str, cells: list[dict], table: list[list[str]], paper: list[list[str]], results: dict,
-) -> str:
-    """report.html. `cells` and `table` are evaluate.py's, `results` the rows by (model, task)."""
+def page(command_line: str, cells: list[dict], results: dict) -> str:
+    """report.html. `cells` are evaluate.py's, `results` the rows by (model, task)."""
+    cells = by_task(cells)
+    paper = paper_table({cell["task"] for cell in cells})
     body = [
         f"<h1>SkillFactory: evaluation</h1><p><code>{html.escape(command_line)}</code></p>",
         accuracy_bars(cells),
         "<p>Bars: strict accuracy in %, line: 95% interval.</p>",
-        html_table(table),
+        html_table(table_of(cells)),
     ]
     if paper:
         body += ["<h2>The paper's figures</h2>", html_table(paper)]

@@ -33,7 +33,8 @@ from cache import (
 )
 from checkpoint import load
 from cli import (
-    UserError, command, natural, number, parser, positive, read_jsonl, run_record, say, to_json, write_whole,
+    UserError, command, natural, number, parser, positive, read_jsonl, run_record, say, split_list, to_json,
+    write_whole,
 )
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
@@ -452,7 +453,7 @@ def arguments():
     g.add_argument("--slots", type=natural, default=0,
                    help="rows decoded at once; 0: as many as fit in memory")
     args = p.parse_args()
-    for style in args.styles.split(","):
+    for style in split_list(args.styles, "--styles"):
         if style not in tasks.STYLES:
             raise UserError(f"--styles {style}: unknown; the styles are {', '.join(tasks.STYLES)}")
     part, _, parts = args.shard.partition("/")
@@ -482,7 +483,7 @@ def attempt_requests(args, problems: list, done: set, tokenizer: Tokenizer) -> d
     queue = deque()
     for task, problem in problems:
         for hint in (False, True) if args.hint else (False,):
-            for style in args.styles.split(","):
+            for style in split_list(args.styles, "--styles"):
                 messages = task.prompt(problem, style, hint)
                 system = messages[0]["content"] if messages[0]["role"] == "system" else None
                 name = style + ("-hint" if hint else "")
@@ -544,7 +545,7 @@ def start_or_resume(args) -> set:
         content = f.read()
         f.truncate(content.rfind(b"\n") + 1)  # a line that a kill cut short
     rows = read_jsonl(args.out, ("id", "style", "index")) if b"\n" in content else []
-    done = {(row["id"], row["style"], row["index"]) for row in rows}
+    done = {(row["id"], row["style"], row["index"]) for _, row in rows}
     print(f"{args.out} has {len(done)} attempts already; going on")
     return done
 

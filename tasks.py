@@ -5,26 +5,27 @@
     task.prompt(problem, "plan")                                        # messages for a chat model
     task.grade(problem, "... <answer>(2 + 3) * 20</answer>")            # Grade(correct, answer, reason)
 
-Which split a generated problem belongs to is decided by a hash of its content, so no seed and no number of
-questions can put a problem that was trained on into a test. To add a task of your own, write a class like
-`Multiply` and name it in GENERATED; a file of questions needs no code (file:PATH).
+Which split a problem belongs to is decided by a hash of its content, so no seed, no number of questions and
+no order of a file's rows can put a problem that was trained on into a test. To add a task of your own, write
+a class like `Multiply` and name it in GENERATED; a file of questions needs no code (file:PATH).
 
-Left out: downloading data sets (they are read from --data-dir), GPQA's choice shuffling.
+Left out: downloading data sets (they are read from --data-dir; `convert.py` brings published ones in shape).
 """
 import hashlib
 import os
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from string import ascii_lowercase
 
-from cli import UserError, read_jsonl
+from cli import UserError, read_jsonl, say, split_list
+from equivalence import check_math, load_math_verify
 from grading import (
-    OPERATORS, check_choice, check_countdown, check_exact, check_integer, check_math, check_word,
-    dictionary, extract_answer, integer_of, load_math_verify,
+    OPERATORS, Check, check_choice, check_countdown, check_exact, check_integer, check_word, dictionary,
+    extract_answer,
 )
+from questions import read_question
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def reflection_prompt(question: str, attempt: str) -> list[dict]:
 class Task:
     """A task has a name, `problems(split, n, seed)` and `check(answer, truth)` -> "" if right, or why not."""
     name: str
-    check: Callable[[str, dict], str]
+    check: Check
 
     @staticmethod
     def prompt(problem: Problem, style: str = "plain", hint: bool = False) -> list[dict]:
@@ -105,6 +106,8 @@ class Task:
         """
         system, instruction = STYLES[style]
         content = f"{problem.question}\n\n{instruction}"
+        if hint and not problem.truth["answer"]:
+            raise UserError(f"--hint: the rows of {problem.task} have no right answer to tell")
         if hint:
             content += "\n" + HINT.format(answer=problem.truth["answer"])
         messages = [{"role": "user", "content": content}]
@@ -195,11 +198,29 @@ class Countdown(Generated):
         if target not in targets:
             return None
         rng.shuffle(numbers)
+        return *self.wording(numbers, target), {"answer": solution, "numbers": numbers, "target": target}
+
+    @staticmethod
+    def wording(numbers, target):
+        """(identity, question)"""
         identity = f"{','.join(map(str, sorted(numbers)))}={target}"
         question = (f"Numbers: {' '.join(map(str, numbers))}\nTarget: {target}\n"
                     "Reach the target with + - * / and parentheses, using every number exactly once. "
                     "Work by hand, without code. The answer is one expression.")
-        return identity, question, {"answer": solution, "numbers": numbers, "target": target}
+        return identity, question
+
+    @classmethod
+    def from_row(cls, fields, where):
+        """(identity, question, truth) of a file's row {nums, target}, as of the published Countdown sets."""
+        numbers = fields.get("nums", fields.get("numbers"))
+        target = fields.get("target")
+        whole = [target, *numbers] if isinstance(numbers, list) and numbers else [None]
+        if not all(type(number) is int and number >= 0 for number in whole):
+            raise UserError(f"{where}: expected nums, a list of whole numbers, and target, a whole number")
+        truth = {"answer": fields.get("answer") or "", "numbers": numbers, "target": target}
+        if truth["answer"] and check_countdown(str(truth["answer"]), truth):
+            raise UserError(f"{where}: the answer {truth['answer']!r} is wrong; fix it or leave it out")
+        return *cls.wording(numbers, target), truth
 
     def solve_at_random(self, numbers, rng):
         """(value, expression) of the numbers joined at random, which makes that value a solvable target."""
@@ -295,71 +316,77 @@ GENERATED = (Countdown, Letters, Acronym, Multiply)
 
 # ---- tasks that are files ------------------------------------------------------------------------
 class FromFile(Task):
-    """A set that is a JSONL file of {id, question, answer}, with `choices` for multiple choice.
+    """A set that is a JSONL file of {question, answer}, with `choices` for multiple choice (questions.py).
 
-    `files` names the file of each split, `hundredths` the part of it (by a hash of the row's id) that a split
-    takes: a set with one training file divides it between sft, rl and val. `source` says where to get it.
+    `files` names the file of each split, `hundredths` the part of it that a split takes: a set with one
+    training file divides it between sft, rl and val. `source` says where to get it. A problem is what it
+    asks: copies are left out, and nothing depends on ids, on the order of rows or on the place of the file.
     """
 
-    def __init__(self, name, check, files, hundredths, data_dir, source=""):
+    def __init__(self, name, grading, files, hundredths, data_dir, source=""):
         self.name = name
-        self.check = check
+        self.key = name.partition(":")[0]  # without the path
+        self.grading = grading
         self.files = files
         self.hundredths = hundredths
         self.data_dir = Path(data_dir)
         self.source = source
+        self.read = {}  # file: {identity: Problem}
+
+    def check(self, answer: str, truth: dict) -> str:
+        return check_choice(answer, truth) if "choices" in truth else self.grading(answer, truth)
 
     def problems(self, split: str, n: int, seed: int = 0) -> list[Problem]:
         """n problems of a split (0: all of them); the same for the same seed."""
         self._check_split(split, self.files)
-        path = self.data_dir / self.files[split]
+        if self.grading is check_math:
+            load_math_verify()  # now, not after an hour of sampling
+        found = self._problems_of(self.files[split])
+        if split in self.hundredths:
+            taken = self.hundredths[split]
+            found = {identity: p for identity, p in found.items() if hundredth(identity) in taken}
+        test = self.files.get("test", self.files[split])
+        if test != self.files[split] and (self.data_dir / test).is_file():
+            found = {identity: found[identity] for identity in found.keys() - self._problems_of(test).keys()}
+        if not found or n > len(found):
+            raise UserError(f"{self.name} has {len(found)} questions in the split {split}"
+                            + (f", {n} were asked for; ask for fewer (0 takes all)" if n else ""))
+        rng = random.Random(f"{self.key}/{split}/{seed}")
+        return [found[identity] for identity in rng.sample(sorted(found), n or len(found))]
+
+    def _problems_of(self, file):
+        """{identity: Problem} of a file, without copies."""
+        path = self.data_dir / file
+        if path in self.read:
+            return self.read[path]
         if not path.is_file():
             where = f": {self.source}, or point --data-dir at it" if self.source else ""
             raise UserError(f"{path}: no such file; {self.name} is not downloaded for you{where}")
-        if self.check is check_math:
-            load_math_verify()  # now, not after an hour of sampling
-        rows = self._read(path)
-        if split in self.hundredths:
-            taken = self.hundredths[split]
-            rows = {identity: row for identity, row in rows.items() if hundredth(identity) in taken}
-        if n > len(rows):
-            raise UserError(f"{self.name} has {len(rows)} questions in the split {split}, "
-                            f"{n} were asked for; ask for fewer (0 takes all)")
-        rng = random.Random(f"{self.name}/{split}/{seed}")
-        chosen = rng.sample(sorted(rows), n or len(rows))
-        return [self._problem(identity, rows[identity]) for identity in chosen]
+        found = self.read[path] = {}
+        copies = 0
+        for where, fields in read_jsonl(path):
+            if self.grading is check_countdown:
+                identity, question, truth = Countdown.from_row(fields, where)
+            else:
+                identity, question, truth = read_question(fields, self.grading, where, path)
+            problem = Problem(f"{self.key}/{identity}", self.name, question, truth)
+            known = found.setdefault(identity, problem)
+            copies += known is not problem
+            if right_text(known.truth) != right_text(truth):
+                raise UserError(f"{where}: an earlier row asks the same and has another answer; remove one")
+        if copies:
+            say(f"{path}: left out {copies} rows that repeat a question")
+        labels = {p.truth["answer"] for p in found.values() if "choices" in p.truth}
+        if len(labels) == 1 and len(found) > 1:
+            say(f"{path}: warning: the right choice is {labels.pop()} in all rows; shuffle the choices")
+        return found
 
-    def _read(self, path):
-        """{id: row}, each row checked: a set that cannot be graded is refused with file and row."""
-        rows = {}
-        for number, row in enumerate(read_jsonl(path, ("question", "answer")), 1):
-            where = f"{path}: row {number}"
-            question, answer, choices = row["question"], row["answer"], row.get("choices") or {}
-            identity = str(row.get("id", number))
-            if not isinstance(question, str) or not isinstance(answer, (str, int)):
-                raise UserError(f"{where}: question must be text, and answer text or an integer")
-            if not isinstance(choices, dict) or not all(isinstance(text, str) for text in choices.values()):
-                raise UserError(f"{where}: choices must be an object of texts, such as {{\"A\": \"mall\"}}")
-            answer = str(answer)
-            if self.check is check_integer and integer_of(answer) is None:
-                raise UserError(f"{where}: the answer {answer[:40]!r} is not an integer; "
-                                "grade with file:PATH:exact or :math")
-            if choices and answer not in choices:
-                raise UserError(f"{where}: the answer {answer[:40]!r} is none of the choices "
-                                f"{', '.join(choices)}")
-            if identity in rows:
-                raise UserError(f"{where}: the id {identity!r} is there twice")
-            rows[identity] = {"question": question, "answer": answer, "choices": choices}
-        return rows
 
-    def _problem(self, identity, row):
-        question = row["question"]
-        truth = {"answer": row["answer"]}
-        if row["choices"]:
-            listed = "".join(f"\n{letter}. {text}" for letter, text in row["choices"].items())
-            question += f"{listed}\nThe answer is the letter of the best choice."
-            truth["choices"] = row["choices"]
-        return Problem(f"{self.name}/{identity}", self.name, question, truth)
+def right_text(truth: dict) -> str:
+    """What two rows that ask the same must agree on: nothing, if an answer is one of many."""
+    if "numbers" in truth:
+        return ""
+    return truth["choices"][truth["answer"]] if "choices" in truth else truth["answer"]
 
 
 TRAIN = {"sft": "train.jsonl", "rl": "train.jsonl", "val": "train.jsonl"}
@@ -369,8 +396,8 @@ OWN_HUNDREDTHS = {"sft": range(0, 40), "rl": range(40, 80), "val": range(80, 85)
 NOT_OPEN = "its text is not openly licensed; bring your own rows {id, question, answer}"
 FILES = {  # name: (checker, {split: file}, where to get it)
     "gsm8k": (check_integer, {**TRAIN, "test": "test.jsonl"},
-              "github.com/openai/grade-school-math, as rows {id, question, answer} with the final integer as "
-              "answer"),
+              "github.com/openai/grade-school-math, which convert.py brings "
+              "into rows of question and answer"),
     "csqa": (check_choice, {**TRAIN, "test": "dev.jsonl"},
              "CommonsenseQA 1.11, as rows {id, question, choices, answer}; test is its dev file"),
     "math500": (check_math, {"test": "test.jsonl"},
@@ -381,7 +408,8 @@ FILES = {  # name: (checker, {split: file}, where to get it)
              "its licence asks not to publish it; bring your own rows {id, question, choices, answer}"),
     "openthoughts": (check_math, TRAIN, "OpenThoughts on the hub, as rows {id, question, answer}"),
 }
-OWN_GRADINGS = {"exact": check_exact, "integer": check_integer, "math": check_math}
+OWN_GRADINGS = {"exact": check_exact, "integer": check_integer, "math": check_math, "choice": check_choice,
+                "countdown": check_countdown}
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -426,13 +454,19 @@ def find(name: str, data_dir: str | Path = "data") -> Task:
 def _own_file(name):
     """file:PATH or file:PATH:GRADING, a user's own questions."""
     rest = name.removeprefix("file:")
-    path, _, grading = rest.rpartition(":")
-    if not path or grading not in OWN_GRADINGS:
+    path, colon, grading = rest.rpartition(":")
+    if grading not in OWN_GRADINGS:
+        if colon and grading.isalpha() and not os.path.exists(rest):
+            raise UserError(f"task {name}: no grading {grading!r}; there are {', '.join(OWN_GRADINGS)}")
         path, grading = rest, "exact"
+    path = os.path.normpath(path)
+    name = f"file:{path}" if grading == "exact" else f"file:{path}:{grading}"
     files = dict.fromkeys([*OWN_HUNDREDTHS, "all"], os.path.abspath(path))
     return FromFile(name, OWN_GRADINGS[grading], files, OWN_HUNDREDTHS, data_dir="")
 
 
-def find_all(names: str, data_dir: str | Path = "data") -> list[Task]:
-    """The tasks of a comma-separated list."""
-    return [find(name.strip(), data_dir) for name in names.split(",")]
+def find_all(names: str, data_dir: str | Path = "data", flag: str = "--task") -> list[Task]:
+    """The tasks of a comma-separated list, each once."""
+    found = [find(name, data_dir) for name in split_list(names, flag)]
+    split_list(",".join(task.name for task in found), flag)  # two spellings of one path
+    return found

@@ -328,12 +328,12 @@ class Run:
                                 f"not {now.get(name)}; give the same flags")
 
     def _cut(self, path):
-        """Drop the lines of steps after the checkpoint, and a last line that a kill cut short."""
+        """Drop the lines of steps after the checkpoint (without one, all), and one that a kill cut short."""
         if not path.is_file() or not path.stat().st_size:
             return
         lines = path.read_bytes().split(b"\n")[:-1]  # not splitlines: a text may hold other line separators
         kept = [line.decode() + "\n" for line in lines if json.loads(line)["step"] <= self.step]
-        write_whole(path, "".join(kept))
+        write_whole(path, "".join(kept) if self.resume_from else "")
 
     def restore(self, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
         """Put the checkpoint, if there is one, into the optimizer and its model."""

@@ -44,7 +44,7 @@ from train import Optimizer, micro_batches
 def chat_rows(args, tokenizer):
     """(the first --rows chat rows whose length is within 15% of --length, their tokens)."""
     chosen, tokens = [], 0
-    for row in read_jsonl(args.data, ("messages",)):
+    for _, row in read_jsonl(args.data, ("messages",)):
         *before, answer = row["messages"]
         n = len(tokenizer.chat(before)) + len(tokenizer.encode(answer["content"])) + 1
         if abs(n - args.length) <= 0.15 * args.length:

@@ -1,0 +1,65 @@
+"""A row of a file of questions, checked: one that can never be answered right is refused with its line."""
+import hashlib
+import math
+import unicodedata
+
+from cli import UserError, refuse_published_shape
+from equivalence import check_math, flaw_of_gold
+from grading import Check, check_choice, check_integer, integer_of, unwrap
+
+
+def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[str, str, dict]:
+    """(identity, question, truth) of a row {question, answer}, perhaps with {choices}, graded by `check`.
+
+    The identity is a hash of what the row asks. Raises UserError, which names `where`.
+    """
+    question = fields.get("question")
+    answer = as_text(fields.get("answer"))
+    choices = fields.get("choices")
+    if not isinstance(question, str) or not question.strip() or answer is None:
+        refuse_published_shape(fields, where, path)
+        raise UserError(f"{where}: expected question, a text, and answer, a text or a number "
+                        f"(found: {', '.join(fields)})")
+    if choices or check is check_choice:
+        well_formed = isinstance(choices, dict) and all(isinstance(text, str) for text in choices.values())
+        if not well_formed or "" in choices:
+            raise UserError(f"{where}: choices must be an object of texts, such as {{\"A\": \"mall\"}}")
+        if answer not in choices:
+            raise UserError(f"{where}: the answer {answer[:40]!r} is none of the choices "
+                            f"{', '.join(choices)}")
+        listed = "".join(f"\n{label}. {text}" for label, text in choices.items())
+        asked = f"{question}{listed}\nThe answer is the letter of the best choice."
+        return identity_of(question, *sorted(choices.values())), asked, {"answer": answer, "choices": choices}
+    refuse_published_shape(fields, where, path)
+    flaw = flaw_of(answer, check)
+    if flaw:
+        raise UserError(f"{where}: the answer {answer[:40]!r} cannot be graded: {flaw}")
+    return identity_of(question), question, {"answer": answer}
+
+
+def as_text(answer) -> str | None:
+    """An answer that may be a number of JSON, as text; None for anything else."""
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        return None
+    if isinstance(answer, float):
+        if not math.isfinite(answer):
+            return None
+        answer = int(answer) if answer.is_integer() else answer
+    return str(answer)
+
+
+def flaw_of(answer: str, check: Check) -> str:
+    """Why no response could be graded by this right answer, or ""."""
+    if not unwrap(answer):
+        return "it is empty"
+    if check is check_integer and integer_of(unwrap(answer), percent=True) is None:
+        return "it is not an integer; grade with file:PATH:math or :exact"
+    if check is check_math:
+        return flaw_of_gold(answer)
+    return ""
+
+
+def identity_of(*texts: str) -> str:
+    """A hash of texts, whatever their white space and their form of Unicode."""
+    normal = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
+    return hashlib.blake2b("\n".join(normal).encode(), digest_size=8).hexdigest()
