@@ -51,6 +51,7 @@ REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?:\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\degree|°)(?=\s*(?:[,)]|$))", ""),  # 90^\circ is compared as 90
     (r"(?<![0-9.])\.(?=[0-9])", "0."),  # .5
     (r"(?:\\?\$|[€£¥])\s*(?=[-+]?\s*[0-9])", ""),
+    (r"\\pi\s*\(", r"\\pi \\cdot ("),  # a function to the library
     (r"(?<!\\)%", r"\\%"),
     (r"(?<=[0-9])_\{([0-9]+)\}", r"_\1"),  # 52_{8}
     (r"(?<![0-9.,])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9.,])", r"\1\\frac{\2}{\3}"),  # 1 1/2
@@ -70,21 +71,22 @@ def squeeze(text: str) -> str:
 
 
 # ---- what can be read ----------------------------------------------------------------------------
-OPERATORS = "cdot times div pm mp cup cap in leq le geq ge neq ne".replace(" ", "|")
+SIGNS = "pm|mp"
+OPERATORS = "cdot times div cup cap in leq le geq ge neq ne".replace(" ", "|")
 SYMBOLS = "pi infty emptyset theta alpha beta gamma lambda omega phi".replace(" ", "|")
 FUNCTIONS = "frac sqrt sin cos tan cot sec csc arcsin arccos arctan log ln binom".replace(" ", "|")
 MATRIX = re.compile(r"\\begin\{([pb]matrix)\}(.*?)\\end\{\1\}", re.DOTALL)
 NUMBER = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+(?:\.[0-9]+)?"
 TOKEN = re.compile(
     rf"\s*({NUMBER}|[A-Za-z](?:_[0-9A-Za-z]|_\{{[0-9]+\}})?|\\log_(?:[0-9]|\{{[0-9]+\}})"
-    rf"|\\(?:{OPERATORS}|{SYMBOLS}|{FUNCTIONS})(?![A-Za-z])|\\[{{}}%]|[-+*/^=<>()\[\]{{}},|!])")
+    rf"|\\(?:{SIGNS}|{OPERATORS}|{SYMBOLS}|{FUNCTIONS})(?![A-Za-z])|\\[{{}}]|[-+*/^=<>()\[\]{{}},|!])")
 # What is read, but not as it is written. Operators of LaTeX are ";" here, symbols "A", functions "\".
 MISREAD = [re.compile(pattern) for pattern in (
-    r"[0-9A-Za-z)}]\s*\(\s*[-+]?\s*[0-9.]+\s*\)", r"[0-9]\s+[0-9]", r"\)\s*[0-9]",  # 2(3) would be a sum
+    r"[0-9A-Za-z)}]\s*\(\s*[-+]?\s*(?:[0-9.]+|[A-Za-z])?\s*\)", r"[0-9]\s+[0-9]", r"\)\s*[0-9]",  # 2(3): 5
     r"/\s*(?:[0-9.]+|[A-Za-z])\s*[A-Za-z(\\]",  # 1/2x
     r"\^\s*(?:[0-9A-Za-z]|\{[^{}]*\})\s*\^",  # 2^3^2
-    r"^[*/^=<>,]", r"[-+*/^=<>,;]$", r"[-+]\s*[-+*/]", r"[*/^]\s*[*/^]", r"[=<>,]\s*[=<>,*/^]",  # 5+
-    r"[({\[]\s*[*/^=,]", r"[-+*/^=,;]\s*[)}\]]",
+    r"^[*/^=<>,;]", r"[-+*/^=<>,;]$", r"[-+]\s*[-+*/^=<>,;]", r"[*/^=<>,;]\s*[*/^=<>,;]",  # 5+
+    r"[({\[]\s*[*/^=<>,;)}\]]", r"[-+*/^=<>,;]\s*[)}\]]",
 )]
 
 
@@ -94,14 +96,24 @@ def unreadable(text: str) -> str:
     flat = MATRIX.sub(lambda match: "(" + re.sub(r"\\\\|&", ",", match[2]) + ")", text)
     if TOKEN.sub("", flat).strip() or not flat:
         return partly
-    opened = sum(flat.count(bracket) for bracket in "([{")
-    closed = sum(flat.count(bracket) for bracket in ")]}")
-    plain = re.sub(rf"\\(?:{OPERATORS})(?![A-Za-z])", ";", flat)
+    plain = re.sub(rf"\\(?:{SIGNS})(?![A-Za-z])", "-", flat)
+    plain = re.sub(rf"\\(?:{OPERATORS})(?![A-Za-z])", ";", plain)
     plain = re.sub(rf"\\(?:{SYMBOLS})(?![A-Za-z])", "A", plain)
     plain = re.sub(r"\\[A-Za-z]+(?:_(?:[0-9]|\{[0-9]+\}))?", r"\\", plain)
-    if opened != closed or flat.count("|") % 2 or any(pattern.search(plain) for pattern in MISREAD):
+    if not balanced(flat) or flat.count("|") % 2 or any(pattern.search(plain) for pattern in MISREAD):
         return partly
     return too_large(flat)
+
+
+def balanced(text: str) -> bool:
+    """Whether brackets close in order. (3, 4] is an interval."""
+    opened = []
+    for character in text:
+        if character in "([{":
+            opened.append(character)
+        elif character in ")]}" and (not opened or (opened.pop() == "{") != (character == "}")):
+            return False
+    return not opened
 
 
 LARGEST_POWER = 10_000  # exponents in it, those of brackets multiplied
@@ -145,7 +157,7 @@ def flaw_of_gold(gold: str) -> str:
     if WORDS.fullmatch(gold) or BASE.fullmatch(squeeze(gold)):
         return ""
     value, _ = split_unit(gold)
-    return unreadable(value)
+    return unreadable(value.removesuffix("\\%"))
 
 
 @lru_cache(maxsize=100_000)
@@ -172,9 +184,11 @@ def difference(answer: str, gold: str) -> str:
         return "holds a letter that the right answer has not"
     if "," in answer and ((gold[0] in "([") > (answer[0] in "([") or not re.search(r",|\\pm", gold)):
         return NOT_EQUAL  # the library takes `1, -2` for a set, whatever it is compared with
+    percents = (gold.endswith("\\%"), answer.endswith("\\%"))
+    gold, answer = gold.removesuffix("\\%"), answer.removesuffix("\\%")
     links = [answer] if "=" in gold else answer.split("=")  # 2 + 3 = 5: each must be it
     for link in links:
-        why = unreadable(link.strip()) or ("" if equal(gold, link) else NOT_EQUAL)
+        why = unreadable(link.strip()) or ("" if equal(gold, link, *percents) else NOT_EQUAL)
         if why:
             return why
     return ""
@@ -199,19 +213,18 @@ def split_name(text: str) -> tuple[str, str]:
     return (squeeze(match[1]), match[2]) if match else ("", text)
 
 
-def equal(gold: str, answer: str) -> bool:
-    r"""What the library says of two readable texts. Where 15\% is right, 15 is too; else 15\% is 0.15."""
-    if answer.endswith("\\%"):
-        if gold.endswith("\\%"):
-            return _verified(gold[:-2], answer[:-2])
-        return _verified(gold, rf"\frac{{{answer[:-2]}}}{{100}}")
-    return _verified(gold, answer)  # to which 15\% is both 15 and 0.15
+def equal(gold: str, answer: str, gold_percent: bool, answer_percent: bool) -> bool:
+    r"""What the library says of two readable texts. Where 15% is right, 15 and 0.15 are too."""
+    if gold_percent and not answer_percent:
+        return _verified(gold, answer) or _verified(rf"\frac{{{gold}}}{{100}}", answer)
+    if answer_percent and not gold_percent:
+        answer = rf"\frac{{{answer}}}{{100}}"
+    return _verified(gold, answer)
 
 
 def _verified(gold, answer):
-    library = load_math_verify()
     # Its default compares 6 decimals: 0.000067 would be 0.0000672.
-    return library.verify(_parsed(gold), _parsed(answer), float_rounding=12)
+    return load_math_verify().verify(_parsed(gold), _parsed(answer), float_rounding=12)
 
 
 @lru_cache(maxsize=10_000)

@@ -18,7 +18,7 @@ def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[st
     choices = fields.get("choices")
     if not isinstance(question, str) or not question.strip() or answer is None:
         refuse_published_shape(fields, where, path)
-        raise UserError(f"{where}: expected question, a text, and answer, a text or a number "
+        raise UserError(f"{where}: question must be text, and answer text or a number "
                         f"(found: {', '.join(fields)})")
     if choices or check is check_choice:
         well_formed = isinstance(choices, dict) and all(isinstance(text, str) for text in choices.values())
@@ -33,7 +33,7 @@ def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[st
     refuse_published_shape(fields, where, path)
     flaw = flaw_of(answer, check)
     if flaw:
-        raise UserError(f"{where}: the answer {answer[:40]!r} cannot be graded: {flaw}")
+        raise UserError(f"{where}: the answer {answer[:40]!r} {flaw}")
     return identity_of(question), question, {"answer": answer}
 
 
@@ -51,12 +51,11 @@ def as_text(answer) -> str | None:
 def flaw_of(answer: str, check: Check) -> str:
     """Why no response could be graded by this right answer, or ""."""
     if not unwrap(answer):
-        return "it is empty"
+        return "is empty"
     if check is check_integer and integer_of(unwrap(answer), percent=True) is None:
-        return "it is not an integer; grade with file:PATH:math or :exact"
-    if check is check_math:
-        return flaw_of_gold(answer)
-    return ""
+        return "is not an integer; grade with file:PATH:math or :exact"
+    unread = flaw_of_gold(answer) if check is check_math else ""
+    return f"cannot be compared with others: {unread}; leave this row out" if unread else ""
 
 
 def identity_of(*texts: str) -> str:

@@ -12,33 +12,158 @@ import pytest
 
 import grading
 import tasks
-from grading import check_choice, check_countdown, check_integer, check_word, extract_answer, verdict
+from grading import (
+    check_choice, check_countdown, check_exact, check_integer, check_word, extract_answer, malformed, unwrap,
+    verdict,
+)
 
 
 # ---- what a text says ----------------------------------------------------------------------------
-@pytest.mark.parametrize("text, strict, lenient", [
-    ("<answer>1</answer>", "1", "1"),
-    ("<think><answer>1</answer></think><answer> 2 </answer>", "2", "2"),
-    ("<think><answer>1</answer></think> no more", None, "1"),
-    ("<think><answer>1</answer>", None, "1"),
-    ("a</think>b</think><answer>3</answer>", "3", "3"),
-    ("<answer>1</answer><answer>2</answer>", "2", "2"),
-    ("<answer><answer>1</answer></answer>", None, None),
-    ("<answer>1</answer><answer>2", None, None),
-    ("nothing", None, None),
+NAMED = "The reply ends with the <answer> tag.\n"
+
+
+@pytest.mark.parametrize("text, strict, lenient, whether_malformed", [
+    ("<answer>1</answer>", "1", "1", False),
+    ("<think><answer>1</answer></think><answer> 2 </answer>", "2", "2", False),
+    ("<think><answer>1</answer></think> no more", None, "1", False),
+    ("<think><answer>1</answer>", None, "1", True),
+    ("<think>a</think><think>b<answer>5</answer>", None, "5", True),
+    ("<think>a</think><think>b</think><answer>5</answer>", "5", "5", False),
+    ("a</think>b</think><answer>3</answer>", "3", "3", False),
+    ("<answer>1</answer><answer>2</answer>", "2", "2", False),
+    ("<answer><answer>1</answer></answer>", None, "1", True),
+    ("<answer>\n<answer>1</answer>", None, "1", True),
+    ("<answer>1 <answer>2</answer></answer>", None, "2", True),
+    ("</answer><answer><answer>5</answer>", None, "5", True),
+    ("<answer>1</answer><answer>2", None, "1", True),
+    ("<answer>5", None, None, True),
+    (NAMED + "<answer>5</answer>", "5", "5", False),
+    (NAMED + "The answer is 5.", None, None, True),
+    ("<answer>5</answer> as the <answer> tag demands", None, "5", True),
+    ("I write <answer> and </answer>: <answer>5</answer>", "5", "5", False),
+    ("<answer>5</answer></answer>", "5", "5", False),
+    ("<answer></answer>", "", "", False),
+    ("nothing", None, None, False),
 ])
-def test_extraction(text, strict, lenient):
+def test_extraction(text, strict, lenient, whether_malformed):
     assert extract_answer(text)[0] == strict
     assert extract_answer(text, lenient=True)[0] == lenient
+    assert bool(malformed(text)) == whether_malformed
 
 
-def test_verdicts():
-    assert verdict("x <verdict>Incorrect</verdict> <verdict> correct </verdict>") is True
-    assert verdict("<verdict>Incorrect</verdict>") is False
-    assert verdict("<verdict>Maybe</verdict>") is None
-    # The worked examples end with one.
+def reference_answer(text):
+    """The strict answer by a walk over the tags, written apart from the code under test."""
+    thinking, opened, closed, found, depth, nested = False, None, False, None, 0, False
+    pieces = re.split(r"(</?think>|</?answer>)", text)
+    last_end_of_thought = max((i for i, piece in enumerate(pieces) if piece == "</think>"), default=-1)
+    previous = ""  # the last tag, if nothing but white space has come since
+    for piece in pieces[last_end_of_thought + 1:]:
+        if piece == "<think>":
+            thinking = True
+        elif piece == "<answer>":
+            nested = previous == "<answer>"
+            opened, closed, found = True, False, ""
+            outer = depth > 0
+            depth += 1
+        elif piece == "</answer>":
+            if opened and closed and outer:
+                nested = True
+            closed = closed or bool(opened)
+            depth -= 1
+        elif opened and not closed:
+            found += piece
+        if piece.strip():
+            previous = piece
+    if thinking or not opened or not closed or nested:
+        return None
+    return found.strip()
+
+
+def test_random_tag_soups():
+    """Strict is what a walk over the tags finds; what is right strictly is right leniently."""
+    rng = random.Random(0)
+    pieces = ["<answer>", "</answer>", "<think>", "</think>", "<sample>", "</sample>", " 5 ", "6", "\n", " text "]
+    some = 0
+    for _ in range(20_000):
+        text = "".join(rng.choices(pieces, weights=(4, 4, 1, 1, 1, 1, 3, 2, 1, 2), k=rng.randint(1, 12)))
+        strict, _ = extract_answer(text)
+        assert strict == reference_answer(text), text
+        lenient, _ = extract_answer(text, lenient=True)
+        closed = re.findall(r"<answer>([^<]*(?:<(?!/?answer>)[^<]*)*)</answer>", text)
+        if strict is not None:
+            some += 1
+            assert lenient == strict, text
+        else:
+            assert lenient == (closed[-1].strip() if closed else None), text
+    assert some > 2000
+
+
+@pytest.mark.parametrize("text, said", [
+    ("x <verdict>Incorrect</verdict> <verdict> correct </verdict>", True),
+    ("<verdict>Incorrect</verdict>", False),
+    ("<verdict>Correct.</verdict>", True),
+    ("<verdict>\n**Incorrect!**\n</verdict>", False),
+    ("<verdict>Maybe</verdict>", None),
+    ("<verdict>Correct</verdict> or rather <verdict>I cannot tell</verdict>", None),
+    ("<verdict>not correct</verdict>", None),
+    ("correct", None),
+])
+def test_verdicts(text, said):
+    assert verdict(text) is said
+
+
+def test_the_worked_examples_end_with_a_verdict():
     assert verdict(tasks.reflection_prompt("q", "a")[0]["content"]) is True
     assert all(word in tasks.REFLECT for word in tasks.REFLECT_LEAKS)
+
+
+# ---- the bare answer -----------------------------------------------------------------------------
+WRAPPINGS = [r"\[%s\]", "\\[\n  %s\n\\]", r"\(%s\)", "$%s$", "$$%s$$", r"\boxed{%s}", r"\text{%s}", "**%s**", "`%s`",
+             "```\n%s\n```", "%s.", "**%s.**", "$%s$.", r"\[\boxed{%s}\]", r"**\(\boxed{%s}\).**", "  %s\n"]
+RIGHT = [  # (a checker, its truth, an answer that is right, one that is not)
+    (check_integer, {"answer": "1234"}, "1,234", "1235"),
+    (check_exact, {"answer": "blue whale"}, "blue whale", "blue"),
+    (check_choice, {"answer": "B", "choices": {"A": "mall", "B": "bank"}}, "B", "A"),
+    (check_countdown, {"numbers": [20, 2, 3], "target": 100}, "(2 + 3) * 20", "2 + 3 + 20"),
+    (check_word, {"letters": "bats", "least": 4, "ordered": True}, "bats", "stab"),
+]
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrappers_are_stripped_by_all_checkers_alike(wrapping):
+    for check, truth, right, wrong in RIGHT:
+        assert check(wrapping % right, truth) == "", check
+        assert check(wrapping % wrong, truth), check
+    assert check_exact("blue whale", {"answer": wrapping % "blue whale"}) == ""
+
+
+@pytest.mark.parametrize("answer, bare", [
+    ("$5$ or $6$", "$5$ or $6$"),
+    ("`5` and `6`", "`5` and `6`"),
+    (r"\text{a} and \text{b}", r"\text{a} and \text{b}"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"\(1\) and \(2\)", r"\(1\) and \(2\)"),
+    (r"$\$36$", r"\$36"),
+    ("5..", "5."),
+    ("The answer is 5.", "The answer is 5"),
+    ("１，２３４％", "1,234%"),
+    ("５。", "5"),
+    ("**", "**"),
+    ("$", "$"),
+    ("", ""),
+])
+def test_nothing_else_is_stripped(answer, bare):
+    assert unwrap(answer) == bare
+
+
+def test_a_million_characters_are_no_trouble():
+    started = time.time()
+    for check, truth, *_ in RIGHT:
+        for text in ("$" * 10**6, "`" * 10**6, "**" * 500_000, "\\boxed{" * 100_000 + "}" * 100_000, "." * 10**6,
+                     "1" * 10**6, "<answer>" * 100_000):
+            assert check(text, truth)
+            extract_answer(text, lenient=True)
+    assert time.time() - started < 20
 
 
 # ---- countdown -----------------------------------------------------------------------------------
@@ -56,8 +181,13 @@ REFUSED = [
     ("2*3+3", [2, 3], 9),
     ("2+3", [2, 3, 4], 5),
     ("5*20 = 101", [5, 20], 100),
-    ("5*20 = 99 + 1", [5, 20], 100),
-    ("5*20=100=100", [5, 20], 100),
+    ("5*20 = 99 + 2", [5, 20], 100),
+    ("5*20 = 100 = 101", [5, 20], 100),
+    ("5*20 = 5*20*1 = ", [5, 20], 100),
+    ("100 = 5*20", [5, 20], 100),
+    ("5*20 = 2**50", [5, 20], 100),
+    ("-(2-5)", [2, 5], 3),
+    ("5*-2", [5, 2], -10),
     ("4/(2-2)", [4, 2, 2], 1),
     ("", [1], 1),
     ("()", [], 0),
@@ -88,6 +218,11 @@ def test_countdown_refuses(answer, numbers, target):
     "20x(3+2)",
     "20 \\times (2 + 3)",
     "((((20))))*(2+3)",
+    "(2+3)*20 = 5*20 = 100",
+    "(2+3)*20=100=100",
+    "(2 + 3) * 20 = 99 + 1",
+    "(2+3)·20.",
+    "\\left(2+3\\right) \\cdot 20",
     "Step 1: 2 + 3 = 5\nStep 2: 5 * 20 = 100",
     "Step 1: 3 + 2 = 5\n\nStep 2: 20 × 5 = 100\n",
 ])
@@ -95,7 +230,9 @@ def test_countdown_accepts(answer):
     assert check_countdown(answer, {"numbers": [20, 2, 3], "target": 100}) == ""
 
 
-def test_countdown_steps_may_go_below_zero():
+def test_countdown_values_may_go_below_zero():
+    assert check_countdown("2 - 3 + 20 = -1 + 20 = 19", {"numbers": [20, 2, 3], "target": 19}) == ""
+    assert check_countdown("2 - 3 = -1", {"numbers": [2, 3], "target": -1}) == ""
     answer = "Step 1: 2 - 3 = -1\nStep 2: 20 - -1 = 21"
     assert check_countdown(answer, {"numbers": [20, 2, 3], "target": 21}) == ""
 
@@ -162,9 +299,24 @@ def test_letters_in_any_order(word, right):
     ("1234", True),
     ("1,234", True),
     ("$1,234.00", True),
-    ("1234 dollars", True),
-    ("1234%", True),
-    ("1234 million", False),
+    ("$1234", True),
+    (r"\$1234", True),
+    ("€ 1234", True),
+    ("1{,}234", True),
+    (r"1,\!234", True),
+    ("1234 dollars", False),
+    ("1234%", False),
+    ("1234 trillion", False),
+    ("1234 dozens", False),
+    ("1234 squared", False),
+    ("1234 lakh", False),
+    ("1234 bn", False),
+    ("1234k", False),
+    ("1234 x", False),
+    ("1234e0", False),
+    ("--1234", False),
+    ("1234!", False),
+    ("1,23,4", False),
     ("1234 or so", False),
     ("12,34", False),
     ("1234.5", False),
@@ -172,32 +324,71 @@ def test_letters_in_any_order(word, right):
     ("1234 or 1235", False),
     ("", False),
     ("1" * 10**6, False),
-    ("1234\n", False),
+    ("1234\n", True),
 ], ids=lambda v: str(v)[:20])
 def test_integers(answer, right):
     assert (check_integer(answer, {"answer": "1234"}) == "") == right
 
 
-@pytest.mark.parametrize("answer, right", [
-    ("B", True),
-    ("b", True),
-    ("(B)", True),
-    ("B. bank", True),
-    ("Bank", True),
-    ("A", False),
-    ("Z", False),
-    ("a bank", False),
-    ("B or A", False),
-    ("because", False),
-    ("", False),
+@pytest.mark.parametrize("answer, gold, right", [
+    ("15%", "15%", True),
+    (r"15\%", "15%", True),
+    ("15", "15%", True),
+    ("15%", "15", False),
+    ("-5", "-5", True),
+    ("−5", "-5", True),
+    ("-$5", "-5", True),
+    ("$-5", "-5", True),
+    ("5", "-5", False),
+    ("033", "33", True),
+    ("18.00", "18", True),
+    ("18.5", "18", False),
 ])
-def test_choices(answer, right):
-    truth = {"answer": "B", "choices": {"A": "mall", "B": "bank"}}
-    assert (check_choice(answer, truth) == "") == right
+def test_integers_and_their_signs(answer, gold, right):
+    assert (check_integer(answer, {"answer": gold}) == "") == right
 
 
-def test_math_equivalence():
-    pytest.importorskip("math_verify")
-    truth = {"answer": "\\left( 3, \\frac{\\pi}{2} \\right)"}
-    assert grading.check_math("(3, \\pi/2)", truth) == ""
-    assert grading.check_math("(3, \\pi)", truth)
+ORDINARY = {"A": "mall", "B": "bank", "C": "the river bank"}
+SWAPPED = {"A": "B", "B": "A"}
+NUMBERED = {"1": "two", "2": "one"}
+SPACED = {"a": " dog ", "b": "a dog", "A": "cat"}
+
+
+@pytest.mark.parametrize("choices, gold, answer, right", [
+    (ORDINARY, "B", "B", True),
+    (ORDINARY, "B", "b", True),
+    (ORDINARY, "B", "(B)", True),
+    (ORDINARY, "B", "B)", True),
+    (ORDINARY, "B", "B. bank", True),
+    (ORDINARY, "B", "B) bank", True),
+    (ORDINARY, "B", "(B) Bank", True),
+    (ORDINARY, "B", "**B**", True),
+    (ORDINARY, "B", r"\boxed{\text{B}}", True),
+    (ORDINARY, "B", "Bank", True),
+    (ORDINARY, "B", "bank.", True),
+    (ORDINARY, "B", "A", False),
+    (ORDINARY, "B", "D", False),
+    (ORDINARY, "B", "B. mall", False),  # another choice's text
+    (ORDINARY, "A", "B. mall", False),
+    (ORDINARY, "B", "a bank", False),
+    (ORDINARY, "B", "B or A", False),
+    (ORDINARY, "B", "A, B", False),
+    (ORDINARY, "B", "bank or mall", False),
+    (ORDINARY, "B", "because", False),
+    (ORDINARY, "B", "", False),
+    (SWAPPED, "A", "A", True),  # the label, not the text of B
+    (SWAPPED, "B", "A", False),
+    (NUMBERED, "1", "1", True),
+    (NUMBERED, "1", "(1) two", True),
+    (NUMBERED, "1", "two", True),
+    (NUMBERED, "1", "2", False),
+    (NUMBERED, "1", "1. one", False),
+    (SPACED, "a", "a", True),
+    (SPACED, "A", "a", False),
+    (SPACED, "A", "A", True),
+    (SPACED, "a", "dog", True),
+    (SPACED, "b", "a dog", True),
+    ({"A": "bank", "B": "Bank"}, "B", "bank", False),  # which of the two?
+])
+def test_choices(choices, gold, answer, right):
+    assert (check_choice(answer, {"answer": gold, "choices": choices}) == "") == right
