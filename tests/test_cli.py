@@ -1,5 +1,7 @@
 """What all commands share: help, one line for a mistake, no code from data."""
 import errno
+import gzip
+import json
 import re
 import subprocess
 import sys
@@ -86,6 +88,55 @@ def test_jsonl_errors_name_the_line(tmp_path, content, message):
         list(cli.read_jsonl(tmp_path / "a.jsonl", ("a",)))
 
 
+ROWS = [{"a": 1}, {"a": "é"}, {"a": [2]}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+ARRAY = json.dumps(ROWS, indent=2, ensure_ascii=False).encode()
+
+
+@pytest.mark.parametrize("name, content, places", [
+    ("a.jsonl", LINES, ":1 :2 :3"),
+    ("a.jsonl", b"\xef\xbb\xbf" + LINES, ":1 :2 :3"),
+    ("a.jsonl", b"\n\n" + LINES.replace(b"\n", b"\r\n\r\n"), ":3 :5 :7"),
+    ("a.jsonl", LINES[:-1], ":1 :2 :3"),
+    ("a.jsonl.gz", gzip.compress(LINES), ":1 :2 :3"),
+    ("a.json", LINES, ":1 :2 :3"),
+    ("a.json", ARRAY, ": item 1:: item 2:: item 3"),
+    ("a.json", b"\xef\xbb\xbf\n" + ARRAY, ": item 1:: item 2:: item 3"),
+    ("a.json.gz", gzip.compress(ARRAY), ": item 1:: item 2:: item 3"),
+])
+def test_rows_as_people_have_them(tmp_path, name, content, places):
+    path = tmp_path / name
+    path.write_bytes(content)
+    found = list(cli.read_jsonl(path, ("a",)))
+    assert [row for _, row in found] == ROWS
+    places = places.split("::") if "item" in places else places.split()
+    assert [where.removeprefix(str(path)).strip(":") for where, _ in found] == [p.strip(":") for p in places]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.parquet", b"PAR1", "not JSON Lines; make it that: python convert.py .*a.parquet --out rows.jsonl"),
+    ("a.csv", b"a,b", "not JSON Lines"),
+    ("a.jsonl.gz", LINES, "not a whole gzip file"),
+    ("a.jsonl.gz", gzip.compress(LINES)[:-12], "not a whole gzip file"),
+    ("a.json", b"[]", "holds no rows"),
+    ("a.json", b"[1]", "a.json: item 1: expected an object"),
+    ("a.json", b'[{"a": 1},', "a.json: not valid JSON"),
+    ("a.jsonl", b'{"prompt": "x", "completion": "y"}', "this is a row of TRL's prompt and completion; make it ours"),
+])
+def test_other_shapes_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(cli.UserError, match=message):
+        list(cli.read_jsonl(tmp_path / name, ("a",)))
+
+
+@pytest.mark.parametrize("text, message", [("a,,b", "nothing between two commas"), ("", "nothing between"),
+                                           ("a, b,a", "a is there twice")])
+def test_lists_with_commas(text, message):
+    assert cli.split_list("a, b", "--x") == ["a", "b"]
+    with pytest.raises(cli.UserError, match=f"--x .*{message}"):
+        cli.split_list(text, "--x")
+
+
 def test_no_code_from_data():
     """Rule 19: no pickle, no eval, no remote code anywhere in the program."""
     forbidden = re.compile(
@@ -96,7 +147,7 @@ def test_no_code_from_data():
         assert not forbidden.search(text), path
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "x", ""])
+@pytest.mark.parametrize("text", ["{", "[1]", "x", "", '{"a": NaN}', '{"a": -Infinity}'])
 def test_template_kwargs_must_be_an_object(cmd, text):
     status, _, err = cmd(sample, "--chat-template-kwargs", text)
     assert status == 2 and "invalid JSON object value" in err and "Traceback" not in err

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MINI, read_rows, refused
+from conftest import MINI, read_rows, refused, write_jsonl
 
 import evaluate
+import report
 import tasks
 from cli import UserError
 from evaluate import bootstrap, f1, forced_prompt, interval, named_model, pass_at, skills, wilson
@@ -30,6 +31,31 @@ def test_wilson_equals_its_tabulated_values():
     assert wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-3)
     assert wilson(10, 20) == pytest.approx((0.2993, 0.7007), abs=1e-3)
     assert interval([[0, 0]] * 20) == wilson(0, 20)  # no spread between questions
+    assert interval([[1]] * 3 + [[0]] * 7) == wilson(3, 10)
+
+
+@pytest.mark.parametrize("df, quantile", [(4, 2.776), (14, 2.145), (29, 2.045), (99, 1.984), (10**6, 1.960)])
+def test_students_quantile_equals_its_tabulated_values(df, quantile):
+    assert evaluate.student(df) == pytest.approx(quantile, abs=1e-2)
+
+
+@pytest.mark.parametrize("questions, samples", [(15, 34), (30, 34), (100, 4), (500, 4)])
+def test_the_interval_holds_the_truth(questions, samples):
+    """Before, 75% of the intervals did for a set like AIME at 1%, where a bootstrap sees too few right answers.
+
+    How hard questions are differs: their chances are Beta, from all alike to mostly 0 or 1.
+    """
+    rng = np.random.default_rng(0)
+    for accuracy in (0.01, 0.1, 0.5):
+        for correlation in (0.01, 0.1, 0.3, 0.6):
+            scale = (1 - correlation) / correlation
+            held = []
+            for _ in range(400):
+                chances = rng.beta(accuracy * scale, (1 - accuracy) * scale, (questions, 1))
+                low, high = interval(rng.random((questions, samples)) < chances)
+                held.append(low <= accuracy <= high)
+            least = 0.85 if questions == 15 else 0.9
+            assert np.mean(held) > least, (accuracy, correlation, np.mean(held))
 
 
 def test_samples_of_a_question_are_not_independent():
@@ -87,6 +113,29 @@ def test_skills():
         "answers": 1, "reflections": 0, "attempts": [True], "verdicts": []}
 
 
+@pytest.mark.parametrize("change, attempts, verdicts", [
+    # Words between the attempt and its check.
+    (("</sample>\n<reflect>", "</sample>\nLet me check.\n<reflect>"), [False, True], [(False, False), (False, True)]),
+    # An attempt that is not checked does not take the next one's check.
+    (("<reflect>\nno <verdict>Incorrect</verdict>\n</reflect>\nAgain.", "Again."), [False, True], [(False, True)]),
+    # A second thought counts too, and one that never ends.
+    (("Again.", "</think>\nHm.\n<think>"), [False, True], [(False, False), (False, True)]),
+    (("</think>", ""), [False, True], [(False, False), (False, True)]),
+    # What the verdict says, however it is dressed.
+    (("<verdict>Incorrect</verdict>", "<verdict>**Incorrect.**</verdict>"), [False, True],
+     [(False, False), (False, True)]),
+    # An attempt is graded as everywhere else: this answer cannot be read.
+    (("<answer>6</answer>\n</sample>", "<answer><answer>6</answer></answer>\n</sample>"), [False, False],
+     [(False, False), (False, False)]),
+])
+def test_skills_of_responses_that_are_not_by_the_book(change, attempts, verdicts):
+    task = tasks.find("multiply-2")
+    text = TRACE.replace(*change)
+    assert text != TRACE
+    found = skills(task, tasks.Problem("", "", "", {"answer": "6"}), text)
+    assert found["attempts"] == attempts and found["verdicts"] == verdicts
+
+
 @pytest.mark.parametrize("text, cut, opened", [
     (TRACE, TRACE[:TRACE.index("</think>")], "<sample>\n"),
     ("no tags é <answer>5</answer>", "no tags é <answer>5</answer>", "\n<sample>\n"),
@@ -104,7 +153,90 @@ def test_budget_forcing_appends_ids(text, cut, opened):
     assert tokenizer.decode(kept) == cut + opened
 
 
+class Bytes:
+    """A tokenizer whose tokens are byte strings. Part of a character reads as a sign for each of its bytes."""
+    def __init__(self, pieces=()):
+        self.pieces = list(pieces)
+
+    def decode(self, ids):
+        content = b"".join(self.pieces[i] for i in ids)
+        text = ""
+        while content:
+            try:
+                return text + content.decode()
+            except UnicodeDecodeError as e:
+                text += content[:e.start].decode() + "\ufffd"
+                content = content[e.start + 1:]
+        return text
+
+    def encode(self, text):
+        self.pieces += [bytes([b]) for b in text.encode()]
+        return list(range(len(self.pieces) - len(text.encode()), len(self.pieces)))
+
+
+def test_budget_forcing_keeps_every_token_before_the_cut():
+    """Before, a token that held the end of the block and half of </think> took its text with it."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(300):
+        words = ["a\U0001f600", "é\n", "</reflect>", "日本語", "x"]
+        before = "".join(rng.choice(words, size=rng.integers(1, 6)))
+        content = f"{before}</think>\n\n<answer>é</answer>".encode()
+        cuts = sorted(rng.choice(range(1, len(content)), size=rng.integers(1, len(content)), replace=False))
+        pieces = [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)], strict=True)]
+        tokenizer = Bytes([*pieces, b"<end>"])
+        tokens = list(range(len(pieces) + 1))
+        _, kept = forced_prompt(tokenizer, Completion([], tokens))
+        line = "" if before.endswith("\n") else "\n"
+        assert tokenizer.decode(kept) == f"{before}{line}<sample>\n"
+        ends = [sum(map(len, pieces[:n])) for n in range(len(pieces) + 1)]
+        # The last boundary at or before the tag that is also one of characters.
+        whole = max(n for n, end in enumerate(ends) if end <= len(before.encode()) and _whole(content[:end]))
+        inside += ends[whole] != len(before.encode())
+        assert kept[:whole] == tokens[:whole] and kept[whole] >= len(tokens)
+    assert inside > 100
+
+
+def _whole(content):
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 # ---- the command ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("text, answer, form", [
+    ("<answer>6</answer>", "6", False),
+    ("so \\boxed{6}", None, True),
+    ("<answer>7</answer>, no: \\boxed{6}", "7", True),
+    ("<think><answer>6</answer></think>", None, True),
+    ("<answer>6", None, False),
+    ("so \\boxed{7}", None, False),
+])
+def test_what_failed_by_form_only(text, answer, form):
+    task = tasks.find("multiply-2")
+    problem = tasks.Problem("", "", "", {"answer": "6"})
+    tokenizer = Bytes([text.encode()])
+    tokenizer.text = tokenizer.decode
+    row = evaluate.result_row("m", task, problem, 0, Completion([], [0], [], "stop"), tokenizer)
+    assert (row["answer"], row["wrong_form"]) == (answer, form)
+
+
+def test_sets_of_different_sizes_and_samples(cmd, monkeypatch):
+    """A set of 30 questions beside one of 100, with the default --k: once a KeyError lost the later cells."""
+    write_jsonl("aime.jsonl", [{"question": f"{i}?", "answer": i} for i in range(3)])
+    write_jsonl("large.jsonl", [{"question": f"{i}?", "answer": i} for i in range(101)])
+    status, out, err = cmd(evaluate, "--models", f"a={MINI},b={MINI}", "--split", "all", "--questions", "0",
+                           "--tasks", "file:aime.jsonl:integer,file:large.jsonl:integer", "--max-new-tokens", "2",
+                           "--device", "cpu")
+    assert status == 0, err
+    cells = json.loads(Path("out/evaluate/summary.json").read_text())
+    assert [cell["samples"] for cell in cells] == [34, 4, 34, 4]
+    assert "pass@4" in out and "pass@34" in out and "no answer" in out
+    assert all(cell["no_answer"] == 1 and cell["wrong_form"] == 0 for cell in cells)
+
+
 def test_command(cmd):
     names = "countdown-3-small,countdown-2-small"
     status, out, err = cmd(
@@ -148,6 +280,7 @@ def test_compares_what_is_there(cmd, folder):
     (("--k", "1,-2"), "give whole numbers"),
     (("--questions", "0"), "makes its questions"),
     (("--tasks", "chess"), "unknown; the tasks are"),
+    (("--tasks", "countdown-3,countdown-3"), "--tasks countdown-3,countdown-3: countdown-3 is there twice"),
     (("--split", "train"), "has no split 'train'"),
     (("--tasks", "gsm8k"), "no such file; gsm8k is not downloaded"),
     (("--models", "nowhere"), "no such folder"),
@@ -161,10 +294,10 @@ def test_figures_stand_under_their_own_heading():
     """A set of 100 questions and one of 30 have pass@4 and pass@34: each column holds its own figures."""
     figures = {"accuracy": 0.5, "interval": (0.4, 0.6), "lenient": 0.5, "truncated": 0, "tokens": 9,
                "answers": 1, "reflections": 0, "first_attempt": 0.5, "any_attempt": 0.5, "f1_correct": None,
-               "f1_incorrect": None, "model": "m", "questions": 100}
+               "f1_incorrect": None, "model": "m", "questions": 100, "no_answer": 0, "wrong_form": 0}
     cells = [{**figures, "task": "large", "samples": 4, "pass": {4: 0.25}},
              {**figures, "task": "small", "samples": 34, "pass": {34: 0.75}}]
-    headings, *rows = evaluate.table_of(cells)
+    headings, *rows = report.table_of(cells)
     large, small = (dict(zip(headings, row, strict=True)) for row in rows)
     assert (large["pass@4"], large["pass@34"]) == ("25.0", "")
     assert (small["pass@4"], small["pass@34"]) == ("", "75.0")
@@ -185,7 +318,7 @@ def test_a_path_with_a_comma_is_refused(cmd, tmp_path):
 
 
 def test_paper_figures_are_printed_for_its_tasks():
-    headings, *_, last = evaluate.paper_table({"countdown-4", "gsm8k", "mine"})
+    headings, *_, last = report.paper_table({"countdown-4", "gsm8k", "mine"})
     assert headings == ["paper, 1.5B", "countdown-4", "gsm8k"]
     assert last == ["SkillFactory then GRPO", "42.1", "68.2"]
-    assert evaluate.paper_table({"mine"}) == []
+    assert report.paper_table({"mine"}) == []

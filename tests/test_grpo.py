@@ -1,12 +1,13 @@
 """GRPO's objective has the right gradient, token by token, and a run leaves what one needs to judge it."""
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MINI, read_rows, tiny
+from conftest import MINI, read_rows, tiny, write_jsonl
 from torch import tensor
 
 import grpo
@@ -215,12 +216,52 @@ def test_a_run_leaves_what_is_promised(cmd):
     assert status == 0, err
     out = Path("out/grpo")
     assert {path.name for path in out.iterdir()} >= FILES
-    first, second = read_rows(out / "metrics.jsonl")
+    before, first, second = read_rows(out / "metrics.jsonl")
+    assert before.keys() == {"step", "val"} and before["step"] == 0
     assert "val" not in first and 0 <= second["val"] <= 1
     record = json.loads((out / "run.json").read_text())
     assert record["flags"]["clip_low"] == 0.2 and "torch" in record["versions"]
     rollout = read_rows(out / "rollouts.jsonl")[0]
     assert {"step", "question", "response", "correct", "reason"} <= rollout.keys()
+
+
+def test_the_last_step_is_measured_too(cmd):
+    cmd(grpo, *FLAGS, "--steps", "3", "--eval-every", "2", "--eval-questions", "4")
+    assert [row["step"] for row in read_rows("out/grpo/metrics.jsonl") if "val" in row] == [0, 2, 3]
+
+
+def test_a_run_stopped_before_its_first_checkpoint_logs_nothing_twice(cmd):
+    cmd(grpo, *FLAGS, "--steps", "2", "--save-every", "0", "--eval-every", "2", "--eval-questions", "4")
+    shutil.rmtree("out/grpo/state")  # as after a kill before the first checkpoint
+    cmd(grpo, *FLAGS, "--steps", "2", "--save-every", "0", "--eval-every", "2", "--eval-questions", "4", "--resume")
+    assert [row["step"] for row in read_rows("out/grpo/metrics.jsonl")] == [0, 1, 2]
+
+
+def test_figures_mean_the_same_with_a_reference():
+    """A KL term runs the responses without an advantage too; they once entered entropy, approx_kl and clip_fraction."""
+    model, _ = tiny(seed=5)
+    reference, _ = tiny(seed=5)
+    groups = [group_of(completions(), [1.0, 0.0, 0.0, -1.0]), group_of(completions(seed=3), [0.0] * 4, place=1)]
+
+    def sums(reference, kl):
+        args = SimpleNamespace(**{**vars(ARGS), "kl": kl})
+        return grpo.update(model, reference, SimpleNamespace(step=lambda lr: 0.0), groups, args, lr=0.1)[1]
+    without, alike = sums(None, 0.0), sums(reference, 0.5)
+    trained = sum(len(c.tokens) for c, a in zip(groups[0].completions, groups[0].advantages, strict=True) if a)
+    assert alike["reference_tokens"] > alike["trained_tokens"] == without["trained_tokens"] == trained
+    for name in ("loss", "entropy", "approx_kl", "clip_fraction", "difference"):
+        assert alike[name] == pytest.approx(without[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_split_may_be_chosen(cmd):
+    """All rows of a file, if asked; and a split without rows is refused before a model is loaded."""
+    write_jsonl("own.jsonl", [{"question": f"What is {i} * 2?", "answer": 2 * i} for i in range(4)])
+    flags = [*FLAGS, "--task", "file:own.jsonl:integer", "--questions", "0", "--steps", "1"]
+    assert cmd(grpo, *flags, "--split", "all")[0] == 0
+    write_jsonl("one.jsonl", [{"question": "?", "answer": "1"}])
+    nowhere = ["--model", "nowhere", "--task", "file:one.jsonl", "--questions", "0", "--out", "other"]
+    messages = [cmd(grpo, *nowhere, "--split", split)[2] for split in ("sft", "rl", "val", "test")]
+    assert sum("has 0 questions in the split" in message for message in messages) == 3
 
 
 def test_sampler_and_trainer_agree_at_every_step(cmd):

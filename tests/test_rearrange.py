@@ -205,6 +205,10 @@ TAGGED = {"text": "</reflect> <verdict>Correct</verdict>", "verdict": True, "fin
     ({"style": "plain-hint", "solution": "By the Hint, <answer>6</answer>"}, "mentions the hint"),
     ({"reflections": []}, "no valid reflection"),
     ({"reflections": [LEAK]}, "leaked the prompt's example"),
+    ({"solution": "<answer><answer>6</answer></answer>"}, "malformed: nested <answer> tags"),
+    ({"solution": "It is <answer>6", "correct": False, "answer": None}, "malformed: the <answer> is never closed"),
+    ({"solution": "<answer>6</answer>, in <answer> as asked", "correct": False, "answer": None},
+     "malformed: the <answer> is never closed"),
     ({"reflections": [TAGGED]}, "no valid reflection (one holds a tag of the traces)"),
 ])
 def test_flawed_attempts_are_dropped_and_counted(cmd, change, reason):
@@ -212,6 +216,53 @@ def test_flawed_attempts_are_dropped_and_counted(cmd, change, reason):
     bad |= {"id": "bad", "correct": True, "answer": "6", **change}
     made, out = silver(cmd, sample_rows(questions=2) + [bad])
     assert reason in out and all(trace["id"] != "bad" for trace in made)
+
+
+def test_an_attempt_that_names_the_tag_is_used(cmd):
+    good, = sample_rows(questions=1, attempts=1)
+    good |= {"id": "good", "correct": True, "answer": "6", "reflections": [reflection("r", True)],
+             "solution": "I end with the <answer> tag. <answer>6</answer>"}
+    made, _ = silver(cmd, [good])
+    assert [trace["id"] for trace in made] == ["good"]
+
+
+@pytest.mark.parametrize("place", ["question", "solution"])
+def test_a_city_that_is_asked_about_is_no_leak(cmd, place):
+    row, = sample_rows(questions=1, attempts=1)
+    row |= {"correct": True, "answer": "6", "reflections": [{**LEAK, "text": LEAK["text"].replace("Canberra", "Sydney")}]}
+    row[place] += " (Sydney)"
+    made, _ = silver(cmd, [row])
+    assert len(made) == 1
+
+
+def test_no_reflection_has_the_traces_of_paper(cmd):
+    rows = sample_rows(questions=20)
+    paper_rows, _ = silver(cmd, rows)
+    cmd(rearrange, "--recipe", "no-reflection", "--out", "bare.jsonl")
+    bare = read_rows("bare.jsonl")
+    assert [row["pairs"] for row in bare] == [row["pairs"] for row in paper_rows]
+    for with_blocks, without in zip(paper_rows, bare, strict=True):
+        stripped = re.sub(r"<reflect>\n.*?\n</reflect>\n", "", with_blocks["messages"][-1]["content"], flags=re.DOTALL)
+        assert stripped == without["messages"][-1]["content"]
+
+
+def test_samples_of_several_seeds_are_pooled(cmd):
+    """The same questions, styles and indices, other texts: all are used, whatever the order of the files."""
+    rows = sample_rows()
+    others = json.loads(json.dumps(rows).replace("attempt ", "another ").replace("check ", "another check "))
+    write_jsonl("a.jsonl", rows)
+    write_jsonl("b.jsonl", others)
+    write_jsonl("same.jsonl", rows[:3])
+    assert cmd(rearrange, "--data", "a.jsonl,b.jsonl")[0] == 0
+    assert cmd(rearrange, "--data", "b.jsonl,same.jsonl,a.jsonl", "--out", "again.jsonl")[0] == 0
+    assert Path("silver.jsonl").read_bytes() == Path("again.jsonl").read_bytes()
+    text = Path("silver.jsonl").read_text()
+    right = [row["solution"] for row in rows + others
+             if row["correct"] and any(r["verdict"] for r in row["reflections"])]
+    assert right and all(text.count(json.dumps(solution)[1:-1]) == 1 for solution in right)
+    write_jsonl("c.jsonl", [rows[0], others[0]])
+    refused(cmd, rearrange, ("--data", "c.jsonl", "--out", "c"), "c.jsonl:2: attempt")
+    refused(cmd, rearrange, ("--data", "a.jsonl,a.jsonl", "--out", "c"), "a.jsonl is there twice")
 
 
 # ---- the command ---------------------------------------------------------------------------------

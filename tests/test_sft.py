@@ -91,13 +91,64 @@ def test_schedule():
 
 # ---- input ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("row, message", [
-    ({"messages": "no"}, "chat.jsonl: row 1: messages must be a list"),
+    ({"messages": "no"}, "chat.jsonl:1: messages must be a list"),
     ({"messages": [{"role": "user", "content": "x"}]}, "the last of the messages must be the assistant's"),
     ({"text": "x"}, "chat.jsonl:1: the key 'messages' is missing"),
+    ({"prompt": "x", "completion": "y"}, "a row of TRL's prompt and completion; make it ours: python convert.py"),
+    ({"conversations": [{"from": "human", "value": "x"}]}, "a row of ShareGPT's conversations; make it ours"),
+    ({"instruction": "x", "input": "", "output": "y"}, "a row of Alpaca's instruction and output; make it ours"),
 ])
 def test_bad_rows(cmd, row, message):
     write_jsonl("chat.jsonl", [row])
     refused(cmd, sft, SFT, message)
+
+
+def turns(user=None, first=None, **last):
+    """A row of two exchanges, of which the last assistant's turn has these fields too."""
+    return {"messages": [
+        {"role": "user", "content": "one", **(user or {})}, {"role": "assistant", "content": "two", **(first or {})},
+        {"role": "user", "content": "three"}, {"role": "assistant", "content": "four", **last}]}
+
+
+@pytest.mark.parametrize("row, message", [
+    (turns(content=""), "the last turn is empty, which would teach silence"),
+    (turns(content=" \n"), "the last turn is empty"),
+    (turns(content="", reasoning_content="only this"), "the last turn is empty"),
+    (turns(content=[]), "the last turn is empty"),
+    (turns(content=None), "messages must be a list"),
+    (turns(weight=0), "weight: 0 cannot be had: the last turn is trained and no other"),
+    (turns(train=False), "train: false cannot be had"),
+    (turns(training=False), "training: false cannot be had"),
+    (turns(weight=0.5), "weight: 0.5 cannot be had"),
+    (turns(first={"weight": 1}), "weight: 1 cannot be had"),
+    ({**turns(), "train": False}, "train: false cannot be had"),
+    (turns(tool_calls=[{"function": {"name": "f"}}]), "tool_calls is not supported"),
+    (turns(first={"function_call": {"name": "f"}}), "function_call is not supported"),
+    (turns(refusal="I cannot"), "refusal is not supported"),
+    ({**turns(), "tools": [{"type": "function"}]}, "tools is not supported"),
+    (turns(user={"role": "tool"}), "messages must be a list of {role: system|user|assistant"),
+    (turns(user={"content": [{"type": "image_url", "image_url": "x"}]}), "messages must be a list"),
+    (turns(user={"content": ["text"]}), "messages must be a list"),
+    (turns(user={"thinking": "hm"}), "reasoning must be text, of an assistant's turn"),
+    (turns(reasoning_content="a", content="<think>b</think>c"), "reasoning must be text"),
+    (turns(thinking=["a"]), "reasoning must be text"),
+])
+def test_fields_that_change_the_meaning_are_not_dropped(cmd, row, message):
+    write_jsonl("chat.jsonl", [CHAT[0], {}, row][::2])
+    refused(cmd, sft, SFT, f"chat.jsonl:2: {message}")
+
+
+@pytest.mark.parametrize("row, texts", [
+    (turns(), ["one", "two", "three", "four"]),
+    (turns(weight=1, first={"weight": 0}), ["one", "two", "three", "four"]),
+    (turns(train=True, refusal=None, tool_calls=[], name="x"), ["one", "two", "three", "four"]),
+    (turns(content=[{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]), ["one", "two", "three", "four"]),
+    (turns(reasoning_content="why\n"), ["one", "two", "three", "<think>\nwhy\n</think>\n\nfour"]),
+    (turns(first={"thinking": "why"}), ["one", "<think>\nwhy\n</think>\n\ntwo", "three", "four"]),
+    (turns(user={"weight": 0, "train": False}), ["one", "two", "three", "four"]),
+])
+def test_fields_that_are_used(row, texts):
+    assert [m["content"] for m in sft.plain_messages(row, "chat.jsonl:1")] == texts
 
 
 def test_bad_input(cmd):

@@ -75,23 +75,23 @@ def ids(task, split):
 
 def test_a_file_of_ones_own(tmp_path):
     """One file, divided between the splits: no test question is trained on."""
-    rows = [{"id": i, "question": f"{i}+1?", "answer": str(i + 1)} for i in range(20)]
+    rows = [{"id": i, "question": f"{i}+1?", "answer": str(i + 1)} for i in range(200)]
     path = write_jsonl(tmp_path / "my.jsonl", rows)
     task = find(f"file:{path}:integer")
-    assert len(task.problems("all", 0)) == 20
+    assert len(task.problems("all", 0)) == 200
     parts = [ids(task, split) for split in ("sft", "rl", "val", "test")]
-    assert sum(map(len, parts)) == len(set.union(*parts)) == 20
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 200
     p, = task.problems("all", 1)
     text = f"<answer>${p.truth['answer']}.00</answer>"
     assert task.grade(p, text).correct
     assert not find(f"file:{path}").grade(p, text).correct  # graded `exact`
-    with pytest.raises(UserError, match="has 20 questions in the split all"):
-        task.problems("all", 21)
+    with pytest.raises(UserError, match="has 200 questions in the split all"):
+        task.problems("all", 201)
 
 
 def test_a_set_with_one_training_file(tmp_path):
     (tmp_path / "gsm8k").mkdir()
-    rows = [{"id": f"t{i}", "question": "?", "answer": "1"} for i in range(200)]
+    rows = [{"id": f"t{i}", "question": f"{i}?", "answer": "1"} for i in range(200)]
     write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
     task = find("gsm8k", tmp_path)
     parts = [ids(task, split) for split in ("sft", "rl", "val")]
@@ -102,12 +102,177 @@ def test_a_set_with_one_training_file(tmp_path):
         find("math500", tmp_path).problems("sft", 1)
 
 
+def test_a_test_question_that_is_also_in_the_training_file_is_not_trained_on(tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    rows = [{"question": f"{i}?", "answer": "1"} for i in range(100)]
+    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
+    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [{"question": f" {i}?\n", "answer": "1"} for i in range(30)])
+    task = find("gsm8k", tmp_path)
+    trained = ids(task, "sft") | ids(task, "rl") | ids(task, "val")
+    assert len(trained) == 70 and not trained & ids(task, "test")
+
+
+# ---- splits and identity: a row is what it asks ---------------------------------------------------
+QUESTIONS = [{"question": f"What is {i} plus caf\u00e9?", "answer": str(i)} for i in range(300)]
+
+
+def splits(path, grading=":exact"):
+    """{question: split}"""
+    task = find(f"file:{path}{grading}")
+    return {p.question: split for split in ("sft", "rl", "val", "test") for p in task.problems(split, 0)}
+
+
+def test_the_split_of_a_row_is_its_own(tmp_path):
+    """Before, a row on top moved 21 of 25 test questions, for the number of the row was its identity."""
+    before = splits(write_jsonl(tmp_path / "a.jsonl", QUESTIONS))
+    more = [{"question": "on top", "answer": "1"}, *reversed(QUESTIONS)]
+    after = splits(write_jsonl(tmp_path / "b.jsonl", more))
+    assert after.pop("on top") and after == before and len(before) == 300
+    ids_given = [{**row, "id": 299 - i} for i, row in enumerate(QUESTIONS)]
+    assert splits(write_jsonl(tmp_path / "c.jsonl", ids_given)) == before
+    assert {split: list(before.values()).count(split) for split in ("sft", "rl", "val", "test")}.keys() \
+        == set(before.values())
+
+
+def test_copies_of_a_question_are_left_out_and_counted(tmp_path, capsys):
+    """Before, copies were on both sides of the split: other ids, white space or forms of Unicode hid them."""
+    copies = [{"id": f"x{i}", "question": "  " + row["question"].replace(" ", "\n ").replace("\u00e9", "e\u0301"),
+               "answer": row["answer"]} for i, row in enumerate(QUESTIONS)]
+    path = write_jsonl(tmp_path / "a.jsonl", QUESTIONS + copies)
+    task = find(f"file:{path}")
+    sets = [ids(task, split) for split in ("sft", "rl", "val", "test")]
+    assert sum(map(len, sets)) == len(set.union(*sets)) == 300
+    assert capsys.readouterr().out == f"{path}: left out 300 rows that repeat a question\n"
+    case = [{"question": "What is He?", "answer": "1"}, {"question": "What is he?", "answer": "2"}]
+    assert len(find(f"file:{write_jsonl(tmp_path / 'b.jsonl', case)}").problems("all", 0)) == 2
+
+
+def test_permuted_choices_are_the_same_question(tmp_path):
+    rows = [{"question": "Where?", "choices": {"A": "mall", "B": "bank"}, "answer": "B"},
+            {"question": "Where?", "choices": {"A": "bank", "B": "mall"}, "answer": "A"},
+            {"question": "Where?", "choices": {"A": "bank", "B": "river"}, "answer": "A"}]
+    assert len(find(f"file:{write_jsonl(tmp_path / 'a.jsonl', rows)}:choice").problems("all", 0)) == 2
+    rows[1]["answer"] = "B"
+    with pytest.raises(UserError, match="a.jsonl:2: an earlier row asks the same and has another answer"):
+        find(f"file:{write_jsonl(tmp_path / 'a.jsonl', rows)}:choice").problems("all", 0)
+
+
+def test_a_path_is_in_no_key(tmp_path, monkeypatch):
+    """Three spellings of a path: the same questions, in the same order, with the same identities."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("own.jsonl", "copy.jsonl"):
+        write_jsonl(name, QUESTIONS)
+    chosen = []
+    for spelling in ("own.jsonl", "./own.jsonl", str(tmp_path / "own.jsonl"), "copy.jsonl"):
+        problems = find(f"file:{spelling}").problems("sft", 20, seed=3)
+        chosen.append([(p.id, p.question) for p in problems])
+    assert all(other == chosen[0] for other in chosen)
+    assert "own" not in chosen[0][0][0]
+    for twice in ("countdown-3,countdown-3", "file:own.jsonl,file:./own.jsonl"):
+        with pytest.raises(UserError, match="is there twice"):
+            tasks.find_all(twice)
+
+
+def test_a_countdown_file_has_the_splits_of_the_generated_task(tmp_path):
+    generated = {split: find("countdown-3").problems(split, 40) for split in ("val", "test")}
+    rows = [{"nums": p.truth["numbers"][::-1], "target": p.truth["target"]} for part in generated.values() for p in part]
+    task = find(f"file:{write_jsonl(tmp_path / 'cd.jsonl', rows + rows[:5])}:countdown")
+    for split, problems in generated.items():
+        found = {p.id.partition("/")[2]: p for p in task.problems(split, 0)}
+        assert found.keys() == {p.id.partition("/")[2] for p in problems}
+        for p in problems:
+            answer = f"<answer>{p.truth['answer']}</answer>"
+            assert task.grade(found[p.id.partition("/")[2]], answer).correct
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "one.jsonl", [{"question": "?", "answer": "1"}])
+    empty = [split for split in ("sft", "rl", "val", "test") if not one_or_none(path, split)]
+    assert len(empty) == 3
+    with pytest.raises(UserError, match=f"has 0 questions in the split {empty[0]}"):
+        find(f"file:{path}").problems(empty[0], 0)
+
+
+def one_or_none(path, split):
+    try:
+        return find(f"file:{path}").problems(split, 0)
+    except UserError:
+        return None
+
+
+# ---- rows as people have them --------------------------------------------------------------------
+@pytest.mark.parametrize("answer, grading, right, wrong", [
+    (18, ":integer", "18", "19"),
+    (18.0, ":integer", "18", "18.5"),
+    (18.0, "", "18", "18.0"),
+    (0.5, ":math", "1/2", "0.4"),
+    ("$1,234", ":integer", "1234", "1"),
+])
+def test_numbers_as_answers(tmp_path, answer, grading, right, wrong):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "?", "answer": answer}])
+    if grading == ":math":
+        pytest.importorskip("math_verify")
+    task = find(f"file:{path}{grading}")
+    p, = task.problems("all", 0)
+    assert task.grade(p, f"<answer>{right}</answer>").correct and not task.grade(p, f"<answer>{wrong}</answer>").correct
+
+
+def test_rows_with_choices_are_graded_as_choices(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "Where?", "choices": {"A": "mall", "B": "bank"}, "answer": "B"}])
+    for grading in ("", ":choice"):
+        task = find(f"file:{path}{grading}")
+        p, = task.problems("all", 0)
+        assert task.grade(p, "<answer>(B) bank</answer>").correct and "A. mall" in p.question
+
+
+def test_choices_that_are_all_the_first_are_a_warning(tmp_path, capsys):
+    rows = [{"question": f"{i}?", "choices": {"A": "x", "B": "y"}, "answer": "A"} for i in range(9)]
+    find(f"file:{write_jsonl(tmp_path / 'a.jsonl', rows)}").problems("all", 0)
+    assert "warning: the right choice is A in all rows" in capsys.readouterr().out
+
+
+def test_line_numbers_are_line_numbers(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n\n{"question": "?", "answer": ""}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:3: the answer '' is empty"):
+        find(f"file:{tmp_path / 'a.jsonl'}").problems("all", 0)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("file:%s:intger", "no grading 'intger'; there are exact, integer, math, choice, countdown"),
+    ("file:%s.old", "no such file"),
+    ("file:no/such:file.jsonl", "no such file"),
+])
+def test_a_mistyped_grading_is_no_path(tmp_path, name, message):
+    path = write_jsonl(tmp_path / "a.jsonl", QUESTIONS)
+    with pytest.raises(UserError, match=message):
+        find(name.replace("%s", str(path))).problems("all", 0)
+
+
 @pytest.mark.parametrize("row, grading, message", [
     ({"question": "?", "answer": "two"}, ":integer", "'two' is not an integer"),
     ({"question": "?", "answer": "F", "choices": {"A": "x"}}, "", "is none of the choices"),
     ({"question": 1, "answer": "F"}, "", "must be text"),
+    ({"question": " ", "answer": "F"}, "", "must be text"),
+    ({"question": "?", "answer": True}, "", "answer text or a number"),
+    ({"question": "?", "answer": None}, "", "answer text or a number"),
+    ({"question": "?"}, "", "answer text or a number .found: question."),
+    ({"question": "?", "answer": "  "}, "", "the answer '  ' is empty"),
+    ({"question": "?", "answer": "$$"}, ":exact", "is empty"),
+    ({"question": "?", "answer": "2.5"}, ":integer", "is not an integer"),
+    ({"question": "?", "answer": "7 \\\\ 6"}, ":math", "only a part of it could be read"),
+    ({"question": "?", "answer": "A"}, ":choice", "choices must be an object"),
+    ({"question": "?", "answer": "A", "choices": ["x"]}, "", "choices must be an object"),
+    ({"question": "?", "answer": "a", "choices": {"A": "x"}}, "", "is none of the choices"),
+    ({"nums": [1, 2]}, ":countdown", "expected nums"),
+    ({"nums": [1, "2"], "target": 3}, ":countdown", "expected nums"),
+    ({"nums": [1, 2], "target": 3, "answer": "1 - 2"}, ":countdown", "the answer '1 - 2' is wrong"),
+    ({"question": "?", "answer": "He has 2. #### 2"}, "", "this is GSM8K as it is published"),
+    ({"question": "?", "answer": "He has 2. #### 2"}, ":integer", "python convert.py .*my.jsonl --out questions.jsonl"),
+    ({"problem": "?", "solution": "2", "answer": "2"}, ":math", "AIME, AMC or MATH-500 as it is published"),
 ])
 def test_rows_that_cannot_be_graded_are_refused(tmp_path, row, grading, message):
     path = write_jsonl(tmp_path / "my.jsonl", [row])
-    with pytest.raises(UserError, match=message):
+    if grading == ":math":
+        pytest.importorskip("math_verify")
+    with pytest.raises(UserError, match=f"my.jsonl:1: .*{message}"):
         find(f"file:{path}{grading}").problems("all", 1)

@@ -1,0 +1,123 @@
+"""Published shapes become rows that train and that are graded, and every way the program refuses them leads here."""
+import csv
+import gzip
+import json
+import sys
+
+import pytest
+from conftest import MINI, read_rows, refused, write_jsonl
+
+import convert
+import evaluate
+import sft
+import tasks
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+EXCHANGE = chat(("user", "Q"), ("assistant", "A"))
+SHAPES = {  # name: (row, ours)
+    "trl": ({"prompt": "Q", "completion": "A"}, EXCHANGE),
+    "trl-messages": ({"prompt": EXCHANGE["messages"][:1], "completion": EXCHANGE["messages"][1:]}, EXCHANGE),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, EXCHANGE),
+    "openthoughts": ({"system": "S", "conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]},
+                     chat(("system", "S"), ("user", "Q"), ("assistant", "A"))),
+    "alpaca": ({"instruction": "Q", "input": "", "output": "A"}, EXCHANGE),
+    "alpaca-input": ({"instruction": "Q", "input": "I", "output": "A", "history": [["q", "a"]]},
+                     chat(("user", "q"), ("assistant", "a"), ("user", "Q\n\nI"), ("assistant", "A"))),
+    "gsm8k": ({"question": "Q", "answer": "He has 48/2=<<48/2=24>>24.\n#### 1,024"}, {"question": "Q", "answer": "1,024"}),
+    "math500": ({"problem": "Q", "solution": "so \\boxed{2}", "answer": "2", "unique_id": "x"}, {"question": "Q", "answer": "2"}),
+    "math": ({"problem": "Q", "solution": "\\boxed{1} no, \\boxed{\\frac{1}{2}}.", "level": "1"},
+             {"question": "Q", "answer": "\\frac{1}{2}"}),
+    "aime": ({"Problem": "Q", "Answer": 33, "ID": "2024-I-1"}, {"question": "Q", "answer": 33}),
+    "aime25": ({"problem": "Q", "answer": "033", "problem_idx": 1}, {"question": "Q", "answer": "033"}),
+    "csqa": ({"question": "Q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "B"},
+             {"question": "Q", "choices": {"A": "x", "B": "y"}, "answer": "B"}),
+    "csqa-authors": ({"question": {"stem": "Q", "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]},
+                      "answerKey": "B"}, {"question": "Q", "choices": {"A": "x", "B": "y"}, "answer": "B"}),
+    "ours": (EXCHANGE, EXCHANGE),
+    "our-question": ({"id": 1, "question": "Q", "answer": "2"}, {"id": 1, "question": "Q", "answer": "2"}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes(cmd, name):
+    row, ours = SHAPES[name]
+    write_jsonl("in.jsonl", [row, row])
+    status, out, err = cmd(convert, "in.jsonl", "--out", "out.jsonl")
+    assert status == 0, err
+    assert read_rows("out.jsonl") == [ours, ours] and "2 rows" in out
+
+
+def gpqa(i):
+    return {"Question": f"Q{i}", "Correct Answer": "right", **{f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}}
+
+
+def test_gpqa_is_shuffled_by_a_seed(cmd):
+    """In its CSV file the right answer always comes first."""
+    rows = [gpqa(i) for i in range(200)]
+    with open("gpqa.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert cmd(convert, "gpqa.csv", "--out", "a.jsonl")[0] == 0
+    assert cmd(convert, "gpqa.csv", "--out", "b.jsonl", "--seed", "1")[0] == 0
+    write_jsonl("reversed.jsonl", rows[::-1])
+    assert cmd(convert, "reversed.jsonl", "--out", "c.jsonl")[0] == 0
+    made = read_rows("a.jsonl")
+    assert made == read_rows("c.jsonl")[::-1] != read_rows("b.jsonl")
+    for row in made:
+        assert row["choices"][row["answer"]] == "right" and len(set(row["choices"].values())) == 4
+    labels = [row["answer"] for row in made]
+    assert all(30 < labels.count(label) < 70 for label in "ABCD")
+    assert len(tasks.find("file:a.jsonl:choice").problems("all", 0)) == 200
+
+
+def test_parquet(cmd, monkeypatch):
+    (open("x.parquet", "wb")).close()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refused(cmd, convert, ("x.parquet",), "x.parquet: reading Parquet needs pyarrow: pip install pyarrow")
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"text": "x"}, "in.jsonl:2: no shape that is known; its columns are text"),
+    ({"conversations": [{"from": "tool", "value": "x"}]}, "in.jsonl:2: no turns of 'tool' are known"),
+    ({"conversations": "x"}, "in.jsonl:2: looks like a row of ShareGPT's conversations, but is not whole"),
+    ({"problem": "Q", "solution": "none"}, "in.jsonl:2: neither an answer nor a \\boxed one"),
+])
+def test_rows_that_cannot_be_converted(cmd, row, message):
+    write_jsonl("in.jsonl", [EXCHANGE, row])
+    refused(cmd, convert, ("in.jsonl",), message)
+    write_jsonl("in.jsonl", [EXCHANGE])
+    cmd(convert, "in.jsonl")
+    refused(cmd, convert, ("in.jsonl",), "--out converted.jsonl exists")
+
+
+def test_from_a_published_chat_to_a_trained_model(cmd):
+    """The line that refuses the file holds the command that makes it trainable."""
+    rows = [{"conversations": [{"from": "human", "value": f"What is {i} * 2?"}, {"from": "gpt", "value": str(2 * i)}]}
+            for i in range(8)]
+    with open("share.json", "w") as f:
+        json.dump(rows, f)
+    flags = ("--model", MINI, "--device", "cpu", "--epochs", "1")
+    _, _, err = cmd(sft, *flags, "--data", "share.json")
+    command = err[err.index("python convert.py"):].split()
+    assert command[2:] == ["share.json", "--out", "chat.jsonl"]
+    assert cmd(convert, *command[2:])[0] == 0
+    assert cmd(sft, *flags, "--data", "chat.jsonl")[0] == 0
+
+
+def test_from_published_gsm8k_to_a_right_answer(cmd):
+    """Before, the advice was to grade it with `exact`, by which 0 of 400 are right."""
+    with gzip.open("raw.jsonl.gz", "wt") as f:
+        f.writelines(json.dumps({"question": f"{i}?", "answer": f"That is <<{i}+0={i}>>{i}.\n#### {i}"}) + "\n" for i in range(40))
+    flags = ("--models", MINI, "--device", "cpu", "--split", "all", "--max-new-tokens", "2")
+    for task in ("file:raw.jsonl.gz", "file:raw.jsonl.gz:integer"):
+        _, _, err = cmd(evaluate, *flags, "--tasks", task)
+        assert "raw.jsonl.gz:1: this is GSM8K as it is published; make it ours: python convert.py" in err
+    assert cmd(convert, "raw.jsonl.gz", "--out", "questions.jsonl")[0] == 0
+    task = tasks.find("file:questions.jsonl:integer")
+    for p in task.problems("all", 0):
+        assert task.grade(p, f"<answer>${p.truth['answer']}.00</answer>").correct
