@@ -26,8 +26,8 @@ from tqdm import tqdm
 import tasks
 from checkpoint import load, read_folder
 from cli import (
-    UserError, command, natural, number, parser, positive, refuse_existing, run_record, to_json,
-    write_whole,
+    UserError, command, natural, number, parser, positive, refuse_existing, run_record, split_list,
+    to_json, write_whole,
 )
 from grading import last_boxed, verdict
 from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
@@ -75,31 +75,18 @@ def student(df: int) -> float:
             + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
 
 
-def bootstrap(means, seed: int = 0, draws: int = 4000) -> Interval:
-    """95% interval of the mean over questions.
-
-    It resamples questions, not samples: those of one question are correlated.
-    """
-    means = np.asarray(means, dtype=float)
-    n = len(means)
-    rng = np.random.default_rng(seed)
-    estimates = [means[rng.integers(0, n, n)].mean() for _ in range(draws)]
-    low, high = np.quantile(estimates, (0.025, 0.975))
-    return float(low), float(high)
-
-
 def paired(differences) -> Interval:
-    """95% interval of a mean difference over questions.
+    """95% interval of a mean difference over questions (Student's).
 
-    If every question has the same difference, a bootstrap has width 0. Then the margin is the upper end of
-    the Wilson interval of 0 out of n.
+    If every question has the same difference, the margin is the upper end of Wilson's interval of 0 out of n.
     """
     differences = np.asarray(differences, dtype=float)
-    if differences.std() > 0:
-        return bootstrap(differences)
+    n = len(differences)
     mean = differences.mean()
-    _, margin = wilson(0, len(differences))
-    return max(-1.0, mean - margin), min(1.0, mean + margin)
+    _, margin = wilson(0, n)
+    if n > 1 and differences.std() > 0:
+        margin = student(n - 1) * differences.std(ddof=1) / math.sqrt(n)
+    return max(-1.0, float(mean - margin)), min(1.0, float(mean + margin))
 
 
 def pass_at(k: int, n: int, c: int) -> float:
@@ -123,8 +110,8 @@ def f1(verdicts: list[tuple[bool, bool]], label: bool) -> float | None:
 
 
 # ---- use of the skills ---------------------------------------------------------------------------
-# An attempt and, before the next one, its check.
-BLOCK = re.compile(r"<sample>(.*?)</sample>(?:(?:(?!<sample>).)*?<reflect>(.*?)</reflect>)?", re.DOTALL)
+# An attempt, and all that follows until the next one.
+BLOCK = re.compile(r"<sample>(.*?)</sample>((?:(?!<sample>).)*)", re.DOTALL)
 THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 
 
@@ -138,10 +125,10 @@ def skills(task: tasks.Task, problem: tasks.Problem, text: str) -> dict:
     thought = "".join(THOUGHT.findall(text)) or text
     attempts = []
     verdicts = []  # (said, actual)
-    for attempt, reflection in BLOCK.findall(thought):
+    for attempt, after in BLOCK.findall(thought):
         correct = task.grade(problem, attempt).correct
         attempts.append(correct)
-        said = verdict(reflection)
+        said = verdict(after.partition("<reflect>")[2])
         if said is not None:
             verdicts.append((said, correct))
     if not attempts:
@@ -373,25 +360,11 @@ def arguments():
         args.models = [(name, folder) for name, folder in ARMS.items()
                        if folder == "mini" or Path(folder, "config.json").is_file()]
     else:
-        args.models = [named_model(text) for text in split_at_commas(args.models)]
+        args.models = [named_model(text) for text in split_list(args.models, "--models")]
     if len({name for name, _ in args.models}) < len(args.models):
         raise UserError("--models: two models have the same name; give them as name=folder")
     args.k = whole_numbers(args.k) if args.k else []
     return args
-
-
-def split_at_commas(models: str) -> list[str]:
-    """Refuses a folder whose name holds a comma, which would be read as two models."""
-    parts = models.split(",")
-    if "" in parts:
-        raise UserError(f"--models {models}: nothing between two commas")
-    for i in range(len(parts)):
-        for j in range(i + 2, len(parts) + 1):
-            _, path = named_model(",".join(parts[i:j]))
-            if Path(path).exists():
-                raise UserError(f"--models {path}: a comma stands between models; rename this folder, "
-                                "or give a link to it")
-    return parts
 
 
 def named_model(text: str) -> tuple[str, str]:

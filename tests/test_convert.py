@@ -1,4 +1,4 @@
-"""Published shapes become rows that train and that are graded, and every way the program refuses them leads here."""
+"""Published shapes become rows that train and are graded, and where they are refused a line leads here."""
 import csv
 import gzip
 import json
@@ -21,21 +21,26 @@ EXCHANGE = chat(("user", "Q"), ("assistant", "A"))
 SHAPES = {  # name: (row, ours)
     "trl": ({"prompt": "Q", "completion": "A"}, EXCHANGE),
     "trl-messages": ({"prompt": EXCHANGE["messages"][:1], "completion": EXCHANGE["messages"][1:]}, EXCHANGE),
-    "sharegpt": ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, EXCHANGE),
-    "openthoughts": ({"system": "S", "conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]},
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+                 EXCHANGE),
+    "openthoughts": ({"system": "S",
+                      "conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]},
                      chat(("system", "S"), ("user", "Q"), ("assistant", "A"))),
     "alpaca": ({"instruction": "Q", "input": "", "output": "A"}, EXCHANGE),
     "alpaca-input": ({"instruction": "Q", "input": "I", "output": "A", "history": [["q", "a"]]},
                      chat(("user", "q"), ("assistant", "a"), ("user", "Q\n\nI"), ("assistant", "A"))),
-    "gsm8k": ({"question": "Q", "answer": "He has 48/2=<<48/2=24>>24.\n#### 1,024"}, {"question": "Q", "answer": "1,024"}),
-    "math500": ({"problem": "Q", "solution": "so \\boxed{2}", "answer": "2", "unique_id": "x"}, {"question": "Q", "answer": "2"}),
+    "gsm8k": ({"question": "Q", "answer": "He has 48/2=<<48/2=24>>24.\n#### 1,024"},
+              {"question": "Q", "answer": "1,024"}),
+    "math500": ({"problem": "Q", "solution": "so \\boxed{2}", "answer": "2", "unique_id": "x"},
+                {"question": "Q", "answer": "2"}),
     "math": ({"problem": "Q", "solution": "\\boxed{1} no, \\boxed{\\frac{1}{2}}.", "level": "1"},
              {"question": "Q", "answer": "\\frac{1}{2}"}),
     "aime": ({"Problem": "Q", "Answer": 33, "ID": "2024-I-1"}, {"question": "Q", "answer": 33}),
     "aime25": ({"problem": "Q", "answer": "033", "problem_idx": 1}, {"question": "Q", "answer": "033"}),
     "csqa": ({"question": "Q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "B"},
              {"question": "Q", "choices": {"A": "x", "B": "y"}, "answer": "B"}),
-    "csqa-authors": ({"question": {"stem": "Q", "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]},
+    "csqa-authors": ({"question": {"stem": "Q",
+                                   "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]},
                       "answerKey": "B"}, {"question": "Q", "choices": {"A": "x", "B": "y"}, "answer": "B"}),
     "ours": (EXCHANGE, EXCHANGE),
     "our-question": ({"id": 1, "question": "Q", "answer": "2"}, {"id": 1, "question": "Q", "answer": "2"}),
@@ -52,7 +57,8 @@ def test_shapes(cmd, name):
 
 
 def gpqa(i):
-    return {"Question": f"Q{i}", "Correct Answer": "right", **{f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}}
+    return {"Question": f"Q{i}", "Correct Answer": "right",
+            **{f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}}
 
 
 def test_gpqa_is_shuffled_by_a_seed(cmd):
@@ -97,7 +103,8 @@ def test_rows_that_cannot_be_converted(cmd, row, message):
 
 def test_from_a_published_chat_to_a_trained_model(cmd):
     """The line that refuses the file holds the command that makes it trainable."""
-    rows = [{"conversations": [{"from": "human", "value": f"What is {i} * 2?"}, {"from": "gpt", "value": str(2 * i)}]}
+    rows = [{"conversations": [{"from": "human", "value": f"What is {i} * 2?"},
+                               {"from": "gpt", "value": str(2 * i)}]}
             for i in range(8)]
     with open("share.json", "w") as f:
         json.dump(rows, f)
@@ -112,7 +119,8 @@ def test_from_a_published_chat_to_a_trained_model(cmd):
 def test_from_published_gsm8k_to_a_right_answer(cmd):
     """Before, the advice was to grade it with `exact`, by which 0 of 400 are right."""
     with gzip.open("raw.jsonl.gz", "wt") as f:
-        f.writelines(json.dumps({"question": f"{i}?", "answer": f"That is <<{i}+0={i}>>{i}.\n#### {i}"}) + "\n" for i in range(40))
+        f.writelines(json.dumps({"question": f"{i}?",
+                                 "answer": f"That is <<{i}+0={i}>>{i}.\n#### {i}"}) + "\n" for i in range(40))
     flags = ("--models", MINI, "--device", "cpu", "--split", "all", "--max-new-tokens", "2")
     for task in ("file:raw.jsonl.gz", "file:raw.jsonl.gz:integer"):
         _, _, err = cmd(evaluate, *flags, "--tasks", task)

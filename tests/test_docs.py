@@ -129,4 +129,4 @@ def test_rules_cite_tests_that_exist():
 
 def test_every_test_file_says_what_it_protects():
     for path in (ROOT / "tests").rglob("test_*.py"):
-        assert path.read_text().startswith('"""'), path.name
+        assert path.read_text().lstrip("r").startswith('"""'), path.name

@@ -144,8 +144,10 @@ CASES = [  # (answer, gold, whether it is right)
     ("(x+5)(x+2)", "x^2+7x+10", True),
     ("(b+2)(a+5)", "(a+5)(b+2)", True),
     ("2n+2", "2k+2", False),
-    (r"\begin{pmatrix}-1/3\\2/3\\5/3\end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}", True),
-    (r"\begin{pmatrix}-\frac13\\\frac23\\\frac53\end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}", True),
+    (r"\begin{pmatrix}-1/3\\2/3\\5/3\end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}",
+     True),
+    (r"\begin{pmatrix}-\frac13\\\frac23\\\frac53\end{pmatrix}",
+     r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}", True),
     ("", "5", False),
     ("5.", "5", True),
     ("five", "5", False),
@@ -224,7 +226,8 @@ def test_nothing_of_math500_is_unread():
 def test_nothing_of_random_texts_is_unread():
     """What `unreadable` lets pass, in texts put together at random, is read to the last number."""
     rng = random.Random(0)
-    pieces = ["2", "13", "x", "y", "+", "-", "*", "/", "^2", "^{3}", "(", ")", "\\frac{5}{11}", "\\sqrt{17}", "\\pi",
+    pieces = ["2", "13", "x", "y", "+", "-", "*", "/", "^2", "^{3}", "(", ")", "\\frac{5}{11}", "\\sqrt{17}",
+              "\\pi",
               ",", "=", " ", "_8", "\\\\", ":", "%", "\\cdot ", "{", "}", "|", "!", "\\times ", "\\text{ cm}"]
     passed = 0
     for _ in range(12_000):
@@ -240,7 +243,8 @@ def value_of(rng, depth):
     """(LaTeX, the same for sympy) of a random expression."""
     if depth == 0 or rng.random() < 0.2:
         number = str(rng.randint(2, 9))
-        return rng.choice([(number, number), ("x", "x"), ("\\pi", "pi"), (f"\\sqrt{{{number}}}", f"sqrt({number})")])
+        return rng.choice([(number, number), ("x", "x"), ("\\pi", "pi"),
+                           (f"\\sqrt{{{number}}}", f"sqrt({number})")])
     (a, sa), (b, sb) = value_of(rng, depth - 1), value_of(rng, depth - 1)
     if a[-1].isdigit() and b[0].isdigit():
         return f"({a} + {b})", f"(({sa})+({sb}))"

@@ -82,7 +82,8 @@ def reference_answer(text):
 def test_random_tag_soups():
     """Strict is what a walk over the tags finds; what is right strictly is right leniently."""
     rng = random.Random(0)
-    pieces = ["<answer>", "</answer>", "<think>", "</think>", "<sample>", "</sample>", " 5 ", "6", "\n", " text "]
+    pieces = ["<answer>", "</answer>", "<think>", "</think>", "<sample>", "</sample>", " 5 ", "6", "\n",
+              " text "]
     some = 0
     for _ in range(20_000):
         text = "".join(rng.choices(pieces, weights=(4, 4, 1, 1, 1, 1, 3, 2, 1, 2), k=rng.randint(1, 12)))
@@ -118,7 +119,8 @@ def test_the_worked_examples_end_with_a_verdict():
 
 
 # ---- the bare answer -----------------------------------------------------------------------------
-WRAPPINGS = [r"\[%s\]", "\\[\n  %s\n\\]", r"\(%s\)", "$%s$", "$$%s$$", r"\boxed{%s}", r"\text{%s}", "**%s**", "`%s`",
+WRAPPINGS = [r"\[%s\]", "\\[\n  %s\n\\]", r"\(%s\)", "$%s$", "$$%s$$", r"\boxed{%s}", r"\text{%s}", "**%s**",
+             "`%s`",
              "```\n%s\n```", "%s.", "**%s.**", "$%s$.", r"\[\boxed{%s}\]", r"**\(\boxed{%s}\).**", "  %s\n"]
 RIGHT = [  # (a checker, its truth, an answer that is right, one that is not)
     (check_integer, {"answer": "1234"}, "1,234", "1235"),
@@ -159,7 +161,8 @@ def test_nothing_else_is_stripped(answer, bare):
 def test_a_million_characters_are_no_trouble():
     started = time.time()
     for check, truth, *_ in RIGHT:
-        for text in ("$" * 10**6, "`" * 10**6, "**" * 500_000, "\\boxed{" * 100_000 + "}" * 100_000, "." * 10**6,
+        for text in ("$" * 10**6, "`" * 10**6, "**" * 500_000, "\\boxed{" * 100_000 + "}" * 100_000,
+                     "." * 10**6,
                      "1" * 10**6, "<answer>" * 100_000):
             assert check(text, truth)
             extract_answer(text, lenient=True)

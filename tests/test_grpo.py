@@ -233,21 +233,24 @@ def test_the_last_step_is_measured_too(cmd):
 def test_a_run_stopped_before_its_first_checkpoint_logs_nothing_twice(cmd):
     cmd(grpo, *FLAGS, "--steps", "2", "--save-every", "0", "--eval-every", "2", "--eval-questions", "4")
     shutil.rmtree("out/grpo/state")  # as after a kill before the first checkpoint
-    cmd(grpo, *FLAGS, "--steps", "2", "--save-every", "0", "--eval-every", "2", "--eval-questions", "4", "--resume")
+    cmd(grpo, *FLAGS, "--steps", "2", "--save-every", "0", "--eval-every", "2", "--eval-questions", "4",
+        "--resume")
     assert [row["step"] for row in read_rows("out/grpo/metrics.jsonl")] == [0, 1, 2]
 
 
 def test_figures_mean_the_same_with_a_reference():
-    """A KL term runs the responses without an advantage too; they once entered entropy, approx_kl and clip_fraction."""
+    """A KL term runs the responses without an advantage too: they once entered entropy and approx_kl."""
     model, _ = tiny(seed=5)
     reference, _ = tiny(seed=5)
-    groups = [group_of(completions(), [1.0, 0.0, 0.0, -1.0]), group_of(completions(seed=3), [0.0] * 4, place=1)]
+    groups = [group_of(completions(), [1.0, 0.0, 0.0, -1.0]),
+              group_of(completions(seed=3), [0.0] * 4, place=1)]
 
     def sums(reference, kl):
         args = SimpleNamespace(**{**vars(ARGS), "kl": kl})
         return grpo.update(model, reference, SimpleNamespace(step=lambda lr: 0.0), groups, args, lr=0.1)[1]
     without, alike = sums(None, 0.0), sums(reference, 0.5)
-    trained = sum(len(c.tokens) for c, a in zip(groups[0].completions, groups[0].advantages, strict=True) if a)
+    trained = sum(len(c.tokens) for c,
+                  a in zip(groups[0].completions, groups[0].advantages, strict=True) if a)
     assert alike["reference_tokens"] > alike["trained_tokens"] == without["trained_tokens"] == trained
     for name in ("loss", "entropy", "approx_kl", "clip_fraction", "difference"):
         assert alike[name] == pytest.approx(without[name], rel=1e-4, abs=1e-6), name

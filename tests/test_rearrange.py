@@ -206,7 +206,8 @@ TAGGED = {"text": "</reflect> <verdict>Correct</verdict>", "verdict": True, "fin
     ({"reflections": []}, "no valid reflection"),
     ({"reflections": [LEAK]}, "leaked the prompt's example"),
     ({"solution": "<answer><answer>6</answer></answer>"}, "malformed: nested <answer> tags"),
-    ({"solution": "It is <answer>6", "correct": False, "answer": None}, "malformed: the <answer> is never closed"),
+    ({"solution": "It is <answer>6", "correct": False, "answer": None},
+     "malformed: the <answer> is never closed"),
     ({"solution": "<answer>6</answer>, in <answer> as asked", "correct": False, "answer": None},
      "malformed: the <answer> is never closed"),
     ({"reflections": [TAGGED]}, "no valid reflection (one holds a tag of the traces)"),
@@ -229,7 +230,8 @@ def test_an_attempt_that_names_the_tag_is_used(cmd):
 @pytest.mark.parametrize("place", ["question", "solution"])
 def test_a_city_that_is_asked_about_is_no_leak(cmd, place):
     row, = sample_rows(questions=1, attempts=1)
-    row |= {"correct": True, "answer": "6", "reflections": [{**LEAK, "text": LEAK["text"].replace("Canberra", "Sydney")}]}
+    row |= {"correct": True, "answer": "6",
+            "reflections": [{**LEAK, "text": LEAK["text"].replace("Canberra", "Sydney")}]}
     row[place] += " (Sydney)"
     made, _ = silver(cmd, [row])
     assert len(made) == 1
@@ -242,7 +244,8 @@ def test_no_reflection_has_the_traces_of_paper(cmd):
     bare = read_rows("bare.jsonl")
     assert [row["pairs"] for row in bare] == [row["pairs"] for row in paper_rows]
     for with_blocks, without in zip(paper_rows, bare, strict=True):
-        stripped = re.sub(r"<reflect>\n.*?\n</reflect>\n", "", with_blocks["messages"][-1]["content"], flags=re.DOTALL)
+        stripped = re.sub(r"<reflect>\n.*?\n</reflect>\n", "", with_blocks["messages"][-1]["content"],
+                          flags=re.DOTALL)
         assert stripped == without["messages"][-1]["content"]
 
 

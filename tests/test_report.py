@@ -34,8 +34,10 @@ def row(correct):
 
 
 def test_the_page_is_well_formed_whatever_the_text():
-    figures = {"accuracy": 0.5, "interval": (0.2, 0.8), "questions": 2, "samples": 1, "lenient": 0.5, "pass": {},
-               "truncated": 0, "tokens": 7, "answers": 1, "reflections": 0, "first_attempt": 0, "any_attempt": 0,
+    figures = {"accuracy": 0.5, "interval": (0.2, 0.8), "questions": 2, "samples": 1, "lenient": 0.5,
+               "pass": {},
+               "truncated": 0, "tokens": 7, "answers": 1, "reflections": 0, "first_attempt": 0,
+               "any_attempt": 0,
                "f1_correct": None, "f1_incorrect": None, "no_answer": 0, "wrong_form": 0}
     cells = [{"model": model, "task": HOSTILE, **figures} for model in ("base", HOSTILE)]
     results = {(model, HOSTILE): [row(True), row(False)] for model in ("base", HOSTILE)}

@@ -94,9 +94,11 @@ def test_schedule():
     ({"messages": "no"}, "chat.jsonl:1: messages must be a list"),
     ({"messages": [{"role": "user", "content": "x"}]}, "the last of the messages must be the assistant's"),
     ({"text": "x"}, "chat.jsonl:1: the key 'messages' is missing"),
-    ({"prompt": "x", "completion": "y"}, "a row of TRL's prompt and completion; make it ours: python convert.py"),
+    ({"prompt": "x", "completion": "y"},
+     "a row of TRL's prompt and completion; make it ours: python convert.py"),
     ({"conversations": [{"from": "human", "value": "x"}]}, "a row of ShareGPT's conversations; make it ours"),
-    ({"instruction": "x", "input": "", "output": "y"}, "a row of Alpaca's instruction and output; make it ours"),
+    ({"instruction": "x", "input": "", "output": "y"},
+     "a row of Alpaca's instruction and output; make it ours"),
 ])
 def test_bad_rows(cmd, row, message):
     write_jsonl("chat.jsonl", [row])
@@ -106,7 +108,8 @@ def test_bad_rows(cmd, row, message):
 def turns(user=None, first=None, **last):
     """A row of two exchanges, of which the last assistant's turn has these fields too."""
     return {"messages": [
-        {"role": "user", "content": "one", **(user or {})}, {"role": "assistant", "content": "two", **(first or {})},
+        {"role": "user", "content": "one", **(user or {})},
+        {"role": "assistant", "content": "two", **(first or {})},
         {"role": "user", "content": "three"}, {"role": "assistant", "content": "four", **last}]}
 
 
@@ -142,7 +145,8 @@ def test_fields_that_change_the_meaning_are_not_dropped(cmd, row, message):
     (turns(), ["one", "two", "three", "four"]),
     (turns(weight=1, first={"weight": 0}), ["one", "two", "three", "four"]),
     (turns(train=True, refusal=None, tool_calls=[], name="x"), ["one", "two", "three", "four"]),
-    (turns(content=[{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]), ["one", "two", "three", "four"]),
+    (turns(content=[{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]),
+     ["one", "two", "three", "four"]),
     (turns(reasoning_content="why\n"), ["one", "two", "three", "<think>\nwhy\n</think>\n\nfour"]),
     (turns(first={"thinking": "why"}), ["one", "<think>\nwhy\n</think>\n\ntwo", "three", "four"]),
     (turns(user={"weight": 0, "train": False}), ["one", "two", "three", "four"]),

@@ -106,7 +106,8 @@ def test_a_test_question_that_is_also_in_the_training_file_is_not_trained_on(tmp
     (tmp_path / "gsm8k").mkdir()
     rows = [{"question": f"{i}?", "answer": "1"} for i in range(100)]
     write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "gsm8k" / "test.jsonl", [{"question": f" {i}?\n", "answer": "1"} for i in range(30)])
+    write_jsonl(tmp_path / "gsm8k" / "test.jsonl",
+                [{"question": f" {i}?\n", "answer": "1"} for i in range(30)])
     task = find("gsm8k", tmp_path)
     trained = ids(task, "sft") | ids(task, "rl") | ids(task, "val")
     assert len(trained) == 70 and not trained & ids(task, "test")
@@ -136,7 +137,8 @@ def test_the_split_of_a_row_is_its_own(tmp_path):
 
 def test_copies_of_a_question_are_left_out_and_counted(tmp_path, capsys):
     """Before, copies were on both sides of the split: other ids, white space or forms of Unicode hid them."""
-    copies = [{"id": f"x{i}", "question": "  " + row["question"].replace(" ", "\n ").replace("\u00e9", "e\u0301"),
+    copies = [{"id": f"x{i}",
+               "question": "  " + row["question"].replace(" ", "\n ").replace("\u00e9", "e\u0301"),
                "answer": row["answer"]} for i, row in enumerate(QUESTIONS)]
     path = write_jsonl(tmp_path / "a.jsonl", QUESTIONS + copies)
     task = find(f"file:{path}")
@@ -175,7 +177,8 @@ def test_a_path_is_in_no_key(tmp_path, monkeypatch):
 
 def test_a_countdown_file_has_the_splits_of_the_generated_task(tmp_path):
     generated = {split: find("countdown-3").problems(split, 40) for split in ("val", "test")}
-    rows = [{"nums": p.truth["numbers"][::-1], "target": p.truth["target"]} for part in generated.values() for p in part]
+    rows = [{"nums": p.truth["numbers"][::-1],
+             "target": p.truth["target"]} for part in generated.values() for p in part]
     task = find(f"file:{write_jsonl(tmp_path / 'cd.jsonl', rows + rows[:5])}:countdown")
     for split, problems in generated.items():
         found = {p.id.partition("/")[2]: p for p in task.problems(split, 0)}
@@ -214,11 +217,13 @@ def test_numbers_as_answers(tmp_path, answer, grading, right, wrong):
         pytest.importorskip("math_verify")
     task = find(f"file:{path}{grading}")
     p, = task.problems("all", 0)
-    assert task.grade(p, f"<answer>{right}</answer>").correct and not task.grade(p, f"<answer>{wrong}</answer>").correct
+    assert task.grade(p, f"<answer>{right}</answer>").correct
+    assert not task.grade(p, f"<answer>{wrong}</answer>").correct
 
 
 def test_rows_with_choices_are_graded_as_choices(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "Where?", "choices": {"A": "mall", "B": "bank"}, "answer": "B"}])
+    path = write_jsonl(tmp_path / "a.jsonl",
+                       [{"question": "Where?", "choices": {"A": "mall", "B": "bank"}, "answer": "B"}])
     for grading in ("", ":choice"):
         task = find(f"file:{path}{grading}")
         p, = task.problems("all", 0)
@@ -267,7 +272,8 @@ def test_a_mistyped_grading_is_no_path(tmp_path, name, message):
     ({"nums": [1, "2"], "target": 3}, ":countdown", "expected nums"),
     ({"nums": [1, 2], "target": 3, "answer": "1 - 2"}, ":countdown", "the answer '1 - 2' is wrong"),
     ({"question": "?", "answer": "He has 2. #### 2"}, "", "this is GSM8K as it is published"),
-    ({"question": "?", "answer": "He has 2. #### 2"}, ":integer", "python convert.py .*my.jsonl --out questions.jsonl"),
+    ({"question": "?", "answer": "He has 2. #### 2"}, ":integer",
+     "python convert.py .*my.jsonl --out questions.jsonl"),
     ({"problem": "?", "solution": "2", "answer": "2"}, ":math", "AIME, AMC or MATH-500 as it is published"),
 ])
 def test_rows_that_cannot_be_graded_are_refused(tmp_path, row, grading, message):
