@@ -56,11 +56,11 @@ def gsm8k(row: dict, seed: int) -> dict:
 
 
 def problem(row: dict, seed: int) -> dict:
-    """MATH, MATH-500, AIME, AMC: the answer has its own column or is the last \\boxed of the solution."""
+    """MATH, MATH-500, AIME, AMC, OpenThoughts: a column of its own, or the last \\boxed of the solution."""
     fields = {name.lower(): value for name, value in row.items()}
     answer = fields.get("answer")
     if answer in (None, ""):
-        answer = last_boxed(fields.get("solution") or "")
+        answer = last_boxed(fields.get("solution") or fields.get("ground_truth_solution") or "")
     if answer is None:
         raise UserError("neither an answer nor a \\boxed one at the end of the solution; leave this row out")
     return {"question": fields["problem"], "answer": answer}
@@ -108,6 +108,8 @@ SHAPES = [
     Shape("AIME, AMC or MATH-500 as it is published", ("problem", "answer"), problem, "questions.jsonl"),
     Shape("AIME as it is published", ("Problem", "Answer"), problem, "questions.jsonl"),
     Shape("MATH as it is published", ("problem", "solution"), problem, "questions.jsonl"),
+    Shape("OpenThoughts as it is published", ("problem", "ground_truth_solution"), problem,
+          "questions.jsonl"),
 ]
 
 

@@ -417,10 +417,10 @@ def main():
             cell = summarise(rows, None if name == first else results[first, task], plan)
             cell["chat_template_kwargs"] = tokenizer.template_kwargs
             cells.append(cell)
-            tables_so_far = write_results(out, cells, results, rows, args)
+            tables = write_results(out, cells, results, rows, args)
             print(f"{name} on {task}: {cell['accuracy']:.1%}", flush=True)
         del model, sampler
-    print("\n" + tables_so_far)
+    print("\n" + tables)
     print(f"\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
