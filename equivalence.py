@@ -67,7 +67,8 @@ def rewrite(text: str) -> str:
 
 
 def squeeze(text: str) -> str:
-    return re.sub(r"\s+", "", text)
+    """Without white space, but `5 6` is not 56."""
+    return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text)
 
 
 # ---- what can be read ----------------------------------------------------------------------------
@@ -208,9 +209,13 @@ def split_unit(text: str, unit: str | None = None) -> tuple[str, str]:
 
 
 def split_name(text: str) -> tuple[str, str]:
-    """`x = 5` -> ("x", "5")"""
-    match = NAMED.fullmatch(text)
-    return (squeeze(match[1]), match[2]) if match else ("", text)
+    """`x = 5` -> ("x", "5");  `x = 5, x = 6` -> ("x", "5, 6")"""
+    whole = NAMED.fullmatch(text)
+    matches = [whole] if whole else [NAMED.fullmatch(part.strip()) for part in text.split(",")]
+    names = {squeeze(match[1]) if match else "" for match in matches}
+    if len(names) > 1 or "" in names:
+        return "", text
+    return names.pop(), ", ".join(match[2] for match in matches)
 
 
 def equal(gold: str, answer: str, gold_percent: bool, answer_percent: bool) -> bool:
