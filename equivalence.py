@@ -33,21 +33,22 @@ def load_math_verify():
 
 @of_bare_answers
 def check_math(answer: str, truth: dict) -> str:
-    """The checker. Two texts are compared once: attempts of a question often agree."""
-    return difference(answer, unwrap(truth["answer"]))
+    return difference(answer, truth["answer"])
 
 
 # ---- spellings -----------------------------------------------------------------------------------
 UNIT = r"(?:\\text|\\mbox)\s*\{([^{}]*)\}"
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"−", "-"), (r"π|(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "), (r"∞", r"\\infty "), (r"×", r"\\times "),
+    (r"²", "^2"), (r"³", "^3"), (r"½", r"\\frac{1}{2}"),
+    (r"∪", r"\\cup "), (r"≤", r"\\le "), (r"≥", r"\\ge "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
     (r"\\(?:mathrm|mathit|rm)\s*\{\s*([A-Za-z])\s*\}", r"\1"),  # \mathrm{e}
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
-    (r"\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
+    (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
     (r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![a-z])", " "),
     (r"\\frac\s*([0-9])", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),  # \frac43
     (r"(?:(?<![A-Za-z])\\?sqrt|√)\s*\(([^()]*)\)", r"\\sqrt{\1}"),  # sqrt(2)
-    (r"(?:\\sqrt|√)\s*([0-9])(?![0-9])", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*([0-9])(?![0-9])|√\s*([0-9]+)", r"\\sqrt{\1\2}"),
     (r"(?:\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\degree|°)(?=\s*(?:[,)]|$))", ""),  # 90^\circ is compared as 90
     (r"(?<![0-9.])\.(?=[0-9])", "0."),  # .5
     (r"(?:\\?\$|[€£¥])\s*(?=[-+]?\s*[0-9])", ""),
@@ -68,24 +69,34 @@ def rewrite(text: str) -> str:
 
 def squeeze(text: str) -> str:
     """Without white space, but `5 6` is not 56."""
-    return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text)
+    return re.sub(r"(?<![\w.])\s+|\s+(?![\w.])", "", text)
 
 
 # ---- what can be read ----------------------------------------------------------------------------
 SIGNS = "pm|mp"
-OPERATORS = "cdot times div cup cap in leq le geq ge neq ne".replace(" ", "|")
+RELATIONS = "cdot times div cup cap in leq le geq ge neq ne".replace(" ", "|")
 SYMBOLS = "pi infty emptyset theta alpha beta gamma lambda omega phi".replace(" ", "|")
 FUNCTIONS = "frac sqrt sin cos tan cot sec csc arcsin arccos arctan log ln binom".replace(" ", "|")
 MATRIX = re.compile(r"\\begin\{([pb]matrix)\}(.*?)\\end\{\1\}", re.DOTALL)
 NUMBER = r"[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?(?![0-9])|[0-9]+(?:\.[0-9]+)?"
 TOKEN = re.compile(
     rf"\s*({NUMBER}|[A-Za-z](?:_[0-9A-Za-z]|_\{{[0-9]+\}})?|\\log_(?:[0-9]|\{{[0-9]+\}})"
-    rf"|\\(?:{SIGNS}|{OPERATORS}|{SYMBOLS}|{FUNCTIONS})(?![A-Za-z])|\\[{{}}]|[-+*/^=<>()\[\]{{}},|!])")
-# What is read, but not as it is written. Operators of LaTeX are ";" here, symbols "A", functions "\".
-MISREAD = [re.compile(pattern) for pattern in (
-    r"[0-9A-Za-z)}]\s*\(\s*[-+]?\s*(?:[0-9.]+|[A-Za-z])?\s*\)", r"[0-9]\s+[0-9]", r"\)\s*[0-9]",  # 2(3): 5
+    rf"|\\(?:{SIGNS}|{RELATIONS}|{SYMBOLS}|{FUNCTIONS})(?![A-Za-z])|\\[{{}}]|[-+*/^=<>()\[\]{{}},|!])")
+
+
+def skeleton(text: str) -> str:
+    """A text for MISREAD: ";" for a relation or an operator of LaTeX, "A" for a symbol, "\\" for a function."""
+    text = re.sub(rf"\\(?:{SIGNS})(?![A-Za-z])", "-", text)
+    text = re.sub(rf"\\(?:{RELATIONS})(?![A-Za-z])", ";", text)
+    text = re.sub(rf"\\(?:{SYMBOLS})(?![A-Za-z])", "A", text)
+    return re.sub(r"\\[A-Za-z]+(?:_(?:[0-9]|\{[0-9]+\}))?", r"\\", text)
+
+
+MISREAD = [re.compile(pattern) for pattern in (  # what the library reads, but not as it is written
+    r"[0-9A-Za-z)}]\s*\(\s*[-+]?\s*(?:[0-9.]+|[A-Za-z])?\s*\)", r"[0-9]\s+[0-9]", r"\)\s*[0-9]",  # 2(3)
     r"/\s*(?:[0-9.]+|[A-Za-z])\s*[A-Za-z(\\]",  # 1/2x
     r"\^\s*(?:[0-9A-Za-z]|\{[^{}]*\})\s*\^",  # 2^3^2
+    r"[0-9][eE][-+]?[0-9]", r"[-/]\s*0[0-9]",  # 1e5, 2023-05-01
     r"^[*/^=<>,;]", r"[-+*/^=<>,;]$", r"[-+]\s*[-+*/^=<>,;]", r"[*/^=<>,;]\s*[*/^=<>,;]",  # 5+
     r"[({\[]\s*[*/^=<>,;)}\]]", r"[-+*/^=<>,;]\s*[)}\]]",
 )]
@@ -93,17 +104,11 @@ MISREAD = [re.compile(pattern) for pattern in (
 
 def unreadable(text: str) -> str:
     """Why the library would not read a rewritten answer whole, or ""."""
-    partly = "only a part of it could be read"
     flat = MATRIX.sub(lambda match: "(" + re.sub(r"\\\\|&", ",", match[2]) + ")", text)
-    if TOKEN.sub("", flat).strip() or not flat:
-        return partly
-    plain = re.sub(rf"\\(?:{SIGNS})(?![A-Za-z])", "-", flat)
-    plain = re.sub(rf"\\(?:{OPERATORS})(?![A-Za-z])", ";", plain)
-    plain = re.sub(rf"\\(?:{SYMBOLS})(?![A-Za-z])", "A", plain)
-    plain = re.sub(r"\\[A-Za-z]+(?:_(?:[0-9]|\{[0-9]+\}))?", r"\\", plain)
-    if not balanced(flat) or flat.count("|") % 2 or any(pattern.search(plain) for pattern in MISREAD):
-        return partly
-    return too_large(flat)
+    strange = not flat or TOKEN.sub("", flat).strip() or flat.count("|") % 2 or not balanced(flat)
+    if strange or any(pattern.search(skeleton(flat)) for pattern in MISREAD):
+        return "only a part of it could be read"
+    return ""
 
 
 def balanced(text: str) -> bool:
@@ -117,24 +122,33 @@ def balanced(text: str) -> bool:
     return not opened
 
 
-LARGEST_POWER = 10_000  # exponents in it, those of brackets multiplied
+LARGEST_POWER = 10_000  # the product of the exponents of brackets, times the largest other one
+DEEPEST = 6  # brackets: the library's time grows by a factor with each
+MOST_LOGARITHMS = 3
 
 
 def too_large(text: str) -> str:
-    """Why sympy might compute for hours, or "": the library's own time limit does not stop a C function."""
+    """Why sympy might compute for long, or "": the library's own time limit does not stop a C function."""
     reason = "too large to compute"
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, depth)
+    if deepest > DEEPEST or len(re.findall(r"\\(?:log|ln)", text)) > MOST_LOGARITHMS or text.count("^") > 20:
+        return reason
     rest = re.sub(r"(?<![0-9A-Za-z^])(?:[0-9]{1,2}|[A-Za-z])!(?!\s*!)", "", text)
     rest = re.sub(r"\\binom\s*\{\s*\w{1,2}\s*\}\s*\{\s*\w{1,2}\s*\}", "", rest)
     rest = re.sub(r"[A-Za-z]\s*\^\s*(?:[0-9]|\{[0-9]\})", "", rest)  # x^2, in an exponent too
-    if "!" in rest or "\\binom" in rest or re.search(r"\^\s*\{[^{}]*\^", rest) or rest.count("^") > 20:
+    if "!" in rest or "\\binom" in rest or re.search(r"\^\s*\{[^{}]*\^", rest):
         return reason
-    product = 1
-    largest = 1
+    of_brackets = largest = 1
     for base, exponent in re.findall(r"(\S)\s*\^\s*(\{[^{}]*\}|[0-9])", rest):
         power = max([1, *(float(number) for number in re.findall(r"[0-9]+", exponent))])
-        largest = max(largest, power)
-        product *= power if base in ")}]" else 1
-    return reason if largest * product > LARGEST_POWER else ""
+        if base in ")}]":
+            of_brackets *= power
+        else:
+            largest = max(largest, power)
+    return reason if of_brackets * largest > LARGEST_POWER else ""
 
 
 def letters(text: str) -> set[str]:
@@ -143,56 +157,89 @@ def letters(text: str) -> set[str]:
 
 
 # ---- the comparison ------------------------------------------------------------------------------
-WORDS = re.compile(r"\([A-Za-z]\)|[A-Za-z][A-Za-z .,'-]*[A-Za-z]{2}[A-Za-z .,'-]*")
+WORDS = re.compile(r"yes|no|true|false|[a-z .,'-]*[a-z]{4}[a-z .,'-]*", re.IGNORECASE)
 BASE = re.compile(r"[0-9A-F]+_[0-9]+")
-NAMED = re.compile(r"([A-Za-z](?:_\w)?(?:\([A-Za-z]\))?)\s*(?:=|\\in(?![a-z]))\s*([^=]+)")
+NAME = r"[A-Za-z](?:_\w)?(?:\([A-Za-z]\))?|[A-Z]{2,3}|\\angle\s*[A-Z]{1,3}|\([a-z](?:\s*,\s*[a-z])+\)"
+NAMED = re.compile(rf"({NAME})\s*(?:=|\\in(?![a-z]))\s*([^=]+)")
+THOUSANDS = re.compile(r"(?<![0-9,.(\[{])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,)\]}])")
 MEASURES = re.compile(  # units that an answer may leave out, since the question asks for so many of them
-    r"(?:square|cubic)?(?:degrees?|units?|inch(?:es)?|feet|foot|ft|yards?|miles?|[ckm]?m|(?:centi|kilo)?met(?:er|re)s?"
-    r"|cents?|dollars?|seconds?|minutes?|hours?|days?)(?:\^\{?[23]\}?)?")
+    r"(?:square|cubic)?(?:degrees?|units?|inch(?:es)?|feet|foot|ft|yards?|miles?|[ckm]?m"
+    r"|(?:centi|kilo)?met(?:er|re)s?|cents?|dollars?|seconds?|minutes?|hours?|days?)(?:\^\{?[23]\}?)?")
 NOT_EQUAL = "is not equal to the right answer"
 
 
 def flaw_of_gold(gold: str) -> str:
-    """Why a right answer cannot be compared with others, or ""."""
-    gold = rewrite(unwrap(gold))
-    if WORDS.fullmatch(gold) or BASE.fullmatch(squeeze(gold)):
+    """Why a right answer, as a data set has it, cannot be compared with others, or ""."""
+    text = rewrite(unwrap(gold))
+    if BASE.fullmatch(squeeze(text)) or is_words(gold, text):
         return ""
-    value, _ = split_unit(gold)
-    return unreadable(value.removesuffix("\\%"))
+    value, _ = split_unit(text)
+    value = without_thousands(value).removesuffix("\\%")
+    return unreadable(value) or too_large(value)
 
 
-@lru_cache(maxsize=100_000)
-def difference(answer: str, gold: str) -> str:
-    """Why a bare answer is not the bare right one, or ""."""
-    if len(answer) > max(LONGEST, 2 * len(gold)):
+def is_words(gold: str, text: str) -> bool:
+    r"""Whether a right answer (and what it is rewritten) is words, not math: \text{No}, east."""
+    in_text = "\\text" in gold and "\\text" not in unwrap(gold)  # the whole of it
+    return (in_text and not text[:1].isdigit()) or bool(WORDS.fullmatch(text))
+
+
+@lru_cache(maxsize=100_000)  # attempts of a question often agree
+def difference(answer: str, raw_gold: str) -> str:
+    """Why a bare answer is not the right one, or "": as texts if that will do, else as math-verify finds."""
+    gold = rewrite(unwrap(raw_gold))
+    if len(answer) > max(LONGEST, 2 * len(raw_gold)):
         return f"longer than {LONGEST} characters"
-    answer, gold = rewrite(answer), rewrite(gold)
+    answer = rewrite(answer)
     if squeeze(answer) == squeeze(gold):
         return ""
-    if WORDS.fullmatch(gold):
-        return "" if answer.strip("()").lower() == gold.strip("()").lower() else NOT_EQUAL
     if BASE.fullmatch(squeeze(gold)):
         return NOT_EQUAL
+    if is_words(raw_gold, gold):
+        words = re.sub(r"\\[A-Za-z]+\s*\{([^{}]*)\}", r"\1", answer)  # \textbf{(A)}
+        return "" if words.strip("() ").lower() == gold.strip("() ").lower() else NOT_EQUAL
     gold, unit = split_unit(gold)
     answer, answered_unit = split_unit(answer, unit)
     if answered_unit != unit and not (answered_unit == "" and MEASURES.fullmatch(unit)):
-        return f"has not the unit of the right answer, {unit}"
+        return f"lacks the unit of the right answer, {unit}" if unit else f"has a unit, {answered_unit}"
     name, gold = split_name(gold)
     answered_name, answer = split_name(answer)
     if name and answered_name not in ("", name):
         return NOT_EQUAL
+    return difference_of_values(without_thousands(answer), without_thousands(gold))
+
+
+def difference_of_values(answer: str, gold: str) -> str:
     if letters(answer) - letters(gold):
-        return "holds a letter that the right answer has not"
-    if "," in answer and ((gold[0] in "([") > (answer[0] in "([") or not re.search(r",|\\pm", gold)):
-        return NOT_EQUAL  # the library takes `1, -2` for a set, whatever it is compared with
+        return "has a letter that the right answer has not"
     percents = (gold.endswith("\\%"), answer.endswith("\\%"))
     gold, answer = gold.removesuffix("\\%"), answer.removesuffix("\\%")
     links = [answer] if "=" in gold else answer.split("=")  # 2 + 3 = 5: each must be it
     for link in links:
-        why = unreadable(link.strip()) or ("" if equal(gold, link, *percents) else NOT_EQUAL)
-        if why:
-            return why
+        link = link.strip()
+        flaw = unreadable(link) or too_large(link)
+        if flaw:
+            return flaw
+        if not same_kind(gold, link) or not equal(gold, link, *percents):
+            return NOT_EQUAL
     return ""
+
+
+def same_kind(gold: str, answer: str) -> bool:
+    """Whether both are lists of so many, in the same brackets, or equations. The library is not that strict:
+    `(1, 2)`, `2, 1` and `1, 1, 2` are the set {1, 2} to it, if it compares them with one.
+    """
+    if "=" in gold and gold.count("=") != answer.count("="):
+        return False
+    if "," not in gold + answer:
+        return True
+    several = "\\pm" in gold + answer  # 1 \pm 2 is -1, 3
+    return (gold[0] in "([") == (answer[0] in "([") and (several or gold.count(",") == answer.count(","))
+
+
+def without_thousands(text: str) -> str:
+    """`10,080` -> `10080`, where it is no part of a list."""
+    return THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
 
 
 def split_unit(text: str, unit: str | None = None) -> tuple[str, str]:
@@ -228,10 +275,25 @@ def equal(gold: str, answer: str, gold_percent: bool, answer_percent: bool) -> b
 
 
 def _verified(gold, answer):
-    # Its default compares 6 decimals: 0.000067 would be 0.0000672.
-    return load_math_verify().verify(_parsed(gold), _parsed(answer), float_rounding=12)
+    a, b = _parsed(gold), _parsed(answer)
+    return load_math_verify().verify(a, b) and close(a, b)
 
 
 @lru_cache(maxsize=10_000)
 def _parsed(text):
-    return load_math_verify().parse(f"${text}$")
+    """What the library makes of a text whose decimals are fractions: those it compares exactly."""
+    exact = re.sub(r"([0-9]+)\.([0-9]+)", _as_fraction, text)
+    return load_math_verify().parse(f"${exact}$")
+
+
+def _as_fraction(match):
+    return rf"{{\frac{{{match[1]}{match[2]}}}{{1{'0' * len(match[2])}}}}}"
+
+
+def close(a: list, b: list) -> bool:
+    """Whether two readings, where they are numbers, agree to 9 digits: to the library 10^-19 is 0."""
+    try:
+        first, second = complex(a[0]), complex(b[0])
+    except (TypeError, ValueError, IndexError):
+        return True
+    return abs(first - second) <= 1e-9 * max(abs(first), abs(second))
