@@ -1,6 +1,6 @@
 """What every command owes its user: one clear line on bad input, whole files, a record of the run.
 
-Imports nothing of ours and no torch, so that `rearrange.py` and `tasks.py` stay light.
+Imports nothing of ours at the top and no torch, so that `rearrange.py` and `tasks.py` stay light.
 """
 import argparse
 import errno
@@ -143,18 +143,24 @@ def json_object(text: str) -> dict:
     return value
 
 
+json_object.__name__ = "JSON object"  # argparse names it, as above
+
+
 def split_list(text: str, flag: str) -> list[str]:
     """The parts of a list with commas. Raises UserError if one is empty or there twice."""
     parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not part:
-            raise UserError(f"{flag} {text!r}: nothing between two commas")
-        if parts.count(part) > 1:
-            raise UserError(f"{flag} {text}: {part} is there twice; name it once")
+    if "" in parts:
+        raise UserError(f"{flag} {text!r}: nothing between two commas")
+    refuse_repeated(parts, f"{flag} {text}")
     return parts
 
 
-json_object.__name__ = "JSON object"  # argparse names it, as above
+def refuse_repeated(names: list[str], where: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{where}: {name} appears twice; name it once")
+
+
 positive = number(int, 1)
 natural = number(int, 0)
 
@@ -186,14 +192,14 @@ def _values(path):
             if path.removesuffix(".gz").endswith(".json"):
                 content = f.read().removeprefix(BOM_UTF8)
                 if content.lstrip().startswith(b"["):
-                    for number, value in enumerate(_parsed(content, path), 1):
-                        yield f"{path}: item {number}", value
+                    for i, value in enumerate(_parsed(content, path), 1):
+                        yield f"{path}: item {i}", value
                     return
                 f = content.splitlines()
-            for number, line in enumerate(f, 1):
-                line = line.removeprefix(BOM_UTF8) if number == 1 else line
+            for i, line in enumerate(f, 1):
+                line = line.removeprefix(BOM_UTF8) if i == 1 else line
                 if line.strip():
-                    yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
+                    yield f"{path}:{i}", _parsed(line, f"{path}:{i}")
     except (gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise UserError(f"{path}: not a whole gzip file; get it again") from e
 
@@ -222,7 +228,7 @@ def _row(row, where, path, required):
 
 def refuse_published_shape(row: dict, where: str, path: str | Path) -> None:
     """Name the shape that a row has, if it is one that `convert.py` knows."""
-    from convert import shape_of  # here, so that it is a leaf: it can be deleted with this function
+    from convert import shape_of  # here, so that it is a leaf
     shape = shape_of(row)
     if shape:
         raise UserError(f"{where}: this is {shape.about}; make it ours: "

@@ -85,7 +85,7 @@ TOKEN = re.compile(
 
 
 def skeleton(text: str) -> str:
-    """A text for MISREAD: ";" for a relation or an operator of LaTeX, "A" for a symbol, "\\" for a function."""
+    """A text for MISREAD: ";" for LaTeX's relations and operators, "A" for a symbol, "\\" for a function."""
     text = re.sub(rf"\\(?:{SIGNS})(?![A-Za-z])", "-", text)
     text = re.sub(rf"\\(?:{RELATIONS})(?![A-Za-z])", ";", text)
     text = re.sub(rf"\\(?:{SYMBOLS})(?![A-Za-z])", "A", text)
@@ -93,7 +93,8 @@ def skeleton(text: str) -> str:
 
 
 MISREAD = [re.compile(pattern) for pattern in (  # what the library reads, but not as it is written
-    r"[0-9A-Za-z)}]\s*\(\s*[-+]?\s*(?:[0-9.]+|[A-Za-z])?\s*\)", r"[0-9]\s+[0-9]", r"\)\s*[0-9]",  # 2(3)
+    r"[0-9A-Za-z)}]\s*\(\s*[-+]?\s*(?:[0-9.]+|[A-Za-z])?\s*\)",  # 2(3)
+    r"[0-9]\s+[0-9]", r"\)\s*[0-9]",
     r"/\s*(?:[0-9.]+|[A-Za-z])\s*[A-Za-z(\\]",  # 1/2x
     r"\^\s*(?:[0-9A-Za-z]|\{[^{}]*\})\s*\^",  # 2^3^2
     r"[0-9][eE][-+]?[0-9]", r"[-/]\s*0[0-9]",  # 1e5, 2023-05-01

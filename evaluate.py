@@ -6,7 +6,7 @@
 
 All models get the same questions, so the difference to the first is paired. Intervals are at 95%. An answer
 counts if it is the last one after </think> (strict); the lenient figure takes the last one anywhere. Beside
-them stands the share without a readable answer, and the share that is right but for the form (an <answer>
+them appears the part without a readable answer, and the part of all that is right but for that (an <answer>
 elsewhere, or \\boxed{}): what training gains there is form, not reasoning.
 
 Left out: several GPUs (start one process a task), going on with an interrupted evaluation, judging by another
@@ -68,9 +68,14 @@ def interval(right) -> Interval:
     return wilson(accuracy * worth, worth, student(n - 1))
 
 
+FEW = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
 def student(df: int) -> float:
     """The 97.5% quantile of Student's t for `df` degrees of freedom (Abramowitz and Stegun 26.7.5)."""
     z = 1.959964
+    if df in FEW:
+        return FEW[df]
     return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
             + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
 
@@ -249,13 +254,13 @@ def result_row(name, task, problem, index, completion, tokenizer):
         "correct": grade.correct,
         "reason": grade.reason,
         "lenient": task.grade(problem, text, lenient=True).correct,
-        "wrong_form": not grade.correct and right_in_another_form(task, problem, text),
+        "wrong_form": grade.answer is None and right_in_another_form(task, problem, text),
         **skills(task, problem, text),
     }
 
 
 def right_in_another_form(task, problem, text):
-    """Whether a response holds the right answer as its last closed <answer> or last \\boxed{}, wherever."""
+    """Whether a response without a readable answer has the right one elsewhere, or in \\boxed{}."""
     boxed = last_boxed(text)
     return (task.grade(problem, text, lenient=True).correct
             or (boxed is not None and not task.check(boxed, problem.truth)))
@@ -377,7 +382,7 @@ def named_model(text: str) -> tuple[str, str]:
 
 def whole_numbers(text: str) -> list[int]:
     ks = text.split(",")
-    if not all(k.strip().isdecimal() and int(k) > 0 for k in ks):
+    if not all(k.strip().isdecimal() and len(k) < 10 and int(k) > 0 for k in ks):
         raise UserError(f"--k {text}: give whole numbers from 1 on, separated by commas, such as 1,4")
     return [int(k) for k in ks]
 

@@ -31,9 +31,9 @@ CLOSED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 def extract_answer(text: str, lenient: bool = False) -> tuple[str | None, str]:
     """(answer or None, the reason why there is none).
 
-    Strict: the last <answer> after the last </think>, none if a <think> is open. An earlier <answer> that was
-    never closed is only named ("I end with the <answer> tag"); one right before another, or around it, is
-    refused. Lenient: the strict answer, else the last closed pair anywhere.
+    Strict: the last <answer> after the last </think>, none if a <think> is open. An unclosed <answer> earlier
+    in the text is taken for a mention ("I end with the <answer> tag"); nested tags are refused. Lenient: the
+    strict answer, else the last closed pair anywhere.
 
     extract_answer("<think><answer>1</answer></think><answer> 2 </answer>")  ->  ("2", "")
     """
@@ -55,42 +55,45 @@ def _strict_answer(text):
     answer, closing, after = rest.partition("</answer>")
     if not closing:
         return None, "the <answer> is never closed"
-    around = before.count("<answer>") > before.count("</answer>") and "</answer>" in after
-    if around or before.rstrip().endswith("<answer>"):
+    depth = 0  # of the tags that are open before it
+    for tag in re.findall("</?answer>", before):
+        depth = depth + 1 if tag == "<answer>" else max(depth - 1, 0)
+    if before.rstrip().endswith("<answer>") or (depth and "</answer>" in after):
         return None, "nested <answer> tags"
     return answer.strip(), ""
 
 
 def malformed(text: str) -> str:
     """Why one cannot tell what the answer of a text is, or "". A text without <answer> is not malformed."""
-    answer, why_none = extract_answer(text)
-    return "" if answer is not None or why_none == NO_ANSWER else why_none
+    _, why_none = extract_answer(text)
+    return "" if why_none == NO_ANSWER else why_none
 
 
 def last_boxed(text: str) -> str | None:
     r"""What the last \boxed{} of a text holds, braces in it included; None if there is none that closes."""
     _, opening, rest = text.rpartition("\\boxed{")
+    if not opening:
+        return None
     depth = 1
     for at, character in enumerate(rest):
         depth += (character == "{") - (character == "}")
-        if opening and depth == 0:
+        if depth == 0:
             return rest[:at].strip()
     return None
 
 
-VERDICT = re.compile(r"<verdict>([^<]*)</verdict>", re.IGNORECASE)
-
-
 def verdict(text: str) -> bool | None:
     """True or False for the last <verdict> of a reflection, None if it has none that can be read."""
-    found = VERDICT.findall(text)
-    said = found[-1].strip(" \n\t.!*_`").lower() if found else ""
-    return {"correct": True, "incorrect": False}.get(said)
+    _, opening, rest = text.lower().rpartition("<verdict>")
+    said, closing, _ = rest.partition("</verdict>")
+    if not opening or not closing:
+        return None
+    return {"correct": True, "incorrect": False}.get(said.strip(" \n\t.!*_`"))
 
 
 # ---- the bare answer -----------------------------------------------------------------------------
 WRAPPERS = (("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"), ("**", "**"), ("`", "`"),
-            ("\\boxed{", "}"), ("\\text{", "}"))
+            ("\\boxed{", "}"), ("\\text{", "}"), ("\\textbf{", "}"), ("\\mathrm{", "}"))
 # ASCII has its characters from "!" to "~" a second time, as wide as a Chinese character.
 FULL_WIDTH = {code + 0xFEE0: code for code in range(ord("!"), ord("~") + 1)} | {ord("。"): "."}
 
@@ -108,26 +111,28 @@ def unwrap(answer: str) -> str:
             bare = bare[:-1].rstrip()
             may_stop = False
         for opening, closing in WRAPPERS:
-            inner = bare[len(opening):-len(closing)]
-            both = len(bare) >= len(opening + closing) and bare.startswith(opening) and bare.endswith(closing)
-            if both and _is_one(inner, opening, closing):
-                bare = inner.strip()
+            if bare.startswith(opening) and bare[len(opening):].endswith(closing):
+                inner = bare[len(opening):-len(closing)]
+                if _is_one(inner, opening, closing):
+                    bare = inner.strip()
         if bare == before:
             break
     return bare
 
 
 def _is_one(inner, opening, closing):
-    """Whether what stands within a wrapper is one text: `$5$ or $6$` is two."""
-    if closing != "}":
-        inner = inner.replace("\\$", "")  # a dollar, not a bracket
-        return closing not in (inner.strip(closing) if opening == closing else inner)
-    depth = 0
-    for character in inner:
-        depth += (character == "{") - (character == "}")
-        if depth < 0:
-            return False
-    return True
+    """Whether what is inside a wrapper is one text: `$5$ or $6$` is two."""
+    if closing == "}":
+        depth = 0
+        for character in inner:
+            depth += (character == "{") - (character == "}")
+            if depth < 0:
+                return False
+        return True
+    inner = inner.replace("\\$", "")  # a dollar, not a bracket
+    if opening == closing:
+        inner = inner.strip(closing)
+    return closing not in inner
 
 
 Check = Callable[[str, dict], str]
@@ -239,10 +244,9 @@ def check_countdown(answer: str, truth: dict) -> str:
     numbers, target = truth["numbers"], truth["target"]
     if len(answer) > LONGEST:
         return f"longer than {LONGEST} characters"
-    if not answer:
-        return "empty answer"
+    answer = answer.replace("−", "-")
     try:
-        if answer.startswith("Step"):
+        if answer.lower().startswith("step"):
             return _check_steps(answer, numbers, target)
         return _check_expression(answer, numbers, target)
     except Rejected as e:
@@ -253,16 +257,18 @@ def _check_expression(answer, numbers, target):
     expression, *links = answer.split("=")
     value, used = parse(expression)
     for link in links:
-        signed = link.strip()
-        claim, _ = parse("0" + signed if signed.startswith(("-", "−")) else signed)
+        if link.strip().startswith("-"):
+            link = "0" + link.strip()  # the grammar has no sign
+        claim, _ = parse(link)
         if claim != value:
-            return f"claims to be {signed} but is {value}"
+            return f"claims to be {link.strip()} but is {value}"
     if Counter(used) != Counter(numbers):
         return f"uses {sorted(used)}, the numbers are {sorted(numbers)}"
     return "" if value == target else f"is {value}, not {target}"
 
 
-STEP = re.compile(r"Step [0-9]+: *(-?[0-9]+) *(\S|\\times|\\cdot|\\div) *(-?[0-9]+) *= *(-?[0-9]+)")
+STEP = re.compile(r"step [0-9]+: *(-?[0-9]+) *(\S|\\times|\\cdot|\\div) *(-?[0-9]+) *= *(-?[0-9]+)\.?",
+                  re.IGNORECASE)
 
 
 def _check_steps(answer, numbers, target):
@@ -291,8 +297,11 @@ def _check_steps(answer, numbers, target):
 
 
 SEPARATOR = re.compile(r"(?<=[0-9])(?:,\\!|\{,\}|\\,) ?(?=[0-9]{3})")  # LaTeX's commas of thousands
-INTEGER = re.compile(r"([-+−]?) ?(?:\\?[$]|[€£¥])? ?([-+−]?)"
-                     r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.0*)?( ?\\?%)?")
+INTEGER = re.compile(r"""
+    ([-+−]?) \ ? (?:\\?[$]|[€£¥])? \ ? ([-+−]?)  # a sign, before or after a currency
+    ([0-9]{1,3}(?:,[0-9]{3})+ | [0-9]+)
+    (?:\.0+)? (\ ?\\?%)?
+    """, re.VERBOSE)
 
 
 def integer_of(text: str, percent: bool = False) -> int | None:
@@ -334,24 +343,26 @@ def check_choice(answer: str, truth: dict) -> str:
     Labels go before texts: of the choices {A: "B", B: "C"}, `B` is the second. Small letters will do.
     """
     choices = {label: unwrap(text) for label, text in truth["choices"].items()}
-    named = [label for label, text in choices.items() if _is_label(answer, label, text)]
-    if not named:
-        lowered = answer.lower()
-        named = [label for label, text in choices.items() if _is_label(lowered, label.lower(), text.lower())]
-    if not named:
-        named = [label for label, text in choices.items() if text.lower() == answer.lower()]
+    lower = str.lower if len({text.lower() for text in choices.values()}) == len(choices) else str
+
+    def labelled(fold):
+        return [label for label, text in choices.items() if _is_label(fold(answer), fold(label), fold(text))]
+
+    def worded(fold):
+        return [label for label, text in choices.items() if fold(text) == fold(answer)]
+
+    named = labelled(str) or labelled(lower) or worded(str) or worded(lower)
     if not named:
         return "is no choice"
     return "" if named == [truth["answer"]] else "is another choice"
 
 
 def _is_label(answer, label, text):
-    """Whether an answer is this label, perhaps with its own text."""
-    for written in (label, f"({label})", f"{label})", f"{label}.", f"{label}:"):
-        rest = answer.removeprefix(written)
-        if rest != answer and rest.strip() in ("", text) and not (written == label and rest):
-            return True
-    return False
+    """Whether an answer is this label, perhaps with its own text. `a dog` is not the label a."""
+    label = re.escape(label)
+    match = re.fullmatch(rf"(?:[(\[]{label}[)\]][.:]?|{label}(?:[).:,]|\s[-–]|(?=\n)|$))(.*)",
+                         answer.replace("**", ""), re.DOTALL)
+    return match is not None and unwrap(match[1]) in ("", text)
 
 
 @lru_cache

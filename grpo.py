@@ -290,7 +290,8 @@ def update(
                 sums[name] += value
     sums = summed(sums, model.device)
     sums["largest_difference"] = largest(largest_difference, model.device)
-    check_finite(sums["loss"] + sums["reference_kl"], "loss")
+    check_finite(sums["loss"], "loss")
+    check_finite(sums["reference_kl"], "divergence from the reference")
     norm = optimizer.step(lr) if sums["trained_tokens"] + sums["reference_tokens"] else None
     return norm, sums
 
@@ -518,19 +519,20 @@ def from_where_to_where(model: str | None, out: str | None) -> tuple[str, str]:
 
 def read_problems(args) -> tuple[list, list]:
     """([(task, problem)] to train on, the same to validate on)."""
-    def of(split, n):
-        return [(task, problem) for task in found for problem in task.problems(split, n, args.seed)]
-
     found = tasks.find_all(args.task, args.data_dir)
-    problems = of(args.split, args.questions)
+    problems = tasks.problems_of(found, args.split, args.questions, args.seed)
     if len(problems) < args.questions_per_step:
         raise UserError(f"--questions-per-step {args.questions_per_step}: "
                         f"there are only {len(problems)} questions; raise --questions or lower it")
-    return problems, of("val", args.eval_questions) if args.eval_every else []
+    held_out = tasks.problems_of(found, "val", args.eval_questions, args.seed) if args.eval_every else []
+    if {problem.id for _, problem in problems} & {problem.id for _, problem in held_out}:
+        raise UserError(f"--eval-every: --split {args.split} trains on questions of the split val; "
+                        "leave one of the two out")
+    return problems, held_out
 
 
 def prompts_of(problems: list, tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """Refuses now what would fail in the middle of the run."""
+    """The prompt of each (task, problem). Refuses one that would fail in the middle of the run."""
     prompts = []
     for task, problem in problems:
         prompts.append(tokenizer.chat(task.prompt(problem)))
@@ -549,7 +551,9 @@ def main():
     problems, held_out = read_problems(args)
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
     args.chat_template_kwargs = tokenizer.template_kwargs
-    prompts = prompts_of(problems + held_out, tokenizer, model.config.max_position_embeddings)[:len(problems)]
+    context = model.config.max_position_embeddings
+    prompts = prompts_of(problems, tokenizer, context)
+    prompts_of(held_out, tokenizer, context)
     reference = None
     if args.kl:
         reference = deepcopy(model).requires_grad_(False)  # before resuming: the model the run began with

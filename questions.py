@@ -2,6 +2,7 @@
 import hashlib
 import math
 import unicodedata
+from decimal import Decimal
 
 from cli import UserError, refuse_published_shape
 from equivalence import check_math, flaw_of_gold
@@ -13,6 +14,10 @@ def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[st
 
     The identity is a hash of what the row asks. Raises UserError, which names `where`.
     """
+    for name in ("context", "passage", "image", "images"):
+        if fields.get(name):
+            raise UserError(f"{where}: {name} is not supported; put it into the question, "
+                            "or leave the row out")
     question = fields.get("question")
     answer = as_text(fields.get("answer"))
     choices = fields.get("choices")
@@ -27,6 +32,8 @@ def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[st
         if answer not in choices:
             raise UserError(f"{where}: the answer {answer[:40]!r} is none of the choices "
                             f"{', '.join(choices)}")
+        if len({unwrap(text) for text in choices.values()}) < len(choices):
+            raise UserError(f"{where}: two choices are the same; leave this row out")
         listed = "".join(f"\n{label}. {text}" for label, text in choices.items())
         asked = f"{question}{listed}\nThe answer is the letter of the best choice."
         return identity_of(question, *sorted(choices.values())), asked, {"answer": answer, "choices": choices}
@@ -44,7 +51,7 @@ def as_text(answer) -> str | None:
     if isinstance(answer, float):
         if not math.isfinite(answer):
             return None
-        answer = int(answer) if answer.is_integer() else answer
+        return str(int(answer)) if answer.is_integer() else f"{Decimal(repr(answer)):f}"  # not 1e-07
     return str(answer)
 
 
@@ -54,8 +61,10 @@ def flaw_of(answer: str, check: Check) -> str:
         return "is empty"
     if check is check_integer and integer_of(unwrap(answer), percent=True) is None:
         return "is not an integer; grade with file:PATH:math or :exact"
-    unread = flaw_of_gold(answer) if check is check_math else ""
-    return f"cannot be compared with others: {unread}; leave this row out" if unread else ""
+    if check is check_math and flaw_of_gold(answer):
+        return (f"cannot be compared with others: {flaw_of_gold(answer)}; leave this row out, "
+                "or all such rows: python convert.py FILE --math")
+    return ""
 
 
 def identity_of(*texts: str) -> str:

@@ -588,9 +588,8 @@ def main():
         answer_by_hand(args)
         return
 
-    problems = []
-    for task in tasks.find_all(args.task, args.data_dir):
-        problems += [(task, problem) for problem in task.problems(args.split, args.questions, args.seed)]
+    found = tasks.find_all(args.task, args.data_dir)
+    problems = tasks.problems_of(found, args.split, args.questions, args.seed)
     part, parts = map(int, args.shard.split("/"))
     problems = problems[part::parts]
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)

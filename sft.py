@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import device_and_dtype, load
-from cli import UserError, command, number, parser, positive, read_jsonl, say, split_list, to_json
+from cli import UserError, command, number, parser, positive, read_jsonl, say, split_list
+from conversations import plain_messages
 from model import Transformer
 from tokenizer import Tokenizer
 from train import (
@@ -71,64 +72,10 @@ def read_examples(paths: str, tokenizer: Tokenizer, context: int) -> list[Exampl
     return examples
 
 
-# Keys of a row or a turn that change what it means. Empty ones say nothing.
-MEANINGFUL = ("tool_calls", "function_call", "refusal", "audio", "tools", "functions", "documents",
-              "chat_template_kwargs")
-TRAINED = ("weight", "train", "training")  # OpenAI's and Axolotl's names for what of them is trained
-
-
-def plain_messages(row: dict, where: str) -> list[dict]:
-    """The messages of a row as {role, content}, two texts each; the last is trained.
-
-    What other keys mean is used (reasoning becomes <think>, parts of text are joined) or the row is refused.
-    """
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{where}: {NOT_MESSAGES}")
-    for holder in (row, *messages):
-        for name in MEANINGFUL:
-            if holder.get(name):
-                raise UserError(f"{where}: {name} is not supported; remove it, or leave the row out")
-        wanted = holder is row or holder is messages[-1]
-        marks = [name for name in TRAINED if holder.get(name, wanted) not in (wanted, None)]
-        if marks and holder.get("role", "assistant") == "assistant":
-            raise UserError(f"{where}: {marks[0]}: {to_json(holder[marks[0]])} cannot be had: the last turn "
-                            "is trained and no other; cut the conversation there, or leave the row out")
-    plain = [{"role": message.get("role"), "content": text_of(message, where)} for message in messages]
-    if len(plain) < 2 or plain[-1]["role"] != "assistant":
-        raise UserError(f"{where}: the last of the messages must be the assistant's, "
-                        "after at least one other")
-    if not plain[-1]["content"].rpartition("</think>")[2].strip():
-        raise UserError(f"{where}: the last turn is empty, which would teach silence; leave the row out")
-    return plain
-
-
-NOT_MESSAGES = "messages must be a list of {role: system|user|assistant, content: text}"
-
-
-def text_of(message: dict, where: str) -> str:
-    content = message.get("content")
-    if isinstance(content, list) and all(_is_text_part(part) for part in content):
-        content = "".join(part["text"] for part in content)
-    if message.get("role") not in ("system", "user", "assistant") or not isinstance(content, str):
-        raise UserError(f"{where}: {NOT_MESSAGES}")
-    thought = message.get("reasoning_content") or message.get("thinking")
-    if not thought:
-        return content
-    if not isinstance(thought, str) or message["role"] != "assistant" or "<think>" in content:
-        raise UserError(f"{where}: reasoning must be text, of an assistant's turn whose content "
-                        "has no <think>")
-    return f"<think>\n{thought.strip()}\n</think>\n\n{content}"
-
-
-def _is_text_part(part):
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
 def make_batches(
     examples: list[Example], tokens_per_batch: int, seed: int, epoch: int,
 ) -> list[list[Example]]:
-    """One epoch as batches of at most about `tokens_per_batch` tokens, each for one optimizer step.
+    """One epoch as batches of at most `tokens_per_batch` tokens (or of one longer example), a step each.
 
     The order depends on (seed, epoch) only.
     """

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from string import ascii_lowercase
 
-from cli import UserError, read_jsonl, say, split_list
+from cli import UserError, read_jsonl, refuse_repeated, say, split_list
 from equivalence import check_math, load_math_verify
 from grading import (
     OPERATORS, Check, check_choice, check_countdown, check_exact, check_integer, check_word, dictionary,
@@ -33,7 +33,7 @@ class Problem:
     id: str
     task: str
     question: str
-    truth: dict  # what the checker needs; always holds "answer", one right answer as text
+    truth: dict  # what the checker needs, and "answer", one right answer as text ("" if none is known)
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,8 @@ class Countdown(Generated):
         whole = [target, *numbers] if isinstance(numbers, list) and numbers else [None]
         if not all(type(number) is int and number >= 0 for number in whole):
             raise UserError(f"{where}: expected nums, a list of whole numbers, and target, a whole number")
-        truth = {"answer": fields.get("answer") or "", "numbers": numbers, "target": target}
-        if truth["answer"] and check_countdown(str(truth["answer"]), truth):
+        truth = {"answer": str(fields.get("answer") or ""), "numbers": numbers, "target": target}
+        if truth["answer"] and check_countdown(truth["answer"], truth):
             raise UserError(f"{where}: the answer {truth['answer']!r} is wrong; fix it or leave it out")
         return *cls.wording(numbers, target), truth
 
@@ -323,31 +323,32 @@ class FromFile(Task):
     asks: copies are left out, and nothing depends on ids, on the order of rows or on the place of the file.
     """
 
-    def __init__(self, name, grading, files, hundredths, data_dir, source=""):
+    def __init__(self, name, checker, files, hundredths, data_dir, source=""):
         self.name = name
         self.key = name.partition(":")[0]  # without the path
-        self.grading = grading
+        self.checker = checker
         self.files = files
         self.hundredths = hundredths
         self.data_dir = Path(data_dir)
         self.source = source
-        self.read = {}  # file: {identity: Problem}
+        self.cache = {}  # path: {identity: Problem}
 
     def check(self, answer: str, truth: dict) -> str:
-        return check_choice(answer, truth) if "choices" in truth else self.grading(answer, truth)
+        return check_choice(answer, truth) if "choices" in truth else self.checker(answer, truth)
 
     def problems(self, split: str, n: int, seed: int = 0) -> list[Problem]:
         """n problems of a split (0: all of them); the same for the same seed."""
         self._check_split(split, self.files)
-        if self.grading is check_math:
+        if self.checker is check_math:
             load_math_verify()  # now, not after an hour of sampling
         found = self._problems_of(self.files[split])
         if split in self.hundredths:
             taken = self.hundredths[split]
             found = {identity: p for identity, p in found.items() if hundredth(identity) in taken}
-        test = self.files.get("test", self.files[split])
+        test = self.files.get("test", "")
         if test != self.files[split] and (self.data_dir / test).is_file():
-            found = {identity: found[identity] for identity in found.keys() - self._problems_of(test).keys()}
+            in_test = self._problems_of(test)  # what is in both files is not trained on
+            found = {identity: p for identity, p in found.items() if identity not in in_test}
         if not found or n > len(found):
             raise UserError(f"{self.name} has {len(found)} questions in the split {split}"
                             + (f", {n} were asked for; ask for fewer (0 takes all)" if n else ""))
@@ -357,22 +358,23 @@ class FromFile(Task):
     def _problems_of(self, file):
         """{identity: Problem} of a file, without copies."""
         path = self.data_dir / file
-        if path in self.read:
-            return self.read[path]
+        if path in self.cache:
+            return self.cache[path]
         if not path.is_file():
             where = f": {self.source}, or point --data-dir at it" if self.source else ""
             raise UserError(f"{path}: no such file; {self.name} is not downloaded for you{where}")
-        found = self.read[path] = {}
+        found = self.cache[path] = {}
         copies = 0
         for where, fields in read_jsonl(path):
-            if self.grading is check_countdown:
+            if self.checker is check_countdown:
                 identity, question, truth = Countdown.from_row(fields, where)
             else:
-                identity, question, truth = read_question(fields, self.grading, where, path)
+                identity, question, truth = read_question(fields, self.checker, where, path)
             problem = Problem(f"{self.key}/{identity}", self.name, question, truth)
             known = found.setdefault(identity, problem)
             copies += known is not problem
-            if right_text(known.truth) != right_text(truth):
+            right = right_text(truth)
+            if right and self.check(right, known.truth):
                 raise UserError(f"{where}: an earlier row asks the same and has another answer; remove one")
         if copies:
             say(f"{path}: left out {copies} rows that repeat a question")
@@ -383,7 +385,7 @@ class FromFile(Task):
 
 
 def right_text(truth: dict) -> str:
-    """What two rows that ask the same must agree on: nothing, if an answer is one of many."""
+    """What is right in two rows that ask the same, "" if it is one of many."""
     if "numbers" in truth:
         return ""
     return truth["choices"][truth["answer"]] if "choices" in truth else truth["answer"]
@@ -393,20 +395,19 @@ TRAIN = {"sft": "train.jsonl", "rl": "train.jsonl", "val": "train.jsonl"}
 TRAIN_HUNDREDTHS = {"sft": range(0, 45), "rl": range(45, 90), "val": range(90, 100)}
 # The same for file:PATH, which also has a split `all`, the whole file.
 OWN_HUNDREDTHS = {"sft": range(0, 40), "rl": range(40, 80), "val": range(80, 85), "test": range(85, 100)}
-NOT_OPEN = "its text is not openly licensed; bring your own rows {id, question, answer}"
+NOT_OPEN = "its text is not openly licensed; convert.py brings the published rows into shape"
 FILES = {  # name: (checker, {split: file}, where to get it)
     "gsm8k": (check_integer, {**TRAIN, "test": "test.jsonl"},
-              "github.com/openai/grade-school-math, which convert.py brings "
-              "into rows of question and answer"),
+              "github.com/openai/grade-school-math; convert.py brings it into shape"),
     "csqa": (check_choice, {**TRAIN, "test": "dev.jsonl"},
-             "CommonsenseQA 1.11, as rows {id, question, choices, answer}; test is its dev file"),
+             "CommonsenseQA 1.11; convert.py brings it into shape; test is its dev file"),
     "math500": (check_math, {"test": "test.jsonl"},
-                "github.com/openai/prm800k, math_splits/test, as rows {id, question, answer}"),
+                "github.com/openai/prm800k, math_splits/test; convert.py brings it into shape"),
     "aime": (check_integer, {"test": "test.jsonl"}, NOT_OPEN),
     "amc": (check_integer, {"test": "test.jsonl"}, NOT_OPEN),
     "gpqa": (check_choice, {"test": "test.jsonl"},
-             "its licence asks not to publish it; bring your own rows {id, question, choices, answer}"),
-    "openthoughts": (check_math, TRAIN, "OpenThoughts on the hub, as rows {id, question, answer}"),
+             "its licence asks not to publish it; convert.py brings its CSV file into shape"),
+    "openthoughts": (check_math, TRAIN, "OpenThoughts on the hub; convert.py brings it into shape"),
 }
 OWN_GRADINGS = {"exact": check_exact, "integer": check_integer, "math": check_math, "choice": check_choice,
                 "countdown": check_countdown}
@@ -468,5 +469,18 @@ def _own_file(name):
 def find_all(names: str, data_dir: str | Path = "data", flag: str = "--task") -> list[Task]:
     """The tasks of a comma-separated list, each once."""
     found = [find(name, data_dir) for name in split_list(names, flag)]
-    split_list(",".join(task.name for task in found), flag)  # two spellings of one path
+    refuse_repeated([task.name for task in found], f"{flag} {names}")  # two spellings of one path
     return found
+
+
+def problems_of(found: list[Task], split: str, n: int, seed: int) -> list[tuple[Task, Problem]]:
+    """n problems of each task, without those that an earlier task has too."""
+    problems = {}
+    repeated = 0
+    for task in found:
+        for problem in task.problems(split, n, seed):
+            repeated += problem.id in problems
+            problems.setdefault(problem.id, (task, problem))
+    if repeated:
+        say(f"left out {repeated} questions that an earlier task has too")
+    return list(problems.values())

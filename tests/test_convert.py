@@ -40,6 +40,21 @@ SHAPES = {  # name: (row, ours)
                               {"question": "Q", "answer": "2"}),
     "aime": ({"Problem": "Q", "Answer": 33, "ID": "2024-I-1"}, {"question": "Q", "answer": 33}),
     "aime25": ({"problem": "Q", "answer": "033", "problem_idx": 1}, {"question": "Q", "answer": "033"}),
+    "mmlu": ({"question": "Q", "choices": ["x", "y", "z"], "answer": 2, "subject": "law"},
+             {"subject": "law", "question": "Q", "choices": {"A": "x", "B": "y", "C": "z"}, "answer": "C"}),
+    # What a shape does not use is kept, for sft.py to use or to refuse.
+    "sharegpt-marks": ({"conversations": [{"from": "human", "value": "Q"},
+                                          {"from": "gpt", "value": "A", "weight": 0}],
+                        "tools": ["t"]},
+                       {"tools": ["t"], "messages": [{"role": "user", "content": "Q"},
+                                                     {"role": "assistant", "content": "A", "weight": 0}]}),
+    "trl-label": ({"prompt": "Q", "completion": "A", "label": False}, {"label": False, **EXCHANGE}),
+    # Ours, though they have a column of another shape.
+    "ours-and-more": ({**EXCHANGE, "prompt": "x", "completion": "y"},
+                      {**EXCHANGE, "prompt": "x", "completion": "y"}),
+    "question-and-more": ({"question": "Q", "answer": "2", "problem": "x", "instruction": "y", "output": "z"},
+                          {"question": "Q", "answer": "2", "problem": "x", "instruction": "y",
+                           "output": "z"}),
     "csqa": ({"question": "Q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": "B"},
              {"question": "Q", "choices": {"A": "x", "B": "y"}, "answer": "B"}),
     "csqa-authors": ({"question": {"stem": "Q",
@@ -84,6 +99,22 @@ def test_gpqa_is_shuffled_by_a_seed(cmd):
     assert len(tasks.find("file:a.jsonl:choice").problems("all", 0)) == 200
 
 
+def test_what_cannot_be_compared_as_math_is_left_out_and_counted(cmd):
+    pytest.importorskip("math_verify")
+    answers = ["2", "0.\\overline{3}", "7 \\\\ 6", "\\frac12"]
+    write_jsonl("in.jsonl", [{"problem": f"Q{i}", "answer": answer} for i, answer in enumerate(answers)])
+    status, out, _ = cmd(convert, "in.jsonl", "--math", "--out", "out.jsonl")
+    assert status == 0 and "2 rows (left out: their answer cannot be compared as math)" in out
+    assert len(tasks.find("file:out.jsonl:math").problems("all", 0)) == 2
+
+
+@pytest.mark.parametrize("content",
+                         ["question,answer\ncaf\xe9,1\n".encode("latin-1"), "a,b\n".encode("utf-16")])
+def test_a_csv_of_another_encoding(cmd, tmp_path, content):
+    (tmp_path / "x.csv").write_bytes(content)
+    refused(cmd, convert, ("x.csv",), "x.csv: not a CSV file in UTF-8; save it as that")
+
+
 def test_parquet(cmd, monkeypatch):
     (open("x.parquet", "wb")).close()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -94,7 +125,13 @@ def test_parquet(cmd, monkeypatch):
     ({"text": "x"}, "in.jsonl:2: no shape that is known; its columns are text"),
     ({"conversations": [{"from": "tool", "value": "x"}]}, "in.jsonl:2: no turns of 'tool' are known"),
     ({"conversations": "x"}, "in.jsonl:2: looks like a row of ShareGPT's conversations, but is not whole"),
-    ({"problem": "Q", "solution": "none"}, "in.jsonl:2: neither an answer nor a \\boxed one"),
+    ({"problem": "Q", "solution": "none"}, "in.jsonl:2: it has no answer; leave this row out"),
+    ({"question": "Q", "answer": "no steps\n#### "}, "in.jsonl:2: it has no answer"),
+    ({"question": "Q", "choices": {"label": ["A", "B"], "text": ["x", "y"]}, "answerKey": ""},
+     "it has no answer"),
+    ({"question": "Q", "choices": {"label": ["A", "A"], "text": ["x", "y"]}, "answerKey": "A"},
+     "is not whole"),
+    ({"instruction": "Q"}, "no shape that is known"),
 ])
 def test_rows_that_cannot_be_converted(cmd, row, message):
     write_jsonl("in.jsonl", [EXCHANGE, row])

@@ -34,7 +34,8 @@ def test_wilson_equals_its_tabulated_values():
     assert interval([[1]] * 3 + [[0]] * 7) == wilson(3, 10)
 
 
-@pytest.mark.parametrize("df, quantile", [(4, 2.776), (14, 2.145), (29, 2.045), (99, 1.984), (10**6, 1.960)])
+@pytest.mark.parametrize("df, quantile", [(4, 2.776), (1, 12.706), (5, 2.571), (14, 2.145), (29, 2.045),
+                                          (99, 1.984), (10**6, 1.960)])
 def test_students_quantile_equals_its_tabulated_values(df, quantile):
     assert evaluate.student(df) == pytest.approx(quantile, abs=1e-2)
 
@@ -219,7 +220,7 @@ def _whole(content):
 @pytest.mark.parametrize("text, answer, form", [
     ("<answer>6</answer>", "6", False),
     ("so \\boxed{6}", None, True),
-    ("<answer>7</answer>, no: \\boxed{6}", "7", True),
+    ("<answer>7</answer>, no: \\boxed{6}", "7", False),
     ("<think><answer>6</answer></think>", None, True),
     ("<answer>6", None, False),
     ("so \\boxed{7}", None, False),
@@ -291,11 +292,11 @@ def test_compares_what_is_there(cmd, folder):
     (("--k", "1,-2"), "give whole numbers"),
     (("--questions", "0"), "makes its questions"),
     (("--tasks", "chess"), "unknown; the tasks are"),
-    (("--tasks", "countdown-3,countdown-3"), "--tasks countdown-3,countdown-3: countdown-3 is there twice"),
+    (("--tasks", "countdown-3,countdown-3"), "--tasks countdown-3,countdown-3: countdown-3 appears twice"),
     (("--split", "train"), "has no split 'train'"),
     (("--tasks", "gsm8k"), "no such file; gsm8k is not downloaded"),
     (("--models", "nowhere"), "no such folder"),
-    (("--models", "a=mini,a=mini"), "a=mini is there twice"),
+    (("--models", "a=mini,a=mini"), "a=mini appears twice"),
     (("--models", "a=mini,a=elsewhere"), "two models have the same name"),
     (("--models", "a=mini,,b=mini"), "nothing between two commas"),
 ])

@@ -42,6 +42,8 @@ NAMED = "The reply ends with the <answer> tag.\n"
     ("<answer>5</answer> as the <answer> tag demands", None, "5", True),
     ("I write <answer> and </answer>: <answer>5</answer>", "5", "5", False),
     ("<answer>5</answer></answer>", "5", "5", False),
+    ("</answer> <answer>3 <answer>5</answer></answer>", None, "5", True),
+    ("<answer>1</answer> then <answer>3 <answer>5</answer></answer>", None, "5", True),
     ("<answer></answer>", "", "", False),
     ("nothing", None, None, False),
 ])
@@ -69,7 +71,7 @@ def reference_answer(text):
             if opened and closed and outer:
                 nested = True
             closed = closed or bool(opened)
-            depth -= 1
+            depth = max(depth - 1, 0)
         elif opened and not closed:
             found += piece
         if piece.strip():
@@ -107,6 +109,8 @@ def test_random_tag_soups():
     ("<verdict>Maybe</verdict>", None),
     ("<verdict>Correct</verdict> or rather <verdict>I cannot tell</verdict>", None),
     ("<verdict>not correct</verdict>", None),
+    ("<verdict>Correct</verdict> wait, <verdict>Incorrect", None),
+    ("<VERDICT>CORRECT</VERDICT>", True),
     ("correct", None),
 ])
 def test_verdicts(text, said):
@@ -147,6 +151,8 @@ def test_wrappers_are_stripped_by_all_checkers_alike(wrapping):
     (r"\(1\) and \(2\)", r"\(1\) and \(2\)"),
     (r"$\$36$", r"\$36"),
     ("5..", "5."),
+    (r"\textbf{(A)}", "(A)"),
+    (r"$\mathrm{x}$", "x"),
     ("The answer is 5.", "The answer is 5"),
     ("１，２３４％", "1,234%"),
     ("５。", "5"),
@@ -228,6 +234,7 @@ def test_countdown_refuses(answer, numbers, target):
     "\\left(2+3\\right) \\cdot 20",
     "Step 1: 2 + 3 = 5\nStep 2: 5 * 20 = 100",
     "Step 1: 3 + 2 = 5\n\nStep 2: 20 × 5 = 100\n",
+    "step 1: 3 + 2 = 5.\nSTEP 2: 20 * 5 = 100.",
 ])
 def test_countdown_accepts(answer):
     assert check_countdown(answer, {"numbers": [20, 2, 3], "target": 100}) == ""
@@ -236,7 +243,7 @@ def test_countdown_accepts(answer):
 def test_countdown_values_may_go_below_zero():
     assert check_countdown("2 - 3 + 20 = -1 + 20 = 19", {"numbers": [20, 2, 3], "target": 19}) == ""
     assert check_countdown("2 - 3 = -1", {"numbers": [2, 3], "target": -1}) == ""
-    answer = "Step 1: 2 - 3 = -1\nStep 2: 20 - -1 = 21"
+    answer = "Step 1: 2 − 3 = −1\nStep 2: 20 - -1 = 21"
     assert check_countdown(answer, {"numbers": [20, 2, 3], "target": 21}) == ""
 
 
@@ -320,6 +327,7 @@ def test_letters_in_any_order(word, right):
     ("--1234", False),
     ("1234!", False),
     ("1,23,4", False),
+    ("1234..", False),
     ("1234 or so", False),
     ("12,34", False),
     ("1234.5", False),
@@ -354,6 +362,8 @@ def test_integers_and_their_signs(answer, gold, right):
 ORDINARY = {"A": "mall", "B": "bank", "C": "the river bank"}
 SWAPPED = {"A": "B", "B": "A"}
 NUMBERED = {"1": "two", "2": "one"}
+CASES = {"A": "mM", "B": "Mm"}
+MATH = {"A": r"$\frac{1}{2}$", "B": "$x+1$"}
 SPACED = {"a": " dog ", "b": "a dog", "A": "cat"}
 
 
@@ -379,6 +389,21 @@ SPACED = {"a": " dog ", "b": "a dog", "A": "cat"}
     (ORDINARY, "B", "bank or mall", False),
     (ORDINARY, "B", "because", False),
     (ORDINARY, "B", "", False),
+    (ORDINARY, "B", "**B.** bank", True),
+    (ORDINARY, "B", "**B**: bank", True),
+    (ORDINARY, "B", "B - bank", True),
+    (ORDINARY, "B", "B, bank", True),
+    (ORDINARY, "B", "[B]", True),
+    (ORDINARY, "B", "B\nbank", True),
+    (ORDINARY, "B", "B, A", False),
+    (ORDINARY, "B", "B) or A)", False),
+    (MATH, "A", r"(A) $\frac{1}{2}$", True),
+    (MATH, "A", r"$\frac{1}{2}$", True),
+    (MATH, "B", "B. $x+1$", True),
+    (MATH, "B", "A. $x+1$", False),
+    (CASES, "A", "mM", True),
+    (CASES, "B", "mM", False),
+    (CASES, "A", "A. Mm", False),
     (SWAPPED, "A", "A", True),  # the label, not the text of B
     (SWAPPED, "B", "A", False),
     (NUMBERED, "1", "1", True),

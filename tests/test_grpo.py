@@ -258,9 +258,12 @@ def test_figures_mean_the_same_with_a_reference():
 
 def test_a_split_may_be_chosen(cmd):
     """All rows of a file, if asked; and a split without rows is refused before a model is loaded."""
-    write_jsonl("own.jsonl", [{"question": f"What is {i} * 2?", "answer": 2 * i} for i in range(4)])
+    write_jsonl("own.jsonl", [{"question": f"What is {i} * 2?", "answer": 2 * i} for i in range(40)])
     flags = [*FLAGS, "--task", "file:own.jsonl:integer", "--questions", "0", "--steps", "1"]
     assert cmd(grpo, *flags, "--split", "all")[0] == 0
+    _, _, err = cmd(grpo, *flags, "--split", "all", "--eval-every", "1", "--eval-questions", "1",
+                    "--out", "other")
+    assert "--split all trains on questions of the split val" in err
     write_jsonl("one.jsonl", [{"question": "?", "answer": "1"}])
     nowhere = ["--model", "nowhere", "--task", "file:one.jsonl", "--questions", "0", "--out", "other"]
     messages = [cmd(grpo, *nowhere, "--split", split)[2] for split in ("sft", "rl", "val", "test")]

@@ -265,7 +265,7 @@ def test_samples_of_several_seeds_are_pooled(cmd):
     assert right and all(text.count(json.dumps(solution)[1:-1]) == 1 for solution in right)
     write_jsonl("c.jsonl", [rows[0], others[0]])
     refused(cmd, rearrange, ("--data", "c.jsonl", "--out", "c"), "c.jsonl:2: attempt")
-    refused(cmd, rearrange, ("--data", "a.jsonl,a.jsonl", "--out", "c"), "a.jsonl is there twice")
+    refused(cmd, rearrange, ("--data", "a.jsonl,a.jsonl", "--out", "c"), "a.jsonl appears twice")
 
 
 # ---- the command ---------------------------------------------------------------------------------

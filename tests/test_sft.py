@@ -6,6 +6,7 @@ import torch
 from conftest import CHAT, MINI, refused, tiny, write_jsonl
 
 import sft
+from conversations import plain_messages
 from sft import Example, learning_rate, loss_of, make_batches
 
 SFT = ("--model", MINI, "--data", "chat.jsonl", "--tokens-per-batch", "256", "--device", "cpu")
@@ -119,14 +120,17 @@ def turns(user=None, first=None, **last):
     (turns(content="", reasoning_content="only this"), "the last turn is empty"),
     (turns(content=[]), "the last turn is empty"),
     (turns(content=None), "messages must be a list"),
-    (turns(weight=0), "weight: 0 cannot be had: the last turn is trained and no other"),
-    (turns(train=False), "train: false cannot be had"),
-    (turns(training=False), "training: false cannot be had"),
-    (turns(weight=0.5), "weight: 0.5 cannot be had"),
-    (turns(first={"weight": 1}), "weight: 1 cannot be had"),
-    ({**turns(), "train": False}, "train: false cannot be had"),
+    (turns(weight=0), "weight is 0, but the last turn of a row is trained and no other"),
+    (turns(train=False), "train is false, but"),
+    (turns(training=False), "training is false, but"),
+    (turns(weight=0.5), "weight is 0.5, but"),
+    (turns(first={"weight": 1}), "weight is 1, but"),
+    ({**turns(), "train": False}, "train is false, but"),
     (turns(tool_calls=[{"function": {"name": "f"}}]), "tool_calls is not supported"),
     (turns(first={"function_call": {"name": "f"}}), "function_call is not supported"),
+    (turns(loss=False), "loss is false, but"),
+    ({**turns(), "label": False}, "label is false, but"),
+    ({**turns(), "system": "Be brief."}, "system is not supported"),
     (turns(refusal="I cannot"), "refusal is not supported"),
     ({**turns(), "tools": [{"type": "function"}]}, "tools is not supported"),
     (turns(user={"role": "tool"}), "messages must be a list of {role: system|user|assistant"),
@@ -148,11 +152,12 @@ def test_fields_that_change_the_meaning_are_not_dropped(cmd, row, message):
     (turns(content=[{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]),
      ["one", "two", "three", "four"]),
     (turns(reasoning_content="why\n"), ["one", "two", "three", "<think>\nwhy\n</think>\n\nfour"]),
+    (turns(reasoning="why"), ["one", "two", "three", "<think>\nwhy\n</think>\n\nfour"]),
     (turns(first={"thinking": "why"}), ["one", "<think>\nwhy\n</think>\n\ntwo", "three", "four"]),
     (turns(user={"weight": 0, "train": False}), ["one", "two", "three", "four"]),
 ])
 def test_fields_that_are_used(row, texts):
-    assert [m["content"] for m in sft.plain_messages(row, "chat.jsonl:1")] == texts
+    assert [m["content"] for m in plain_messages(row, "chat.jsonl:1")] == texts
 
 
 def test_bad_input(cmd):

@@ -149,6 +149,19 @@ def test_copies_of_a_question_are_left_out_and_counted(tmp_path, capsys):
     assert len(find(f"file:{write_jsonl(tmp_path / 'b.jsonl', case)}").problems("all", 0)) == 2
 
 
+def test_copies_may_spell_their_answer_in_other_ways(tmp_path):
+    rows = [{"question": "?", "answer": answer} for answer in ("1,000", "1000.0", "$1000")]
+    assert len(find(f"file:{write_jsonl(tmp_path / 'a.jsonl', rows)}:integer").problems("all", 0)) == 1
+
+
+def test_a_question_of_two_tasks_is_asked_once(tmp_path, capsys):
+    a = write_jsonl(tmp_path / "a.jsonl", QUESTIONS[:20])
+    b = write_jsonl(tmp_path / "b.jsonl", QUESTIONS[15:30])
+    problems = tasks.problems_of(tasks.find_all(f"file:{a},file:{b}"), "all", 0, seed=0)
+    assert len({p.id for _, p in problems}) == len(problems) == 30
+    assert "left out 5 questions that an earlier task has too" in capsys.readouterr().out
+
+
 def test_permuted_choices_are_the_same_question(tmp_path):
     rows = [{"question": "Where?", "choices": {"A": "mall", "B": "bank"}, "answer": "B"},
             {"question": "Where?", "choices": {"A": "bank", "B": "mall"}, "answer": "A"},
@@ -171,7 +184,7 @@ def test_a_path_is_in_no_key(tmp_path, monkeypatch):
     assert all(other == chosen[0] for other in chosen)
     assert "own" not in chosen[0][0][0]
     for twice in ("countdown-3,countdown-3", "file:own.jsonl,file:./own.jsonl"):
-        with pytest.raises(UserError, match="is there twice"):
+        with pytest.raises(UserError, match="appears twice"):
             tasks.find_all(twice)
 
 
@@ -209,6 +222,7 @@ def one_or_none(path, split):
     (18.0, ":integer", "18", "18.5"),
     (18.0, "", "18", "18.0"),
     (0.5, ":math", "1/2", "0.4"),
+    (0.0000001, ":math", "10^{-7}", "e-7"),
     ("$1,234", ":integer", "1234", "1"),
 ])
 def test_numbers_as_answers(tmp_path, answer, grading, right, wrong):
@@ -268,6 +282,9 @@ def test_a_mistyped_grading_is_no_path(tmp_path, name, message):
     ({"question": "?", "answer": "A"}, ":choice", "choices must be an object"),
     ({"question": "?", "answer": "A", "choices": ["x"]}, "", "choices must be an object"),
     ({"question": "?", "answer": "a", "choices": {"A": "x"}}, "", "is none of the choices"),
+    ({"question": "?", "answer": "A", "choices": {"A": "x", "B": " x"}}, "", "two choices are the same"),
+    ({"question": "?", "answer": "A", "context": "It says"}, "",
+     "context is not supported; put it into the question"),
     ({"nums": [1, 2]}, ":countdown", "expected nums"),
     ({"nums": [1, "2"], "target": 3}, ":countdown", "expected nums"),
     ({"nums": [1, 2], "target": 3, "answer": "1 - 2"}, ":countdown", "the answer '1 - 2' is wrong"),
