@@ -340,7 +340,8 @@ def check_exact(answer: str, truth: dict) -> str:
 def check_choice(answer: str, truth: dict) -> str:
     """The label of a choice, alone or with its text (`A`, `(A)`, `A) bank`, `A. bank`), or the text alone.
 
-    Labels go before texts: of the choices {A: "B", B: "C"}, `B` is the second. Small letters will do.
+    Labels go before texts: of the choices {A: "B", B: "C"}, `B` is the second. Small letters will do. Where
+    two choices have the right text (CommonsenseQA has such rows), either is right.
     """
     choices = {label: unwrap(text) for label, text in truth["choices"].items()}
     lower = str.lower if len({text.lower() for text in choices.values()}) == len(choices) else str
@@ -354,7 +355,8 @@ def check_choice(answer: str, truth: dict) -> str:
     named = labelled(str) or labelled(lower) or worded(str) or worded(lower)
     if not named:
         return "is no choice"
-    return "" if named == [truth["answer"]] else "is another choice"
+    right = choices[truth["answer"]]
+    return "" if all(choices[label] == right for label in named) else "is another choice"
 
 
 def _is_label(answer, label, text):

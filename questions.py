@@ -32,8 +32,6 @@ def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[st
         if answer not in choices:
             raise UserError(f"{where}: the answer {answer[:40]!r} is none of the choices "
                             f"{', '.join(choices)}")
-        if len({unwrap(text) for text in choices.values()}) < len(choices):
-            raise UserError(f"{where}: two choices are the same; leave this row out")
         listed = "".join(f"\n{label}. {text}" for label, text in choices.items())
         asked = f"{question}{listed}\nThe answer is the letter of the best choice."
         return identity_of(question, *sorted(choices.values())), asked, {"answer": answer, "choices": choices}

@@ -416,7 +416,10 @@ SPACED = {"a": " dog ", "b": "a dog", "A": "cat"}
     (SPACED, "A", "A", True),
     (SPACED, "a", "dog", True),
     (SPACED, "b", "a dog", True),
-    ({"A": "bank", "B": "Bank"}, "B", "bank", False),  # which of the two?
+    ({"A": "bank", "B": "Bank"}, "B", "bank", False),  # the other one
+    ({"A": "bank", "B": "mall", "C": "bank"}, "C", "A", True),
+    ({"A": "bank", "B": "mall", "C": "bank"}, "C", "bank", True),
+    ({"A": "bank", "B": "mall", "C": "bank"}, "C", "B", False),
 ])
 def test_choices(choices, gold, answer, right):
     assert (check_choice(answer, {"answer": gold, "choices": choices}) == "") == right
