@@ -174,10 +174,7 @@ def converted(row: Row, shape: Shape | None, where: str, seed: int) -> Row:
     try:
         rest = dict(row)
         ours = shape.convert(rest, seed) if shape else row
-        ours = {**rest, **ours}
-        if "answer" in ours and as_text(ours["answer"]) in (None, ""):
-            raise UserError("it has no answer; leave this row out")
-        return ours
+        return {**rest, **ours}
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
@@ -188,7 +185,7 @@ def arguments():
     p = parser(__doc__, out="converted.jsonl", model=None)
     p.add_argument("data", help="the file to convert")
     p.add_argument("--math", action="store_true",
-                   help="leave out, and count, questions whose answer cannot be compared as math")
+                   help="leave out, and count, questions without an answer that can be compared as math")
     return p.parse_args()
 
 
@@ -199,12 +196,16 @@ def main():
     counts = Counter()
     for where, row in read_rows(args.data):
         shape = shape_of(row)
-        if shape is None and "messages" not in row and not ("question" in row and "answer" in row):
+        ours = "messages" in row or ("question" in row and "answer" in row) or ("nums" in row and "target" in row)
+        if shape is None and not ours:
             raise UserError(f"{where}: no shape that is known; its columns are {', '.join(map(str, row))}")
         ours = converted(row, shape, where, args.seed)
-        if args.math and "answer" in ours and flaw_of_gold(as_text(ours["answer"])):
-            counts["left out: their answer cannot be compared as math"] += 1
+        answer = as_text(ours.get("answer"))
+        if args.math and "question" in ours and (not answer or flaw_of_gold(answer)):
+            counts["left out: no answer that can be compared as math"] += 1
             continue
+        if "question" in ours and not answer:
+            raise UserError(f"{where}: it has no answer; leave this row out")
         rows.append(ours)
         counts[shape.about if shape else "as it was"] += 1
     if not rows:

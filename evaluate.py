@@ -344,7 +344,7 @@ def arguments():
     p.add_argument("--questions", type=natural, default=100,
                    help="how many of each task (0: all rows of a file)")
     p.add_argument("--samples", type=natural, default=0,
-                   help="responses to each question; 0: 4, or 34 for sets of under 100 questions")
+                   help="responses to each question; 0: 4, or 34 where fewer than 100 questions are asked")
     p.add_argument("--k", default=None,
                    help="pass@k for these k, separated by commas; if not given, for the number of samples")
     p.add_argument("--max-new-tokens", type=positive, default=512, help="budget of a response")

@@ -519,15 +519,17 @@ def from_where_to_where(model: str | None, out: str | None) -> tuple[str, str]:
 
 def read_problems(args) -> tuple[list, list]:
     """([(task, problem)] to train on, the same to validate on)."""
+    if args.eval_every and args.split in ("all", "val"):
+        raise UserError(f"--eval-every measures on the split val, which --split {args.split} trains on; "
+                        "leave one of the two out")
     found = tasks.find_all(args.task, args.data_dir)
     problems = tasks.problems_of(found, args.split, args.questions, args.seed)
     if len(problems) < args.questions_per_step:
         raise UserError(f"--questions-per-step {args.questions_per_step}: "
                         f"there are only {len(problems)} questions; raise --questions or lower it")
-    held_out = tasks.problems_of(found, "val", args.eval_questions, args.seed) if args.eval_every else []
-    if {problem.id for _, problem in problems} & {problem.id for _, problem in held_out}:
-        raise UserError(f"--eval-every: --split {args.split} trains on questions of the split val; "
-                        "leave one of the two out")
+    held_out = []
+    if args.eval_every:
+        held_out = tasks.problems_of(found, "val", args.eval_questions, args.seed)
     return problems, held_out
 
 

@@ -14,6 +14,8 @@ def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[st
 
     The identity is a hash of what the row asks. Raises UserError, which names `where`.
     """
+    if "nums" in fields or "numbers" in fields:
+        raise UserError(f"{where}: a row of numbers and a target; grade it with file:PATH:countdown")
     for name in ("context", "passage", "image", "images"):
         if fields.get(name):
             raise UserError(f"{where}: {name} is not supported; put it into the question, "
@@ -34,12 +36,20 @@ def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[st
                             f"{', '.join(choices)}")
         listed = "".join(f"\n{label}. {text}" for label, text in choices.items())
         asked = f"{question}{listed}\nThe answer is the letter of the best choice."
-        return identity_of(question, *sorted(choices.values())), asked, {"answer": answer, "choices": choices}
+        return identity_of(fields), asked, {"answer": answer, "choices": choices}
     refuse_published_shape(fields, where, path)
     flaw = flaw_of(answer, check)
     if flaw:
         raise UserError(f"{where}: the answer {answer[:40]!r} {flaw}")
-    return identity_of(question), question, {"answer": answer}
+    return identity_of(fields), question, {"answer": answer}
+
+
+def identity_of(fields: dict) -> str:
+    """A hash of what a row asks, whatever its white space, its form of Unicode and the order of its choices."""
+    choices = fields.get("choices") or {}
+    texts = [str(fields.get("question")), *sorted(choices.values())]
+    normal = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
+    return hashlib.blake2b("\n".join(normal).encode(), digest_size=8).hexdigest()
 
 
 def as_text(answer) -> str | None:
@@ -63,9 +73,3 @@ def flaw_of(answer: str, check: Check) -> str:
         return (f"cannot be compared with others: {flaw_of_gold(answer)}; leave this row out, "
                 "or all such rows: python convert.py FILE --math")
     return ""
-
-
-def identity_of(*texts: str) -> str:
-    """A hash of texts, whatever their white space and their form of Unicode."""
-    normal = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
-    return hashlib.blake2b("\n".join(normal).encode(), digest_size=8).hexdigest()

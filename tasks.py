@@ -25,7 +25,7 @@ from grading import (
     OPERATORS, Check, check_choice, check_countdown, check_exact, check_integer, check_word, dictionary,
     extract_answer,
 )
-from questions import read_question
+from questions import identity_of, read_question
 
 
 @dataclass(frozen=True)
@@ -345,13 +345,15 @@ class FromFile(Task):
         if split in self.hundredths:
             taken = self.hundredths[split]
             found = {identity: p for identity, p in found.items() if hundredth(identity) in taken}
-        test = self.files.get("test", "")
-        if test != self.files[split] and (self.data_dir / test).is_file():
-            in_test = self._problems_of(test)  # what is in both files is not trained on
+        if split != "test" and self.source:
+            in_test = test_identities(self.data_dir)
             found = {identity: p for identity, p in found.items() if identity not in in_test}
-        if not found or n > len(found):
-            raise UserError(f"{self.name} has {len(found)} questions in the split {split}"
-                            + (f", {n} were asked for; ask for fewer (0 takes all)" if n else ""))
+        if not found:
+            raise UserError(f"{self.name} has no question in the split {split}; "
+                            f"its splits are {', '.join(self.files)}")
+        if n > len(found):
+            raise UserError(f"{self.name} has {len(found)} questions in the split {split}, "
+                            f"{n} were asked for; ask for fewer (0 takes all)")
         rng = random.Random(f"{self.key}/{split}/{seed}")
         return [found[identity] for identity in rng.sample(sorted(found), n or len(found))]
 
@@ -361,8 +363,9 @@ class FromFile(Task):
         if path in self.cache:
             return self.cache[path]
         if not path.is_file():
-            where = f": {self.source}, or point --data-dir at it" if self.source else ""
-            raise UserError(f"{path}: no such file; {self.name} is not downloaded for you{where}")
+            raise UserError(f"{path}: no such file" + (
+                f"; {self.name} is not downloaded for you: {self.source}, or point --data-dir at it"
+                if self.source else ""))
         found = self.cache[path] = {}
         copies = 0
         for where, fields in read_jsonl(path):
@@ -409,6 +412,19 @@ FILES = {  # name: (checker, {split: file}, where to get it)
              "its licence asks not to publish it; convert.py brings its CSV file into shape"),
     "openthoughts": (check_math, TRAIN, "OpenThoughts on the hub; convert.py brings it into shape"),
 }
+
+
+@lru_cache
+def test_identities(data_dir: Path) -> set[str]:
+    """The questions of all test sets that are there: none of them is trained on, whatever set it is also in."""
+    found = set()
+    for _, files, _ in FILES.values():
+        path = data_dir / files.get("test", "")
+        if path.is_file():
+            found.update(identity_of(fields) for _, fields in read_jsonl(path))
+    return found
+
+
 OWN_GRADINGS = {"exact": check_exact, "integer": check_integer, "math": check_math, "choice": check_choice,
                 "countdown": check_countdown}
 

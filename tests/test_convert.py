@@ -102,9 +102,10 @@ def test_gpqa_is_shuffled_by_a_seed(cmd):
 def test_what_cannot_be_compared_as_math_is_left_out_and_counted(cmd):
     pytest.importorskip("math_verify")
     answers = ["2", "0.\\overline{3}", "7 \\\\ 6", "\\frac12"]
-    write_jsonl("in.jsonl", [{"problem": f"Q{i}", "answer": answer} for i, answer in enumerate(answers)])
+    write_jsonl("in.jsonl", [{"problem": f"Q{i}", "answer": answer} for i, answer in enumerate(answers)]
+                + [{"problem": "Q", "ground_truth_solution": None}])
     status, out, _ = cmd(convert, "in.jsonl", "--math", "--out", "out.jsonl")
-    assert status == 0 and "2 rows (left out: their answer cannot be compared as math)" in out
+    assert status == 0 and "3 rows (left out: no answer that can be compared as math)" in out
     assert len(tasks.find("file:out.jsonl:math").problems("all", 0)) == 2
 
 

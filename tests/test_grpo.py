@@ -263,11 +263,11 @@ def test_a_split_may_be_chosen(cmd):
     assert cmd(grpo, *flags, "--split", "all")[0] == 0
     _, _, err = cmd(grpo, *flags, "--split", "all", "--eval-every", "1", "--eval-questions", "1",
                     "--out", "other")
-    assert "--split all trains on questions of the split val" in err
+    assert "--eval-every measures on the split val, which --split all trains on" in err
     write_jsonl("one.jsonl", [{"question": "?", "answer": "1"}])
     nowhere = ["--model", "nowhere", "--task", "file:one.jsonl", "--questions", "0", "--out", "other"]
     messages = [cmd(grpo, *nowhere, "--split", split)[2] for split in ("sft", "rl", "val", "test")]
-    assert sum("has 0 questions in the split" in message for message in messages) == 3
+    assert sum("has no question in the split" in message for message in messages) == 3
 
 
 def test_sampler_and_trainer_agree_at_every_step(cmd):

@@ -111,6 +111,12 @@ def test_a_test_question_that_is_also_in_the_training_file_is_not_trained_on(tmp
     task = find("gsm8k", tmp_path)
     trained = ids(task, "sft") | ids(task, "rl") | ids(task, "val")
     assert len(trained) == 70 and not trained & ids(task, "test")
+    # A question of another test set that is there is not trained on either.
+    (tmp_path / "math500").mkdir()
+    write_jsonl(tmp_path / "math500" / "test.jsonl", [{"question": f"{i}?", "answer": "1"} for i in range(25, 50)])
+    tasks.test_identities.cache_clear()
+    task = find("gsm8k", tmp_path)
+    assert len(ids(task, "sft") | ids(task, "rl") | ids(task, "val")) == 50
 
 
 # ---- splits and identity: a row is what it asks ---------------------------------------------------
@@ -205,7 +211,7 @@ def test_an_empty_split_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "one.jsonl", [{"question": "?", "answer": "1"}])
     empty = [split for split in ("sft", "rl", "val", "test") if not one_or_none(path, split)]
     assert len(empty) == 3
-    with pytest.raises(UserError, match=f"has 0 questions in the split {empty[0]}"):
+    with pytest.raises(UserError, match=f"has no question in the split {empty[0]}"):
         find(f"file:{path}").problems(empty[0], 0)
 
 
@@ -284,6 +290,7 @@ def test_a_mistyped_grading_is_no_path(tmp_path, name, message):
     ({"question": "?", "answer": "a", "choices": {"A": "x"}}, "", "is none of the choices"),
     ({"question": "?", "answer": "A", "context": "It says"}, "",
      "context is not supported; put it into the question"),
+    ({"nums": [1, 2], "target": 3}, "", "grade it with file:PATH:countdown"),
     ({"nums": [1, 2]}, ":countdown", "expected nums"),
     ({"nums": [1, "2"], "target": 3}, ":countdown", "expected nums"),
     ({"nums": [1, 2], "target": 3, "answer": "1 - 2"}, ":countdown", "the answer '1 - 2' is wrong"),
