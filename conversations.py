@@ -28,8 +28,11 @@ def plain_messages(row: dict, where: str) -> list[dict]:
     if len(plain) < 2 or plain[-1]["role"] != "assistant":
         raise UserError(f"{where}: the last of the messages must be the assistant's, "
                         "after at least one other")
-    if not plain[-1]["content"].rpartition("</think>")[2].strip():
+    after_thought = plain[-1]["content"].rpartition("</think>")[2]
+    if not after_thought.strip():
         raise UserError(f"{where}: the last turn is empty, which would teach silence; leave the row out")
+    if "<think>" in after_thought:
+        raise UserError(f"{where}: the <think> of the last turn is never closed; leave the row out")
     return plain
 
 
@@ -52,9 +55,9 @@ def text_of(message: dict, where: str) -> str:
     thought = next((message[name] for name in REASONING if message.get(name)), None)
     if thought is None:
         return content
-    if not isinstance(thought, str) or message["role"] != "assistant" or "<think>" in content:
-        raise UserError(f"{where}: reasoning must be text, of an assistant's turn whose content "
-                        "has no <think>")
+    if not isinstance(thought, str) or message["role"] != "assistant" or "think>" in thought + content:
+        raise UserError(f"{where}: reasoning must be text, of an assistant's turn, and neither it nor the "
+                        "content may have <think>")
     return f"<think>\n{thought.strip()}\n</think>\n\n{content}"
 
 

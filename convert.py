@@ -74,7 +74,7 @@ def problem(row: Row, seed: int) -> Row:
     answer = fields.get("answer")
     if answer in (None, ""):
         answer = last_boxed(fields.get("solution") or fields.get("ground_truth_solution") or "")
-    return {"question": fields["problem"], "answer": answer}
+    return {"question": fields.get("problem") or fields["question"], "answer": answer}
 
 
 def labelled_choices(row: Row, seed: int) -> Row:
@@ -93,15 +93,19 @@ def labelled_choices(row: Row, seed: int) -> Row:
 
 def listed_choices(row: Row, seed: int) -> Row:
     """MMLU: the answer is a place in the list."""
-    labels = "ABCDEFGHIJ"
-    choices = dict(zip(labels, row.pop("choices"), strict=False))
-    return {"question": row.pop("question"), "choices": choices, "answer": labels[int(row.pop("answer"))]}
+    choices = dict(zip("ABCDEFGHIJ", row.pop("choices"), strict=False))
+    place = int(row.pop("answer"))
+    if place not in range(len(choices)):
+        raise ValueError("no such choice")
+    return {"question": row.pop("question"), "choices": choices, "answer": list(choices)[place]}
 
 
 def gpqa(row: Row, seed: int) -> Row:
     """The right answer comes first in the file: the choices are shuffled, each question by its own text."""
     question = row.pop("Question").strip()
     texts = [row.pop("Correct Answer"), *(row.pop(f"Incorrect Answer {i}") for i in (1, 2, 3))]
+    if not all(text and text.strip() for text in texts):
+        raise ValueError("a choice is empty")
     row.clear()  # half a hundred columns of its making
     order = random.Random(f"{seed}/{question}").sample(range(4), 4)
     choices = {label: texts[i].strip() for label, i in zip("ABCD", order, strict=True)}
@@ -129,6 +133,7 @@ SHAPES = [
     Shape("GPQA as it is published", ("Question", "Correct Answer"), gpqa),
     Shape("AIME, AMC or MATH-500 as it is published", ("problem", "answer"), problem),
     Shape("AIME as it is published", ("Problem", "Answer"), problem),
+    Shape("AIME as it is published", ("Question", "Answer"), problem),
     Shape("MATH as it is published", ("problem", "solution"), problem),
     Shape("OpenThoughts as it is published", ("problem", "ground_truth_solution"), problem),
 ]
@@ -155,6 +160,9 @@ def read_rows(path: str) -> Iterator[tuple[str, Row]]:
             with open(path, encoding="utf-8-sig", newline="") as f:
                 reader = csv.DictReader(f, delimiter="\t" if path.endswith(".tsv") else ",")
                 for row in reader:
+                    if None in row or None in row.values():
+                        raise UserError(f"{path}:{reader.line_num}: more or fewer cells than columns; "
+                                        "fix this row")
                     yield f"{path}:{reader.line_num}", row
         except (UnicodeDecodeError, csv.Error) as e:
             raise UserError(f"{path}: not a CSV file in UTF-8; save it as that") from e
@@ -196,8 +204,8 @@ def main():
     counts = Counter()
     for where, row in read_rows(args.data):
         shape = shape_of(row)
-        ours = "messages" in row or ("question" in row and "answer" in row) or ("nums" in row and "target" in row)
-        if shape is None and not ours:
+        ours = (("messages",), ("question", "answer"), ("nums", "target"))
+        if shape is None and not any(all(name in row for name in columns) for columns in ours):
             raise UserError(f"{where}: no shape that is known; its columns are {', '.join(map(str, row))}")
         ours = converted(row, shape, where, args.seed)
         answer = as_text(ours.get("answer"))

@@ -37,26 +37,37 @@ def check_math(answer: str, truth: dict) -> str:
 
 
 # ---- spellings -----------------------------------------------------------------------------------
-UNIT = r"(?:\\text|\\mbox)\s*\{([^{}]*)\}"
+UNIT = r"(?:\\text|\\mbox|\\mathrm)\s*\{([^{}]*)\}"
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"−", "-"), (r"π|(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "), (r"∞", r"\\infty "), (r"×", r"\\times "),
-    (r"²", "^2"), (r"³", "^3"), (r"½", r"\\frac{1}{2}"),
-    (r"∪", r"\\cup "), (r"≤", r"\\le "), (r"≥", r"\\ge "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
-    (r"\\(?:mathrm|mathit|rm)\s*\{\s*([A-Za-z])\s*\}", r"\1"),  # \mathrm{e}
-    (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+    # characters
+    (r"[−–]", "-"), (r"×", r"\\times "), (r"[·⋅]", r"\\cdot "), (r"±", r"\\pm "), (r"½", r"\\frac{1}{2}"),
+    (r"π|(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "), (r"∞", r"\\infty "), (r"∪", r"\\cup "), (r"∈", r"\\in "),
+    (r"≤", r"\\le "), (r"≥", r"\\ge "), (r"∅|\\varnothing(?![a-z])", r"\\emptyset "),
+    (r"[⁰¹²³⁴-⁹⁻]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}"),
+    # LaTeX that says nothing, and LaTeX that says the same in another way
     (r"\\(?:left|right|displaystyle|[bB]igg?[lr]?)(?![A-Za-z])", ""),
     (r"(?<!\\)\\[!,;: ]|~|\\q?quad(?![a-z])", " "),
+    (r"\\\\\s*\[[^\]]*\]", r"\\\\"), (r"\\\\\s*\\end", r"\\end"),
+    (r"\\(?:mathrm|mathit|rm)\s*\{\s*([A-Za-z])\s*\}", r"\1"),  # \mathrm{e}
+    (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"),
     (r"\\frac\s*([0-9])", r"\\frac{\1}"), (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),  # \frac43
     (r"(?:(?<![A-Za-z])\\?sqrt|√)\s*\(([^()]*)\)", r"\\sqrt{\1}"),  # sqrt(2)
-    (r"\\sqrt\s*([0-9])(?![0-9])|√\s*([0-9]+)", r"\\sqrt{\1\2}"),
+    (r"(?:\\sqrt|√)\s*([0-9]+)", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|log|ln)(?![A-Za-z])", r"\\\1 "),
+    (r"\\pi\s*\(", r"\\pi \\cdot ("),  # a function to the library
+    (r"\^\s*-\s*([0-9]+|[A-Za-z])", r"^{-\1}"),
     (r"(?:\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\degree|°)(?=\s*(?:[,)]|$))", ""),  # 90^\circ is compared as 90
+    # numbers
     (r"(?<![0-9.])\.(?=[0-9])", "0."),  # .5
     (r"(?:\\?\$|[€£¥])\s*(?=[-+]?\s*[0-9])", ""),
-    (r"\\pi\s*\(", r"\\pi \\cdot ("),  # a function to the library
-    (r"(?<!\\)%", r"\\%"),
+    (r"(?<!\\)%|\s*(?:\\text\s*\{\s*)?percent(?:\s*\})?$", r"\\%"),
     (r"(?<=[0-9])_\{([0-9]+)\}", r"_\1"),  # 52_{8}
     (r"(?<![0-9.,])([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)(?![0-9.,])", r"\1\\frac{\2}{\3}"),  # 1 1/2
-    (r"\s*(?:\\text\s*\{\s*)?(?<![A-Za-z])(?:and|or)(?![A-Za-z])(?:\s*\})?\s*", ", "),  # 3 and 5
+    # lists
+    (r"(?<!\\)\\[()]|(?<!\\)\$", ""),  # $1$ and $2$
+    (r"\s*,?\s*(?:\\text\s*\{\s*)?(?<![A-Za-z])(?:and|or)(?![A-Za-z])(?:\s*\})?\s*", ", "),
 )]
 
 
@@ -95,7 +106,7 @@ def skeleton(text: str) -> str:
 MISREAD = [re.compile(pattern) for pattern in (  # what the library reads, but not as it is written
     r"[0-9A-Za-z)}]\s*\(\s*[-+]?\s*(?:[0-9.]+|[A-Za-z])?\s*\)",  # 2(3)
     r"[0-9]\s+[0-9]", r"\)\s*[0-9]",
-    r"/\s*(?:[0-9.]+|[A-Za-z])\s*[A-Za-z(\\]",  # 1/2x
+    r"/\s*(?:[0-9.]+|[A-Za-z])\s*[A-Za-z(\\]", r"\\\s*[0-9A-Za-z]+\s*/",  # 1/2x, \cos x/2
     r"\^\s*(?:[0-9A-Za-z]|\{[^{}]*\})\s*\^",  # 2^3^2
     r"[0-9][eE][-+]?[0-9]", r"[-/]\s*0[0-9]",  # 1e5, 2023-05-01
     r"^[*/^=<>,;]", r"[-+*/^=<>,;]$", r"[-+]\s*[-+*/^=<>,;]", r"[*/^=<>,;]\s*[*/^=<>,;]",  # 5+
@@ -123,7 +134,8 @@ def balanced(text: str) -> bool:
     return not opened
 
 
-LARGEST_POWER = 10_000  # the product of the exponents of brackets, times the largest other one
+LARGEST_EXPONENT = 10_000  # of a number; 99 where a root or a quotient is taken of it
+LARGEST_OF_BRACKETS = 12  # all of them multiplied
 DEEPEST = 6  # brackets: the library's time grows by a factor with each
 MOST_LOGARITHMS = 3
 
@@ -149,7 +161,8 @@ def too_large(text: str) -> str:
             of_brackets *= power
         else:
             largest = max(largest, power)
-    return reason if of_brackets * largest > LARGEST_POWER else ""
+    bound = 99 if re.search(r"\\sqrt|\\frac|/|i", text) else LARGEST_EXPONENT
+    return reason if largest > bound or of_brackets > LARGEST_OF_BRACKETS else ""
 
 
 def letters(text: str) -> set[str]:
@@ -160,12 +173,14 @@ def letters(text: str) -> set[str]:
 # ---- the comparison ------------------------------------------------------------------------------
 WORDS = re.compile(r"yes|no|true|false|[a-z .,'-]*[a-z]{4}[a-z .,'-]*", re.IGNORECASE)
 BASE = re.compile(r"[0-9A-F]+_[0-9]+")
-NAME = r"[A-Za-z](?:_\w)?(?:\([A-Za-z]\))?|[A-Z]{2,3}|\\angle\s*[A-Z]{1,3}|\([a-z](?:\s*,\s*[a-z])+\)"
+LETTER = r"(?:[A-Za-z]|\\[a-z]+)"
+NAME = (rf"{LETTER}(?:_\w+|_\{{\w+\}})?(?:\(-?\w+\))?|[A-Z]{{2,3}}|\\angle\s*[A-Z]{{1,3}}"
+        rf"|\({LETTER}(?:\s*,\s*{LETTER})+\)")
 NAMED = re.compile(rf"({NAME})\s*(?:=|\\in(?![a-z]))\s*([^=]+)")
-THOUSANDS = re.compile(r"(?<![0-9,.(\[{])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,)\]}])")
+THOUSANDS = re.compile(r"(?<![0-9,.(\[])(?<!\\\{)[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,)\]]|\\\})")
 MEASURES = re.compile(  # units that an answer may leave out, since the question asks for so many of them
-    r"(?:square|cubic)?(?:degrees?|units?|inch(?:es)?|feet|foot|ft|yards?|miles?|[ckm]?m"
-    r"|(?:centi|kilo)?met(?:er|re)s?|cents?|dollars?|seconds?|minutes?|hours?|days?)(?:\^\{?[23]\}?)?")
+    r"(?:square|cubic)?(?:degrees?|units?|inch(?:es)?|feet|foot|ft|yards?|miles?|[ckm]?m|(?:centi|kilo)?met(?:er|re)s?"
+    r"|k?g|(?:kilo)?grams?|pounds?|lit(?:er|re)s?|cents?|dollars?|seconds?|minutes?|hours?|days?)(?:\^[23])?")
 NOT_EQUAL = "is not equal to the right answer"
 
 
@@ -188,10 +203,13 @@ def is_words(gold: str, text: str) -> bool:
 @lru_cache(maxsize=100_000)  # attempts of a question often agree
 def difference(answer: str, raw_gold: str) -> str:
     """Why a bare answer is not the right one, or "": as texts if that will do, else as math-verify finds."""
-    gold = rewrite(unwrap(raw_gold))
     if len(answer) > max(LONGEST, 2 * len(raw_gold)):
         return f"longer than {LONGEST} characters"
-    answer = rewrite(answer)
+    gold, answer = rewrite(unwrap(raw_gold)), rewrite(answer)
+    if ", " in gold:  # a list, of numbers that may have three digits
+        answer = answer.replace(",", ", ")
+    else:
+        gold, answer = without_thousands(gold), without_thousands(answer)
     if squeeze(answer) == squeeze(gold):
         return ""
     if BASE.fullmatch(squeeze(gold)):
@@ -203,11 +221,13 @@ def difference(answer: str, raw_gold: str) -> str:
     answer, answered_unit = split_unit(answer, unit)
     if answered_unit != unit and not (answered_unit == "" and MEASURES.fullmatch(unit)):
         return f"lacks the unit of the right answer, {unit}" if unit else f"has a unit, {answered_unit}"
-    name, gold = split_name(gold)
-    answered_name, answer = split_name(answer)
+    name, value = split_name(gold)
+    answered_name, answered_value = split_name(answer)
+    if name and letters(value) and answered_name != name and "=" in answer:
+        return difference_of_values(answer, gold)  # y = 2x + 3, and y - 2x = 3
     if name and answered_name not in ("", name):
         return NOT_EQUAL
-    return difference_of_values(without_thousands(answer), without_thousands(gold))
+    return difference_of_values(answered_value, value)
 
 
 def difference_of_values(answer: str, gold: str) -> str:
@@ -235,7 +255,9 @@ def same_kind(gold: str, answer: str) -> bool:
     if "," not in gold + answer:
         return True
     several = "\\pm" in gold + answer  # 1 \pm 2 is -1, 3
-    return (gold[0] in "([") == (answer[0] in "([") and (several or gold.count(",") == answer.count(","))
+    sets = gold.count("\\{"), answer.count("\\{")
+    return ((gold[0] in "([") == (answer[0] in "([") and (max(sets) < 2 or sets[0] == sets[1])
+            and (several or gold.count(",") == answer.count(",")))
 
 
 def without_thousands(text: str) -> str:
@@ -247,9 +269,9 @@ def split_unit(text: str, unit: str | None = None) -> tuple[str, str]:
     r"""`5 \text{ cm}^2` -> ("5", "cm^2"). A unit that is looked for need not be in \text."""
     match = re.fullmatch(rf"(.*?)\s*{UNIT}\s*(\^\s*\{{?[23]\}}?)?", text, re.DOTALL)
     if match and match[1]:
-        return match[1], squeeze(match[2] + (match[3] or ""))
+        return match[1], re.sub(r"[\s{}]", "", match[2] + (match[3] or ""))
     if unit:
-        at_end = r"\s*".join(map(re.escape, unit))
+        at_end = r"[\s{]*".join(map(re.escape, unit)) + r"\}?"
         match = re.fullmatch(rf"(.*[^A-Za-z])\s*{at_end}", text, re.DOTALL)
         if match:
             return match[1].strip(), unit
@@ -282,9 +304,15 @@ def _verified(gold, answer):
 
 @lru_cache(maxsize=10_000)
 def _parsed(text):
-    """What the library makes of a text whose decimals are fractions: those it compares exactly."""
+    """What the library makes of a text, with decimals as fractions, which it compares exactly, and one i."""
+    import sympy  # which the library brings
     exact = re.sub(r"([0-9]+)\.([0-9]+)", _as_fraction, text)
-    return load_math_verify().parse(f"${exact}$")
+    found = load_math_verify().parse(f"${exact}$")
+    for i, expression in enumerate(found):
+        symbols = [symbol for symbol in getattr(expression, "free_symbols", ()) if symbol.name == "i"]
+        if symbols:
+            found[i] = expression.subs(dict.fromkeys(symbols, sympy.I))
+    return found
 
 
 def _as_fraction(match):
@@ -297,4 +325,4 @@ def close(a: list, b: list) -> bool:
         first, second = complex(a[0]), complex(b[0])
     except (TypeError, ValueError, IndexError):
         return True
-    return abs(first - second) <= 1e-9 * max(abs(first), abs(second))
+    return abs(first - second) <= max(1e-60, 1e-9 * max(abs(first), abs(second)))  # 2 - 2 is 10^-124 or so

@@ -151,7 +151,7 @@ LONGEST = 256  # characters of an answer
 DEEPEST = 64  # parentheses
 SPELLINGS = {  # other ways to write an operator or a parenthesis
     "\\times": "*", "\\cdot": "*", "\\div": "/", "\\left": "", "\\right": "",
-    "×": "*", "x": "*", "X": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-",
+    "\\*": "*", "∗": "*", "×": "*", "x": "*", "X": "*", "·": "*", "⋅": "*", "÷": "/", "−": "-",
 }
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -256,12 +256,10 @@ def check_countdown(answer: str, truth: dict) -> str:
 def _check_expression(answer, numbers, target):
     expression, *links = answer.split("=")
     value, used = parse(expression)
-    for link in links:
-        if link.strip().startswith("-"):
-            link = "0" + link.strip()  # the grammar has no sign
-        claim, _ = parse(link)
+    for link in map(unwrap, links):
+        claim, _ = parse("0" + link if link.startswith("-") else link)  # the grammar has no sign
         if claim != value:
-            return f"claims to be {link.strip()} but is {value}"
+            return f"claims to be {link} but is {value}"
     if Counter(used) != Counter(numbers):
         return f"uses {sorted(used)}, the numbers are {sorted(numbers)}"
     return "" if value == target else f"is {value}, not {target}"

@@ -45,9 +45,10 @@ def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[st
 
 
 def identity_of(fields: dict) -> str:
-    """A hash of what a row asks, whatever its white space, its form of Unicode and the order of its choices."""
-    choices = fields.get("choices") or {}
-    texts = [str(fields.get("question")), *sorted(choices.values())]
+    """A hash of what a row asks, whatever its white space, its form of Unicode, the order of its choices."""
+    choices = fields.get("choices")
+    texts = sorted(map(str, choices.values())) if isinstance(choices, dict) else []
+    texts.insert(0, str(fields.get("question")))
     normal = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
     return hashlib.blake2b("\n".join(normal).encode(), digest_size=8).hexdigest()
 
@@ -73,3 +74,11 @@ def flaw_of(answer: str, check: Check) -> str:
         return (f"cannot be compared with others: {flaw_of_gold(answer)}; leave this row out, "
                 "or all such rows: python convert.py FILE --math")
     return ""
+
+
+def same_answer(check: Check, truth: dict, other: dict) -> bool:
+    """Whether two rows that ask the same have the same answer, in whatever spelling."""
+    if "numbers" in truth:  # countdown: there are many
+        return True
+    texts = [t["choices"][t["answer"]] if "choices" in t else t["answer"] for t in (truth, other)]
+    return not check(texts[1], truth) or not check(texts[0], other)

@@ -25,7 +25,7 @@ from grading import (
     OPERATORS, Check, check_choice, check_countdown, check_exact, check_integer, check_word, dictionary,
     extract_answer,
 )
-from questions import identity_of, read_question
+from questions import identity_of, read_question, same_answer
 
 
 @dataclass(frozen=True)
@@ -362,10 +362,9 @@ class FromFile(Task):
         path = self.data_dir / file
         if path in self.cache:
             return self.cache[path]
-        if not path.is_file():
-            raise UserError(f"{path}: no such file" + (
-                f"; {self.name} is not downloaded for you: {self.source}, or point --data-dir at it"
-                if self.source else ""))
+        if self.source and not path.is_file():
+            raise UserError(f"{path}: no such file; {self.name} is not downloaded for you: {self.source}, "
+                            "or point --data-dir at it")
         found = self.cache[path] = {}
         copies = 0
         for where, fields in read_jsonl(path):
@@ -376,8 +375,7 @@ class FromFile(Task):
             problem = Problem(f"{self.key}/{identity}", self.name, question, truth)
             known = found.setdefault(identity, problem)
             copies += known is not problem
-            right = right_text(truth)
-            if right and self.check(right, known.truth):
+            if not same_answer(self.check, known.truth, truth):
                 raise UserError(f"{where}: an earlier row asks the same and has another answer; remove one")
         if copies:
             say(f"{path}: left out {copies} rows that repeat a question")
@@ -385,13 +383,6 @@ class FromFile(Task):
         if len(labels) == 1 and len(found) > 1:
             say(f"{path}: warning: the right choice is {labels.pop()} in all rows; shuffle the choices")
         return found
-
-
-def right_text(truth: dict) -> str:
-    """What is right in two rows that ask the same, "" if it is one of many."""
-    if "numbers" in truth:
-        return ""
-    return truth["choices"][truth["answer"]] if "choices" in truth else truth["answer"]
 
 
 TRAIN = {"sft": "train.jsonl", "rl": "train.jsonl", "val": "train.jsonl"}
@@ -416,10 +407,10 @@ FILES = {  # name: (checker, {split: file}, where to get it)
 
 @lru_cache
 def test_identities(data_dir: Path) -> set[str]:
-    """The questions of all test sets that are there: none of them is trained on, whatever set it is also in."""
+    """The questions of all test sets that are there: none is trained on, whatever set it is also in."""
     found = set()
-    for _, files, _ in FILES.values():
-        path = data_dir / files.get("test", "")
+    for name, (_, files, _) in FILES.items():
+        path = data_dir / name / files.get("test", "")
         if path.is_file():
             found.update(identity_of(fields) for _, fields in read_jsonl(path))
     return found
@@ -491,6 +482,8 @@ def find_all(names: str, data_dir: str | Path = "data", flag: str = "--task") ->
 
 def problems_of(found: list[Task], split: str, n: int, seed: int) -> list[tuple[Task, Problem]]:
     """n problems of each task, without those that an earlier task has too."""
+    if split == "test":
+        say("warning: these are the questions that evaluate.py asks; nothing should be trained on them")
     problems = {}
     repeated = 0
     for task in found:

@@ -18,6 +18,11 @@ def chat(*turns):
 
 
 EXCHANGE = chat(("user", "Q"), ("assistant", "A"))
+def gpqa(i):
+    return {"Question": f"Q{i}", "Correct Answer": "right",
+            **{f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}}
+
+
 SHAPES = {  # name: (row, ours)
     "trl": ({"prompt": "Q", "completion": "A"}, EXCHANGE),
     "trl-messages": ({"prompt": EXCHANGE["messages"][:1], "completion": EXCHANGE["messages"][1:]}, EXCHANGE),
@@ -39,6 +44,7 @@ SHAPES = {  # name: (row, ours)
                                "ground_truth_solution": "\\boxed{2}"},
                               {"question": "Q", "answer": "2"}),
     "aime": ({"Problem": "Q", "Answer": 33, "ID": "2024-I-1"}, {"question": "Q", "answer": 33}),
+    "aime-csv": ({"Question": "Q", "Answer": "33"}, {"question": "Q", "answer": "33"}),
     "aime25": ({"problem": "Q", "answer": "033", "problem_idx": 1}, {"question": "Q", "answer": "033"}),
     "mmlu": ({"question": "Q", "choices": ["x", "y", "z"], "answer": 2, "subject": "law"},
              {"subject": "law", "question": "Q", "choices": {"A": "x", "B": "y", "C": "z"}, "answer": "C"}),
@@ -72,11 +78,6 @@ def test_shapes(cmd, name):
     status, out, err = cmd(convert, "in.jsonl", "--out", "out.jsonl")
     assert status == 0, err
     assert read_rows("out.jsonl") == [ours, ours] and "2 rows" in out
-
-
-def gpqa(i):
-    return {"Question": f"Q{i}", "Correct Answer": "right",
-            **{f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}}
 
 
 def test_gpqa_is_shuffled_by_a_seed(cmd):
@@ -133,6 +134,8 @@ def test_parquet(cmd, monkeypatch):
     ({"question": "Q", "choices": {"label": ["A", "A"], "text": ["x", "y"]}, "answerKey": "A"},
      "is not whole"),
     ({"instruction": "Q"}, "no shape that is known"),
+    ({"question": "Q", "choices": ["x", "y"], "answer": -1}, "MMLU as it is published, but is not whole"),
+    ({**gpqa(1), "Incorrect Answer 2": " "}, "GPQA as it is published, but is not whole"),
 ])
 def test_rows_that_cannot_be_converted(cmd, row, message):
     write_jsonl("in.jsonl", [EXCHANGE, row])

@@ -76,7 +76,7 @@ def test_every_file_of_the_root_is_in_the_readme():
 def test_commands_of_the_readme_exist():
     """Every flag that a document names belongs to some command."""
     flags = set()
-    for script in ("sample", "rearrange", "sft", "grpo", "evaluate", "train", "cli"):
+    for script in ("sample", "rearrange", "sft", "grpo", "evaluate", "convert", "train", "cli"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / f"{script}.py").read_text()))
     for script in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "mini" / "pretrain.py"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))

@@ -119,6 +119,8 @@ def turns(user=None, first=None, **last):
     (turns(content=" \n"), "the last turn is empty"),
     (turns(content="", reasoning_content="only this"), "the last turn is empty"),
     (turns(content=[]), "the last turn is empty"),
+    (turns(content="<think>x"), "the <think> of the last turn is never closed"),
+    (turns(content="y", reasoning_content="a</think>b"), "reasoning must be text"),
     (turns(content=None), "messages must be a list"),
     (turns(weight=0), "weight is 0, but the last turn of a row is trained and no other"),
     (turns(train=False), "train is false, but"),

@@ -113,7 +113,8 @@ def test_a_test_question_that_is_also_in_the_training_file_is_not_trained_on(tmp
     assert len(trained) == 70 and not trained & ids(task, "test")
     # A question of another test set that is there is not trained on either.
     (tmp_path / "math500").mkdir()
-    write_jsonl(tmp_path / "math500" / "test.jsonl", [{"question": f"{i}?", "answer": "1"} for i in range(25, 50)])
+    write_jsonl(tmp_path / "math500" / "test.jsonl",
+                [{"question": f"{i}?", "answer": "1"} for i in range(25, 50)])
     tasks.test_identities.cache_clear()
     task = find("gsm8k", tmp_path)
     assert len(ids(task, "sft") | ids(task, "rl") | ids(task, "val")) == 50
