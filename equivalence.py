@@ -179,8 +179,9 @@ NAME = (rf"{LETTER}(?:_\w+|_\{{\w+\}})?(?:\(-?\w+\))?|[A-Z]{{2,3}}|\\angle\s*[A-
 NAMED = re.compile(rf"({NAME})\s*(?:=|\\in(?![a-z]))\s*([^=]+)")
 THOUSANDS = re.compile(r"(?<![0-9,.(\[])(?<!\\\{)[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,)\]]|\\\})")
 MEASURES = re.compile(  # units that an answer may leave out, since the question asks for so many of them
-    r"(?:square|cubic)?(?:degrees?|units?|inch(?:es)?|feet|foot|ft|yards?|miles?|[ckm]?m|(?:centi|kilo)?met(?:er|re)s?"
-    r"|k?g|(?:kilo)?grams?|pounds?|lit(?:er|re)s?|cents?|dollars?|seconds?|minutes?|hours?|days?)(?:\^[23])?")
+    r"(?:square|cubic)?(?:degrees?|units?|inch(?:es)?|feet|foot|ft|yards?|miles?|[ckm]?m"
+    r"|(?:centi|kilo)?met(?:er|re)s?|k?g|(?:kilo)?grams?|pounds?|lit(?:er|re)s?"
+    r"|cents?|dollars?|seconds?|minutes?|hours?|days?)(?:\^[23])?")
 NOT_EQUAL = "is not equal to the right answer"
 
 
