@@ -26,7 +26,7 @@ class UserError(Exception):
 
 # ---- running a command ---------------------------------------------------------------------------
 INTERRUPTED = ("interrupted; what was written is whole. "
-               "sample.py goes on when called again, the trainers with --resume")
+               "sample.py goes on when called again, the others with --resume")
 
 
 def command(main: Callable[[], None]) -> None:
@@ -144,6 +144,34 @@ def json_object(text: str) -> dict:
 
 
 json_object.__name__ = "JSON object"  # argparse names it, as above
+
+
+def resume_flag(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"], default=None,
+                   help="go on with the run in --out, to the same end as if it had not stopped; "
+                        "auto: if it is there, else start it")
+
+
+def goes_on(resume: str | None, out: Path) -> bool:
+    """Whether a run goes on in its folder. Raises UserError if it can neither go on nor start there."""
+    there = (out / "run.json").is_file()
+    if resume == "yes" and not there:
+        raise UserError(f"--resume: {out} holds no run (no run.json); "
+                        "start it without --resume, with an --out that does not exist")
+    if out.exists() and not (there and resume):
+        raise UserError(f"--out {out} exists; go on with --resume, or give another --out")
+    return there
+
+
+def refuse_other_flags(args, out: Path, free: set[str]) -> None:
+    """A run goes on with the flags it was started with, but for the `free` ones."""
+    before = read_json(out / "run.json")["flags"]
+    now = json.loads(json.dumps(vars(args)))
+    for name in sorted((now.keys() | before.keys()) - free):
+        if now.get(name) != before.get(name):
+            raise UserError(f"--resume: {out} was started with --{name.replace('_', '-')} "
+                            f"{json.dumps(before.get(name))}, not {json.dumps(now.get(name))}; "
+                            "give the same flags")
 
 
 def split_list(text: str, flag: str) -> list[str]:

@@ -9,14 +9,15 @@ counts if it is the last one after </think> (strict); the lenient figure takes t
 them appears the part without a readable answer, and the part of all that is right but for that (an <answer>
 elsewhere, or \\boxed{}): what training gains there is form, not reasoning.
 
-Left out: several GPUs (start one process a task), going on with an interrupted evaluation, judging by another
-model.
+`torchrun --nproc-per-node 8 evaluate.py ...` divides the questions among the processes. Left out: judging by
+another model.
 """
 import json
 import math
 import os
 import re
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +25,13 @@ import numpy as np
 from tqdm import tqdm
 
 import tasks
-from checkpoint import load, read_folder
+from checkpoint import device_and_dtype, load, read_folder
 from cli import (
-    UserError, command, natural, number, parser, positive, refuse_existing, run_record, split_list,
-    to_json, write_whole,
+    UserError, command, goes_on, natural, number, parser, positive, read_jsonl, refuse_other_flags,
+    resume_flag, run_record, say, split_list, to_json, write_whole,
 )
 from grading import last_boxed, verdict
+from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, world
 from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
 from tokenizer import Tokenizer
 
@@ -185,27 +187,6 @@ def longest_prefix(tokenizer: Tokenizer, ids: list[int], text: str) -> int:
     return n
 
 
-def force(sampler: Sampler, problems, groups, params: Params, seed: int, bar) -> list[list[Completion]]:
-    """The responses; each that stopped by itself is made to think on, up to twice the budget in all."""
-    context = sampler.model.config.max_position_embeddings
-    out = [list(group) for group in groups]
-    queue = deque()
-    for i, (problem, group) in enumerate(zip(problems, groups, strict=True)):
-        for j, completion in enumerate(group):
-            if completion.finish != "stop":
-                continue
-            prompt, beginning = forced_prompt(sampler.tokenizer, completion)
-            left = 2 * params.max_new_tokens - len(beginning)
-            if left > 0 and len(prompt) < context:
-                identity = f"forced/{problem.id}"
-                queue.append(Request(prompt, [j], identity, max_new_tokens=left, payload=(i, beginning)))
-    for request, j, completion in sampler.stream(queue, params, seed):
-        i, beginning = request.payload
-        out[i][j] = Completion(groups[i][j].prompt, beginning + completion.tokens, [], completion.finish)
-        bar.update()
-    return out
-
-
 # ---- a cell: one model on one task ---------------------------------------------------------------
 @dataclass
 class Plan:
@@ -216,26 +197,52 @@ class Plan:
     ks: list[int]  # of pass@k
 
 
-def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args) -> list[dict]:
-    """The rows of results.jsonl for one model and task, one per sample."""
-    tokenizer, task, problems = sampler.tokenizer, plan.task, plan.problems
-    prompts = [tokenizer.chat(task.prompt(problem, args.style)) for problem in problems]
-    say_what_the_context_cuts(prompts, sampler.model, params.max_new_tokens)
-    identities = [problem.id for problem in problems]
-    work = len(prompts) * plan.samples * (2 if args.budget_forcing else 1)
-    forced = None
-    with tqdm(total=work, desc=f"{name} {task.name}", unit="", leave=False, disable=None) as bar:
-        groups = sampler.generate(prompts, plan.samples, params, args.seed, identities, bar)
-        if args.budget_forcing:
-            forced = force(sampler, problems, groups, params, args.seed, bar)
-    rows = []
-    for i, problem in enumerate(problems):
-        for j, completion in enumerate(groups[i]):
+def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args, done: set) -> Iterator[dict]:
+    """The rows of results.jsonl for one model and task, one per sample, as they come.
+
+    This process's part of them, without those whose (id, index) is `done`.
+    """
+    tokenizer, task = sampler.tokenizer, plan.task
+    queue = deque()
+    for problem in plan.problems[rank()::world()]:
+        indices = [j for j in range(plan.samples) if (problem.id, j) not in done]
+        if indices:
+            prompt = tokenizer.chat(task.prompt(problem, args.style))
+            queue.append(Request(prompt, indices, problem.id, payload=problem))
+    say_what_the_context_cuts([request.prompt for request in queue], sampler.model, params.max_new_tokens)
+    forced = deque()
+    work = sum(len(request.indices) for request in queue) * (2 if args.budget_forcing else 1)
+    hidden = None if rank() == 0 else True  # None: on a terminal only
+    with tqdm(total=work, desc=f"{name} {task.name}", unit="", leave=False, disable=hidden) as bar:
+        for request, j, completion in sampler.stream(queue, params, args.seed):
+            bar.update()
+            problem = request.payload
             row = result_row(name, task, problem, j, completion, tokenizer)
-            if forced:
-                row["forced"] = forced_result(task, problem, forced[i][j], tokenizer)
-            rows.append(row)
-    return rows
+            if args.budget_forcing:
+                longer = forced_request(sampler, problem, row, completion, params)
+                if longer:
+                    forced.append(longer)
+                    continue  # the row is written when the rest has come
+                row["forced"] = forced_result(task, problem, completion, tokenizer)
+            yield row
+        for request, _, completion in sampler.stream(forced, params, args.seed):
+            bar.update()
+            problem, row, beginning = request.payload
+            completion.tokens = beginning + completion.tokens
+            row["forced"] = forced_result(task, problem, completion, tokenizer)
+            yield row
+
+
+def forced_request(sampler, problem, row, completion, params) -> Request | None:
+    """What makes a response that ended by itself think on, up to twice the budget in all."""
+    if completion.finish != "stop":
+        return None
+    prompt, beginning = forced_prompt(sampler.tokenizer, completion)
+    left = 2 * params.max_new_tokens - len(beginning)
+    if left <= 0 or len(prompt) >= sampler.model.config.max_position_embeddings:
+        return None
+    return Request(prompt, [row["index"]], f"forced/{problem.id}", max_new_tokens=left,
+                   payload=(problem, row, beginning))
 
 
 def result_row(name, task, problem, index, completion, tokenizer):
@@ -276,8 +283,8 @@ def forced_result(task, problem, completion, tokenizer):
     }
 
 
-def summarise(rows: list[dict], baseline: list[dict] | None, plan: Plan) -> dict:
-    """The figures of a cell. `baseline`: the first model's rows on the task, None for the first itself."""
+def summarise(rows: list[dict], baseline: list[dict], plan: Plan) -> dict:
+    """The figures of a cell. `baseline`: the first model's rows on the task."""
     def by_question(values):
         return np.array(values, dtype=float).reshape(-1, plan.samples)  # (questions, samples)
 
@@ -312,7 +319,7 @@ def summarise(rows: list[dict], baseline: list[dict] | None, plan: Plan) -> dict
         "f1_incorrect": f1(verdicts, False),
         "verdicts": len(verdicts),
     }
-    if baseline is not None:
+    if rows[0]["model"] != baseline[0]["model"]:
         difference = right - by_question([row["correct"] for row in baseline])
         cell["difference"] = float(difference.mean(1).mean())
         cell["difference_interval"] = paired(difference.mean(1))
@@ -360,6 +367,7 @@ def arguments():
     p.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie")
     p.add_argument("--slots", type=natural, default=0,
                    help="rows decoded at once; 0: as many as fit in memory")
+    resume_flag(p)
     args = p.parse_args()
     if args.models is None:
         args.models = [(name, folder) for name, folder in ARMS.items()
@@ -400,43 +408,77 @@ def make_plans(args) -> list[Plan]:
 
 def main():
     args = arguments()
+    device, _ = device_and_dtype(args.device)
+    start_processes(device, ALONE)
     plans = make_plans(args)
     out = Path(args.out)
-    refuse_existing(out)
-    for _, folder in args.models:  # a name mistyped at the end of the list must not cost hours
-        read_folder(folder, args.chat_template_kwargs)
+    tokenizers = {}
+    for name, folder in args.models:  # a name mistyped at the end of the list must not cost hours
+        *_, tokenizers[name] = read_folder(folder, args.chat_template_kwargs)
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    resumed = goes_on(args.resume, out)
+    if resumed:
+        refuse_other_flags(args, out, {"resume", "device", "slots"})
+    barrier()  # all have looked
 
     first, _ = args.models[0]  # its name
     cells = []
-    results = {}  # (model, task): rows
+    results = read_results(out) if resumed else {}
     for name, folder in args.models:
-        model, tokenizer = load(folder, args.device, args.dtype, args.chat_template_kwargs)
-        sampler = Sampler(model, tokenizer, args.slots)
-        if not out.exists():  # not before a model could be loaded: a mistake leaves no folder behind
-            write_whole(out / "run.json", json.dumps(run_record(args), indent=2))
+        sampler = None  # while nothing is missing
         for plan in plans:
             task = plan.task.name
-            rows = run_cell(name, sampler, plan, params, args)
-            results[name, task] = rows
-            cell = summarise(rows, None if name == first else results[first, task], plan)
-            cell["chat_template_kwargs"] = tokenizer.template_kwargs
-            cells.append(cell)
-            tables = write_results(out, cells, results, rows, args)
-            print(f"{name} on {task}: {cell['accuracy']:.1%}", flush=True)
-        del model, sampler
-    print("\n" + tables)
-    print(f"\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
+            rows = results.setdefault((name, task), {})
+            if len(rows) < len(plan.problems) * plan.samples:
+                if sampler is None:
+                    loaded = load(folder, args.device, args.dtype, args.chat_template_kwargs)
+                    sampler = Sampler(*loaded, args.slots)
+                    del loaded  # when the next model comes, this one must be gone
+                if rank() == 0 and not out.exists():  # not before a model could be loaded
+                    write_whole(out / "run.json", json.dumps(run_record(args), indent=2))
+                barrier()
+                with open(own_part(f"{out}/results.jsonl"), "a", encoding="utf-8") as f:
+                    for row in run_cell(name, sampler, plan, params, args, rows.keys()):
+                        f.write(to_json(row) + "\n")
+                        f.flush()
+                        rows[row["id"], row["index"]] = row
+                if world() > 1:
+                    results = read_results(out)
+            if rank() == 0:
+                cell = summarise(in_order(results, name, plan), in_order(results, first, plan), plan)
+                cell["chat_template_kwargs"] = tokenizers[name].template_kwargs
+                cells.append(cell)
+                tables = write_summary(out, cells, results, args)
+                say(f"{name} on {task}: {cell['accuracy']:.1%}")
+    if rank() == 0:
+        say(f"\n{tables}\n\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
-def write_results(out: Path, cells: list[dict], results: dict, rows: list[dict], args) -> str:
-    """Add the rows of a cell to results.jsonl; make summary.json and the page anew. Returns the tables."""
+def read_results(out: Path) -> dict:
+    """{(model, task): {(id, index): row}} of results.jsonl, the parts of all processes joined."""
+    path = f"{out}/results.jsonl"
+    barrier()  # all have written
+    if rank() == 0:
+        join_parts(path)
+    barrier()
+    results = {}
+    for _, row in read_jsonl(path) if os.path.getsize(path) else ():
+        results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
+    return results
+
+
+def in_order(results: dict, name: str, plan: Plan) -> list[dict]:
+    rows = results[name, plan.task.name]
+    return [rows[problem.id, j] for problem in plan.problems for j in range(plan.samples)]
+
+
+def write_summary(out: Path, cells: list[dict], results: dict, args) -> str:
+    """Make summary.json and the page anew. Returns the tables."""
     import report  # here, so that it is a leaf: it can be deleted with these lines
-    with open(out / "results.jsonl", "a", encoding="utf-8") as f:
-        f.writelines(to_json(row) + "\n" for row in rows)
     write_whole(out / "summary.json", json.dumps(cells, indent=2))
     command_line = " ".join(run_record(args)["command"])
-    write_whole(out / "report.html", report.page(command_line, cells, results))
+    rows = {key: list(of_cell.values()) for key, of_cell in results.items()}
+    write_whole(out / "report.html", report.page(command_line, cells, rows))
     return report.tables(cells)
 
 

@@ -31,14 +31,15 @@ import tasks
 from cache import (
     GRAIN, MOST_SLOTS, Graphs, KVCache, SlotState, bucket, free_memory, slot_capacity, slot_count,
 )
-from checkpoint import load
+from checkpoint import device_and_dtype, load
 from cli import (
-    UserError, command, natural, number, parser, positive, read_jsonl, run_record, say, split_list, to_json,
-    write_whole,
+    UserError, command, natural, number, parser, positive, read_json, read_jsonl, run_record, say, split_list,
+    to_json, write_whole,
 )
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
 from model import Transformer
+from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, summed, total, world
 from tokenizer import Tokenizer
 
 
@@ -388,7 +389,7 @@ def say_what_the_context_cuts(prompts: list[list[int]], model: Transformer, max_
 
 # ---- the command ---------------------------------------------------------------------------------
 # What makes two runs one: these flags must agree to go on.
-SETTINGS = ("model", "task", "questions", "split", "styles", "n", "reflections", "hint", "shard", "seed",
+SETTINGS = ("model", "task", "questions", "split", "styles", "n", "reflections", "hint", "seed",
             "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens",
             "chat_template_kwargs")
 
@@ -427,16 +428,14 @@ def arguments():
                    help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
     g.add_argument("--styles", default="plain,plan,alternatives,rephrase",
                    help="prompt styles, separated by commas")
-    g.add_argument("--n", type=positive, default=6,
-                   help="attempts of each question and style (the paper: 16)")
+    g.add_argument("--n", "--attempts", type=positive, default=6,
+                   help="attempts of each question and style (the paper: 16); torchrun, which has flags "
+                        "that begin with --n, takes --attempts only")
     g.add_argument("--reflections", type=natural, default=1,
                    help="reflections on each attempt (the paper: 4)")
     g.add_argument("--hint", action="store_true",
                    help="rationalisation: also make attempts whose prompt tells the right answer")
     g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie")
-    g.add_argument("--shard", default="0/1",
-                   help="i/n: only every n-th question from the i-th on, "
-                        "to divide the work among n processes (give each its own --out)")
     g.add_argument("--prompt", default=None, help="only answer this text, with --n samples, and print them")
     g = p.add_argument_group("how to choose tokens")
     g.add_argument("--temperature", type=number(float, 0), help="0 is greedy; " + if_not_given("temperature"))
@@ -456,9 +455,6 @@ def arguments():
     for style in split_list(args.styles, "--styles"):
         if style not in tasks.STYLES:
             raise UserError(f"--styles {style}: unknown; the styles are {', '.join(tasks.STYLES)}")
-    part, _, parts = args.shard.partition("/")
-    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise UserError(f"--shard {args.shard}: give i/n with 0 <= i < n, such as 0/8")
     return args
 
 
@@ -529,24 +525,26 @@ def start_or_resume(args) -> set:
     """
     record = f"{args.out}.run.json"
     settings = {name: getattr(args, name) for name in SETTINGS}
-    if not os.path.exists(args.out):
-        write_whole(record, json.dumps({**run_record(args), "settings": settings}, indent=2))
-        return set()
-    if not os.path.exists(record):
+    there = os.path.exists(args.out)
+    if there and not os.path.exists(record):
         raise UserError(f"--out {args.out} exists, but not {record} that says how it was made; "
                         "give another --out")
-    with open(record) as f:
-        before = json.load(f)["settings"]
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise UserError(f"--out {args.out} was made with --{name.replace('_', '-')} {before.get(name)}, "
-                            f"not {value}; give the same or another --out")
-    with open(args.out, "rb+") as f:
-        content = f.read()
-        f.truncate(content.rfind(b"\n") + 1)  # a line that a kill cut short
-    rows = read_jsonl(args.out, ("id", "style", "index")) if b"\n" in content else []
+    if there:
+        before = read_json(record)["settings"]
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise UserError(f"--out {args.out} was made with --{name.replace('_', '-')} "
+                                f"{before.get(name)}, not {value}; give the same or another --out")
+    barrier()  # all have looked
+    if rank() == 0:
+        if not there:
+            write_whole(record, json.dumps({**run_record(args), "settings": settings}, indent=2))
+        join_parts(args.out)
+    barrier()
+    rows = read_jsonl(args.out, ("id", "style", "index")) if os.path.getsize(args.out) else []
     done = {(row["id"], row["style"], row["index"]) for _, row in rows}
-    print(f"{args.out} has {len(done)} attempts already; going on")
+    if there:
+        say(f"{args.out} has {len(done)} attempts already; going on")
     return done
 
 
@@ -565,8 +563,8 @@ class Tally:
         self.agreeing += sum(r["verdict"] == row["correct"] for r in row["reflections"])
 
     def __str__(self) -> str:
-        return (f"{self.correct / self.attempts:.1%} of {self.attempts} attempts are correct; "
-                f"{self.agreeing / max(self.reflections, 1):.1%} of {self.reflections} reflections agree "
+        return (f"{self.correct / self.attempts:.1%} of {self.attempts:.0f} attempts are correct; "
+                f"{self.agreeing / max(self.reflections, 1):.1%} of {self.reflections:.0f} reflections agree "
                 "with the grade")
 
 
@@ -588,26 +586,27 @@ def main():
         answer_by_hand(args)
         return
 
+    device, _ = device_and_dtype(args.device)
+    start_processes(device, ALONE)
     found = tasks.find_all(args.task, args.data_dir)
     problems = tasks.problems_of(found, args.split, args.questions, args.seed)
-    part, parts = map(int, args.shard.split("/"))
-    problems = problems[part::parts]
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
     args.chat_template_kwargs = tokenizer.template_kwargs
     params = choice_of(args, model)
     context = model.config.max_position_embeddings
     done = start_or_resume(args)
-    queue = attempt_requests(args, problems, done, tokenizer)
+    queue = attempt_requests(args, problems[rank()::world()], done, tokenizer)
     waiting = sum(len(request.indices) for request in queue)
-    print(f"sampling {waiting} attempts on {len(problems)} questions, {args.reflections} reflections each, "
-          f"with {args.model}")
+    everywhere, = total([waiting], device)
+    say(f"sampling {everywhere:.0f} attempts on {len(problems)} questions, {args.reflections} reflections "
+        f"each, with {args.model}")
     say_what_the_context_cuts([request.prompt for request in queue], model, args.max_new_tokens)
 
     tally = Tally()
     too_long = 0
     sampler = Sampler(model, tokenizer, args.slots)
-    bar = tqdm(total=waiting, desc="attempts", unit="", disable=None)
-    with open(args.out, "a", encoding="utf-8") as f, bar:
+    bar = tqdm(total=waiting, desc="attempts", unit="", disable=None if rank() == 0 else True)
+    with open(own_part(args.out), "a", encoding="utf-8") as f, bar:
         for request, index, completion in sampler.stream(queue, params, args.seed):
             text = tokenizer.after_own_thought(completion.tokens)
             if isinstance(request.payload, Attempts):
@@ -629,11 +628,15 @@ def main():
             f.flush()
             tally.add(row)
             bar.update()
+    tally = Tally(**summed(vars(tally), device))
+    too_long, = total([too_long], device)  # and all have written their part
+    if rank() == 0:
+        join_parts(args.out)
     if tally.attempts:
-        print(tally)
+        say(str(tally))
     if too_long:
-        print(f"{too_long} attempts are too long to be reflected on within the context of {context}")
-    print(f"wrote {args.out}")
+        say(f"{too_long:.0f} attempts are too long to be reflected on within the context of {context}")
+    say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ copy; what is sharded is the larger part, the float32 masters and moments: 12 of
 (2 of weight, 4 of gradient, 4 of master, 8 of moments).
 """
 import argparse
-import atexit
 import json
 import math
 import os
@@ -28,8 +27,12 @@ from tqdm import tqdm
 
 from checkpoint import save as save_model_folder
 from checkpoint import save_tensors
-from cli import UserError, natural, number, positive, run_record, say, to_json, write_whole
+from cli import (
+    UserError, goes_on, natural, number, positive, refuse_other_flags, resume_flag, run_record, say, to_json,
+    write_whole,
+)
 from model import Transformer
+from processes import barrier, rank, total, world
 from tokenizer import Tokenizer
 
 
@@ -48,8 +51,7 @@ def training_flags(p: argparse.ArgumentParser) -> None:
                         "much less memory, a third more work")
     g.add_argument("--save-every", type=natural, default=20,
                    help="steps between checkpoints; 0: only at the end")
-    g.add_argument("--resume", action="store_true",
-                   help="go on with the run in --out, to the same end as if it had not stopped")
+    resume_flag(g)
 
 
 def lr_or_default(lr: float | None, model: Transformer, miniature: float) -> float:
@@ -60,50 +62,6 @@ def lr_or_default(lr: float | None, model: Transformer, miniature: float) -> flo
     if lr is not None:
         return lr
     return miniature if model.is_miniature else 1e-6
-
-
-# ---- processes -----------------------------------------------------------------------------------
-def start_processes(device: torch.device) -> None:
-    """Join the other processes, if torchrun started several: NCCL between GPUs, gloo between CPUs."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def total(values: list[float], device: torch.device | str = "cpu") -> list[float]:
-    """The sum over all processes of each of a list of numbers."""
-    return _reduced(values, device, "SUM")
-
-
-def summed(figures: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The sum over all processes of each of some named numbers."""
-    return dict(zip(figures, total(list(figures.values()), device), strict=True))
-
-
-def largest(value: float, device: torch.device) -> float:
-    """The largest of a number over all processes."""
-    return _reduced([value], device, "MAX")[0]
-
-
-def _reduced(values, device, op):
-    if world() == 1:
-        return list(values)
-    t = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(t, op=getattr(dist.ReduceOp, op))
-    return t.tolist()
-
-
-def barrier() -> None:
-    if world() > 1:
-        dist.barrier()
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -291,11 +249,9 @@ class Run:
     def __init__(self, args):
         self.out = Path(args.out)
         self.save_every = args.save_every
-        record = self.out / "run.json"
-        if args.resume:
-            self._check_flags(args, record)
-        elif self.out.exists():
-            raise UserError(f"--out {self.out} exists; go on with --resume, or give another --out")
+        resumed = goes_on(args.resume, self.out)
+        if resumed:
+            refuse_other_flags(args, self.out, FREE_TO_CHANGE)
         barrier()  # no process may create the folder before all have looked
         checkpoints = sorted((self.out / "state").glob("step-*[0-9]"))  # not the .tmp of a killed save
         self.resume_from = checkpoints[-1] if checkpoints else None
@@ -306,26 +262,13 @@ class Run:
             self.step, self.updates = counts["step"], counts["updates"]
         if rank() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            if not args.resume:
-                write_whole(record, json.dumps(run_record(args), indent=2))
+            if not resumed:
+                write_whole(self.out / "run.json", json.dumps(run_record(args), indent=2))
             self._cut(self.out / "metrics.jsonl")
             self._cut(self.out / "rollouts.jsonl")
         barrier()
-        if args.resume:
+        if resumed:
             say(f"resuming {self.out} after step {self.step}")
-
-    def _check_flags(self, args, record):
-        """A run goes on with the flags it was started with."""
-        if not record.is_file():
-            raise UserError(f"--resume: {self.out} holds no run (no run.json); "
-                            "start it without --resume, with an --out that does not exist")
-        before = json.loads(record.read_text())["flags"]
-        now = vars(args)
-        for name in sorted((now.keys() | before.keys()) - FREE_TO_CHANGE):
-            if now.get(name) != before.get(name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"--resume: {self.out} was started with {flag} {before.get(name)}, "
-                                f"not {now.get(name)}; give the same flags")
 
     def _cut(self, path):
         """Drop the lines of steps after the checkpoint (without one, all), and one that a kill cut short."""

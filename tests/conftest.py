@@ -1,6 +1,7 @@
 """What the tests share: tiny models of every family, and a command run inside the test's own process."""
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -131,3 +132,17 @@ CHAT = [chat_row(a, b) for a in range(2, 9) for b in range(2, 6)]
 def environment(**kw):
     """For a subprocess: one thread, so that two runs add up in the same order."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **kw}
+
+
+def start(script, *flags, processes=1):
+    """Run a command as a process of its own, by torchrun if it is to be several."""
+    runner = [sys.executable]
+    if processes > 1:
+        runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*runner, str(ROOT / script), *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(), **pipes)
+
+
+def finish(process):
+    assert process.wait() == 0, process.stdout.read()

@@ -1,15 +1,14 @@
 """What both trainers promise: exact small steps, one process or two alike, the same end after any kill."""
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT, MINI, ROOT, environment, read_rows, refused, tiny, write_jsonl
+from conftest import CHAT, MINI, finish, read_rows, refused, start, tiny, write_jsonl
 
 import grpo
 import sft
@@ -123,19 +122,6 @@ def fingerprint(out):
     return files, metrics, rollouts.read_bytes() if rollouts.exists() else b""
 
 
-def start(script, *flags, processes=1):
-    runner = [sys.executable]
-    if processes > 1:
-        runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*runner, str(ROOT / script), *map(str, flags)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment(), **pipes)
-
-
-def finish(process):
-    assert process.wait() == 0, process.stdout.read()
-
-
 def steps_done(out):
     path = Path(out, "metrics.jsonl")
     return path.read_text().count("\n") if path.exists() else 0
@@ -158,6 +144,24 @@ def test_killed_and_resumed_ends_with_the_same_bytes(script, flags, kill_at):
         resume = ("--resume",)
     finish(start(script, *flags, "--out", "broken", "--resume"))
     assert fingerprint("whole") == fingerprint("broken")
+
+
+def test_resume_auto_starts_or_goes_on(cmd):
+    """What torchrun's --max-restarts needs: one command line for the start and for every restart."""
+    flags = (*SFT, "--epochs", "1", "--save-every", "3")
+    cmd(sft, *flags, "--out", "whole")
+    status, out, _ = cmd(sft, *flags, "--out", "run", "--resume", "auto")
+    assert status == 0 and "resuming" not in out
+    for path in Path("run/state").iterdir():  # as after a kill before the first checkpoint
+        shutil.rmtree(path)
+    status, out, _ = cmd(sft, *flags, "--out", "run", "--resume", "auto")
+    assert status == 0 and "resuming run after step 0" in out
+    assert fingerprint("whole") == fingerprint("run")
+    status, out, _ = cmd(sft, *flags, "--out", "run", "--resume", "auto")
+    assert status == 0 and "finished already" in out
+    Path("empty").mkdir()
+    refused(cmd, sft, (*flags, "--out", "empty", "--resume", "auto"), "--out empty exists")
+    refused(cmd, sft, (*flags, "--out", "new", "--resume"), "--resume: new holds no run")
 
 
 def test_a_checkpoint_appears_whole_or_not_at_all(cmd, monkeypatch):
