@@ -288,15 +288,17 @@ def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[torch.d
 
 
 # ---- saving a folder -----------------------------------------------------------------------------
-def save(path: str | Path, model: Transformer, tokenizer: Tokenizer) -> None:
+def save(
+    path: str | Path, model: Transformer, tokenizer: Tokenizer, weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write a Hugging Face folder that transformers and vLLM load unchanged.
 
-    Each file appears whole or not at all.
+    Each file appears whole or not at all. `weights` are the model's, where it is sharded and has only parts.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: w.detach().to("cpu").contiguous() for name, w in model.state_dict().items()}
-    save_tensors(path / "model.safetensors", weights)
+    weights = weights or {name: w.detach().to("cpu") for name, w in model.named_parameters()}
+    save_tensors(path / "model.safetensors", {name: w.contiguous() for name, w in weights.items()})
     for name, content in tokenizer.files.items():
         if name != "generation_config.json":
             write_whole(path / name, content)
@@ -307,7 +309,8 @@ def save(path: str | Path, model: Transformer, tokenizer: Tokenizer) -> None:
     generation = {name: source[name] for name in ("bos_token_id", "pad_token_id") if name in source}
     generation["eos_token_id"] = tokenizer.stop_ids
     write_whole(path / "generation_config.json", json.dumps(generation, indent=2))
-    config = {**model.config.source, "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    dtype = next(iter(weights.values())).dtype
+    config = {**model.config.source, "torch_dtype": str(dtype).removeprefix("torch.")}
     # transformers 5's name for torch_dtype goes, or the two could disagree.
     config.pop("dtype", None)
     write_whole(path / "config.json", json.dumps(config, indent=2))

@@ -418,7 +418,7 @@ def main():
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     resumed = goes_on(args.resume, out)
     if resumed:
-        refuse_other_flags(args, out, {"resume", "device", "slots"})
+        refuse_other_flags(args, out, {"out", "resume", "device", "slots"})
     barrier()  # all have looked
 
     first, _ = args.models[0]  # its name

@@ -34,7 +34,8 @@ from processes import largest, rank, start_processes, summed, total, world
 from sample import Completion, Params, Sampler, say_what_the_context_cuts
 from tokenizer import Tokenizer
 from train import (
-    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, training_flags,
+    Optimizer, Run, check_finite, evenly, interruptible, lr_or_default, micro_batches, progress,
+    training_flags,
 )
 
 MINIATURE_LR = 4e-4
@@ -259,6 +260,8 @@ class Response:
     cost: int  # about the tokens it puts through the model: its own, and its part of the prompt they share
 
 
+# A prompt and a response to it that weighs nothing: what a process runs where only others have something to.
+NOTHING = ([0], [Response(tokens=[0], old_logprobs=[0.0], advantage=0.0, weight=0.0, cost=1)])
 SUMMED = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "reference_kl", "reference_tokens",
           "entropy", "difference")
 
@@ -281,13 +284,19 @@ def update(
     keep_all = reference is not None
     sums = dict.fromkeys(SUMMED, 0.0)
     largest_difference = 0.0  # of sampler and trainer, at one token
+    parts = []  # (prompt, responses to it)
     for group in groups:
         responses = responses_to_train(group, args, n_responses, n_tokens, keep_all)
         for part in micro_batches(responses, lambda response: response.cost, args.micro_batch_tokens):
-            stats = backward(model, reference, group.prompt, part, args)
-            largest_difference = max(largest_difference, stats.pop("largest_difference"))
-            for name, value in stats.items():
-                sums[name] += value
+            parts.append((group.prompt, part))
+    for part in evenly(parts, model.device):
+        if part is None:
+            backward(model, reference, *NOTHING, args)
+            continue
+        stats = backward(model, reference, *part, args)
+        largest_difference = max(largest_difference, stats.pop("largest_difference"))
+        for name, value in stats.items():
+            sums[name] += value
     sums = summed(sums, model.device)
     sums["largest_difference"] = largest(largest_difference, model.device)
     check_finite(sums["loss"], "loss")
@@ -561,12 +570,15 @@ def main():
         reference = deepcopy(model).requires_grad_(False)  # before resuming: the model the run began with
 
     run = Run(args)
+    # The optimizer shards the model of several processes; they sample from a whole copy of it.
+    policy = deepcopy(model).requires_grad_(False) if world() > 1 else model
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     run.restore(optimizer, tokenizer)
+    optimizer.refresh(policy)
     model.recompute = args.recompute
     lr = lr_or_default(args.lr, model, MINIATURE_LR)
     updates = run.updates
-    sampler = Sampler(model, tokenizer, args.slots, SAMPLER_CACHE_FRACTION)
+    sampler = Sampler(policy, tokenizer, args.slots, SAMPLER_CACHE_FRACTION)
     params = Params(args.max_new_tokens, args.temperature)
     say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} "
         f"rollouts, learning rate {lr:g}")
@@ -588,6 +600,7 @@ def main():
             for first in range(0, args.questions_per_step, args.mini_batch):
                 batch = [group for group in groups if first <= group.place < first + args.mini_batch]
                 update_results.append(update(model, reference, optimizer, batch, args, lr))
+            optimizer.refresh(policy)
 
             row = {"step": step, **measure(groups, update_results, device), "lr": lr}
             updates += row["updates"]

@@ -26,7 +26,8 @@ from model import Transformer
 from processes import rank, start_processes, total, world
 from tokenizer import Tokenizer
 from train import (
-    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, training_flags,
+    Optimizer, Run, check_finite, evenly, interruptible, lr_or_default, micro_batches, progress,
+    training_flags,
 )
 
 MINIATURE_LR = 1.5e-3
@@ -182,7 +183,10 @@ def main():
             count = sum(len(example.targets) for example in batch)  # of the whole step, on every process
             mine = batch[rank()::world()]
             my_loss = 0.0
-            for part in micro_batches(mine, len, args.micro_batch_tokens):
+            for part in evenly(micro_batches(mine, len, args.micro_batch_tokens), device):
+                if part is None:
+                    (0 * loss_of(model, batch[:1])).backward()
+                    continue
                 micro = loss_of(model, part) / count
                 micro.backward()
                 my_loss += micro.item()

@@ -4,9 +4,8 @@ Exact resuming needs no saved random state, because nothing here or in the loops
 generator: the order of the data and every sampled token are functions of (seed, step, ...). A checkpoint of a
 run is the float32 weights, AdamW's two moments and two counts, of steps and of optimizer updates.
 
-Left out: FSDP. The bfloat16 weights live whole on every process, so that the sampler sees each update with no
-copy; what is sharded is the larger part, the float32 masters and moments: 12 of the 18 bytes a parameter
-(2 of weight, 4 of gradient, 4 of master, 8 of moments).
+In several processes the engine is PyTorch's own FSDP2 (`shard`); only sums of a few numbers go by hand. In
+one process nothing is wrapped.
 """
 import argparse
 import json
@@ -15,14 +14,16 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from checkpoint import save as save_model_folder
@@ -32,7 +33,7 @@ from cli import (
     write_whole,
 )
 from model import Transformer
-from processes import barrier, rank, total, world
+from processes import barrier, largest, rank, total, world
 from tokenizer import Tokenizer
 
 
@@ -87,6 +88,15 @@ def micro_batches(items: list, length: Callable, budget: int, waste: float = 1.2
     return groups
 
 
+def evenly(parts: list, device: torch.device) -> list:
+    """A process's micro-batches, and None as often as another process has more of them.
+
+    Where the weights are sharded all processes run together: for a None a pass that counts nothing.
+    """
+    most = int(largest(len(parts), device))
+    return parts + [None] * (most - len(parts))
+
+
 # ---- the optimizer -------------------------------------------------------------------------------
 def check_finite(value: float, what: str) -> None:
     """Stop before a step that would spoil the weights.
@@ -99,24 +109,44 @@ def check_finite(value: float, what: str) -> None:
                         "Start a new run with a lower --lr, or look at the data")
 
 
-def owners(weights: dict[str, Tensor], processes: int) -> dict[str, int]:
-    """{name: the process that keeps its master}: tensors, largest first, go to who holds least so far."""
-    owner = {}
-    held = [0] * processes
-    for name, w in sorted(weights.items(), key=lambda item: -item[1].numel()):
-        owner[name] = held.index(min(held))
-        held[owner[name]] += w.numel()
-    return owner
+def shard(model: Transformer) -> None:
+    """Divide the weights among the processes, in place (FSDP2): each holds rows of all tensors, in float32.
+
+    A block's weights are whole only while the block computes, in the dtype that the model had. Gradients are
+    summed over the processes in float32 as each block's backward ends, so that no process ever holds a whole
+    one: therefore all must run the same number of backward passes (`evenly`).
+    """
+    dtype = model.dtype
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
+        cast_forward_inputs=False)  # the rotation's angles stay float32
+    mesh = init_device_mesh(model.device.type, (world(),))
+    for module in (*model.model.layers, model):  # one block in float32 at a time
+        fully_shard(module.float(), mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # the sum, not the mean
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave it undivided
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of(whole: Tensor, tensor: Tensor) -> Tensor:
+    """The rows of a whole tensor that this process holds of `tensor`."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    chunk = math.ceil(len(whole) / world())
+    return whole[rank() * chunk:(rank() + 1) * chunk]
 
 
 class Optimizer:
-    """AdamW on float32 masters (Loshchilov & Hutter 2019), sharded over the processes.
+    """AdamW on float32 masters (Loshchilov & Hutter 2019).
 
     bfloat16 has 8 bits of mantissa: bf16(0.02) - 1e-5 == bf16(0.02), so a small step on bfloat16 weights is
     lost. The step is taken on a float32 master and the weight becomes its rounding. Gradients are summed in
-    float32 too, over micro-batches and processes. Masters and moments of a tensor live on one process only,
-    which broadcasts the new weight (ZeRO stage 1, Rajbhandari et al. 2020, by whole tensors). For a float32
-    model the master is the weight itself.
+    float32 too, over micro-batches and processes. For a float32 model the master is the weight itself. In
+    several processes the model is sharded here (`shard`), and the shards are the masters.
 
     A step takes the sum of all gradients since the last one: whoever calls backward() has divided the loss by
     the count of the whole step (trained tokens, or what GRPO's weights count), over all processes.
@@ -124,22 +154,19 @@ class Optimizer:
 
     def __init__(self, model: Transformer, weight_decay: float, betas=(0.9, 0.95), max_norm: float = 1.0):
         self.model = model
+        self.dtype = model.dtype  # of the weights that compute, are sampled from, and are saved
         self.max_norm = max_norm
+        if world() > 1:
+            shard(model)
         self.weights = dict(model.named_parameters())
-        self.owner = owners(self.weights, world())
-        self.masters = {}  # of the tensors that this process owns
+        self.masters = {}
         for name, w in self.weights.items():
-            if self.owner[name] == rank():
-                self.masters[name] = w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float())
-        self.adamw = None  # a process may own nothing
-        if self.masters:
-            matrices = [m for m in self.masters.values() if m.ndim > 1]
-            vectors = [m for m in self.masters.values() if m.ndim == 1]
-            groups = [
-                {"params": matrices, "weight_decay": weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ]
-            self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+            self.masters[name] = w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float())
+        groups = [
+            {"params": [m for m in self.masters.values() if m.ndim > 1], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters.values() if m.ndim == 1], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
         self.sums = {}  # name: float32 gradient, for weights that are not float32
         for name, w in self.weights.items():
             if w.dtype != torch.float32:
@@ -154,89 +181,94 @@ class Optimizer:
         w.grad = None
 
     def step(self, lr: float) -> float:
-        """Sum the gradients over the processes, clip, step.
+        """Clip, step.
 
-        Returns the norm before clipping; refuses one that is not finite.
+        Returns the norm before clipping, over all processes; refuses one that is not finite.
         """
-        grads = self._reduced_gradients()
-        norms = [torch.linalg.vector_norm(g) for g in grads.values()]
+        grads = {}
+        for name, w in self.weights.items():
+            grad = self.sums.get(name, w.grad)
+            grads[name] = torch.zeros_like(self.masters[name]) if grad is None else grad
+        norms = [torch.linalg.vector_norm(local(grad)) for grad in grads.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+        if world() > 1:
+            norm = math.sqrt(total([norm**2], self.model.device)[0])
         check_finite(norm, "gradient")
         scale = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
         for name, master in self.masters.items():
             master.grad = grads[name].mul_(scale)
-        if self.adamw:
-            for group in self.adamw.param_groups:
-                group["lr"] = lr
-            self.adamw.step()
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
         self._write_back()
+        self.sums.clear()
         return norm
-
-    def _reduced_gradients(self):
-        """{name: float32 gradient}, summed over the processes."""
-        grads = {}
-        for name, w in self.weights.items():
-            grad = self.sums.get(name, w.grad)
-            # A process without rows in this step, or a weight that no row touched, still joins the sum.
-            if grad is None:
-                grad = torch.zeros_like(w, dtype=torch.float32)
-            if world() > 1:
-                dist.all_reduce(grad)
-            grads[name] = grad
-        return grads
 
     @torch.no_grad()
     def _write_back(self):
-        """Round the masters into the weights, on every process, and clear the gradients."""
+        """Round the masters into the weights and clear the gradients."""
         for name, w in self.weights.items():
-            master = self.masters.get(name)
-            if master is not None and master is not w:
+            master = self.masters[name]
+            if master is not w:
                 w.copy_(master)
                 master.grad = None
-            if world() > 1:
-                dist.broadcast(w.data, self.owner[name])
             w.grad = None
-        self.sums.clear()
+
+    @torch.no_grad()
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight), one after the other; on all processes together, which each get all of it."""
+        for name, w in self.weights.items():
+            yield name, (w.full_tensor() if isinstance(w, DTensor) else w.detach()).to(self.dtype)
+
+    def refresh(self, copy: Transformer) -> None:
+        """Give a copy of the model its present weights, a tensor at a time. Nothing, if it is the model."""
+        if copy is not self.model:
+            weights = dict(copy.named_parameters())
+            for name, w in self.whole_weights():
+                weights[name].data.copy_(w)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What this process owns, by the names master.W, first.W and second.W: masters and moments."""
+        """What this process holds, by the names master.W, first.W and second.W: masters and moments."""
         out = {}
         for name, master in self.masters.items():
-            out[f"master.{name}"] = master.detach()
+            out[f"master.{name}"] = local(master.detach())
             moments = self.adamw.state[master]
             if moments:  # none before the first step
-                out[f"first.{name}"] = moments["exp_avg"]
-                out[f"second.{name}"] = moments["exp_avg_sq"]
+                out[f"first.{name}"] = local(moments["exp_avg"])
+                out[f"second.{name}"] = local(moments["exp_avg_sq"])
         return out
 
     @torch.no_grad()
     def load(self, files: list[Path], updates: int) -> None:
         """Take weights, masters and moments from a checkpoint's files, of any number of processes.
 
-        `updates` is how many steps AdamW had made.
+        `updates` is how many steps AdamW had made. A tensor is whole on each process while it is read.
         """
-        for path in files:
-            with safe_open(path, "pt", device=str(self.model.device)) as f:
-                stored = set(f.keys())
-                for name, w in self.weights.items():
-                    if f"master.{name}" not in stored:
-                        continue
-                    w.copy_(f.get_tensor(f"master.{name}"))
-                    if name not in self.masters:  # another process steps this weight
-                        continue
-                    self.masters[name].copy_(f.get_tensor(f"master.{name}"))
-                    if f"first.{name}" in stored:
-                        self.adamw.state[self.masters[name]] = {
-                            "step": torch.tensor(float(updates), device=self.model.device),
-                            "exp_avg": f.get_tensor(f"first.{name}"),
-                            "exp_avg_sq": f.get_tensor(f"second.{name}"),
-                        }
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(path, "pt")) for path in files]
+            stored = [set(f.keys()) for f in opened]
+
+            def read(name, into):
+                pieces = [f.get_tensor(name) for f, n in zip(opened, stored, strict=True) if name in n]
+                local(into).copy_(rows_of(torch.cat(pieces), into))
+                return into
+
+            for name, master in self.masters.items():
+                read(f"master.{name}", master)
+                if any(f"first.{name}" in names for names in stored):
+                    self.adamw.state[master] = {
+                        "step": torch.tensor(float(updates), device=self.model.device),
+                        "exp_avg": read(f"first.{name}", torch.zeros_like(master)),
+                        "exp_avg_sq": read(f"second.{name}", torch.zeros_like(master)),
+                    }
+        self._write_back()
 
 
 # ---- the run folder ------------------------------------------------------------------------------
 # Flags that a resumed run may give anew: they change what is kept, or where and in how many pieces it is
 # computed, which only the rounding shows. (With --dtype auto another device may mean another dtype.)
-FREE_TO_CHANGE = {"resume", "save_every", "eval_every", "device", "slots", "micro_batch_tokens", "recompute"}
+FREE_TO_CHANGE = {"out", "resume", "save_every", "eval_every", "device", "slots", "micro_batch_tokens",
+                  "recompute"}
 
 
 class Run:
@@ -283,8 +315,7 @@ class Run:
         if not self.resume_from:
             return
         optimizer.load(sorted(self.resume_from.glob("*.safetensors")), self.updates)
-        if rank() == 0:  # a kill may have come between the checkpoint and the model folder
-            save_model_folder(self.out, optimizer.model, tokenizer)
+        self._save_model(optimizer, tokenizer)  # a kill may have come between it and the checkpoint
 
     def end_of_step(
         self, optimizer: Optimizer, tokenizer: Tokenizer, *, step: int, last: int, updates: int, stop: bool,
@@ -309,11 +340,20 @@ class Run:
         if rank() == 0:
             write_whole(tmp / "state.json", json.dumps({"step": step, "updates": updates}))
             os.replace(tmp, final)
-            save_model_folder(self.out, optimizer.model, tokenizer)
+        self._save_model(optimizer, tokenizer)
+        if rank() == 0:
             for other in final.parent.iterdir():
                 if other != final:
                     shutil.rmtree(other)
         barrier()
+
+    def _save_model(self, optimizer, tokenizer):
+        weights = {}  # on the first process
+        for name, w in optimizer.whole_weights():
+            if rank() == 0:
+                weights[name] = w.to("cpu")
+        if rank() == 0:
+            save_model_folder(self.out, optimizer.model, tokenizer, weights)
 
     def log(self, row: dict, name: str = "metrics.jsonl") -> None:
         if rank() == 0:

@@ -233,34 +233,62 @@ def test_logs_with_odd_line_separators_are_cut_back(cmd):
 
 
 # ---- processes -----------------------------------------------------------------------------------
+def close(one, other, atol=1e-4):
+    one, _ = load(one, "cpu")
+    other, _ = load(other, "cpu")
+    return all((a - b).abs().max() < atol for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
 def test_two_processes_equal_one():
-    """Rules 4 and 9: same losses, same rollouts, weights equal but for the order of additions."""
+    """Rules 4 and 9: same losses, same rollouts, weights equal but for the order of additions.
+
+    Of three processes one has no row in some steps, and no group in some mini-batches.
+    """
     scripts = {
-        "sft.py": (*SFT, "--epochs", "1"),
-        "grpo.py": (*GRPO, "--steps", "2", "--kl", "0.01", "--lr", "1e-3"),
+        "sft.py": (*SFT, "--epochs", "1", "--tokens-per-batch", "90"),
+        "grpo.py": (*GRPO, "--steps", "2", "--kl", "0.01", "--lr", "1e-3", "--recompute"),
     }
-    runs = []
-    for n in (1, 2):
+    for n in (1, 2, 3):
+        runs = []
         for script, flags in scripts.items():
             runs.append(start(script, *flags, "--out", f"{script}-{n}", processes=n))
-    for run in runs:
-        finish(run)
+        for run in runs:
+            finish(run)
     for script in scripts:
-        one, _ = load(f"{script}-1", "cpu")
-        two, _ = load(f"{script}-2", "cpu")
-        for a, b in zip(one.parameters(), two.parameters(), strict=True):
-            assert (a - b).abs().max() < 1e-4
-        logs = [read_rows(f"{script}-{n}/metrics.jsonl") for n in (1, 2)]
-        for a, b in zip(*logs, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-            for name in ("reward", "response_tokens", "truncated"):
-                assert a.get(name) == b.get(name)
+        for n in (2, 3):
+            assert close(f"{script}-1", f"{script}-{n}")
+            logs = [read_rows(f"{script}-{m}/metrics.jsonl") for m in (1, n)]
+            for a, b in zip(*logs, strict=True):
+                assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+                assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+                for name in ("reward", "response_tokens", "truncated"):
+                    assert a.get(name) == b.get(name)
     assert len(list(Path("sft.py-2/state").glob("*/rank*.safetensors"))) == 2
-    # A run of two processes can go on as one: it takes the tensors that are now its own.
-    again = start("sft.py", *scripts["sft.py"], "--out", "sft.py-2", "--resume")
+    # A run of three processes can go on as one: it takes the rows that are now its own.
+    again = start("sft.py", *scripts["sft.py"], "--out", "sft.py-3", "--resume")
     finish(again)
     assert "finished already" in again.stdout.read()
+    assert close("sft.py-1", "sft.py-3")
+
+
+def test_a_lost_process_costs_nothing():
+    """Rule 15: as many processes end with the same bytes, another number close to them."""
+    flags = (*SFT, "--epochs", "2", "--save-every", "3")
+    finish(start("sft.py", *flags, "--out", "whole", processes=2))
+    process = start("sft.py", *flags, "--out", "cut-2", processes=2)
+    while steps_done("cut-2") < 5:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    *_, last = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(last), signal.SIGKILL)
+    assert process.wait() != 0
+    for n in (1, 3):
+        shutil.copytree("cut-2", f"cut-{n}")
+    runs = [start("sft.py", *flags, "--out", f"cut-{n}", "--resume", processes=n) for n in (1, 2, 3)]
+    for run in runs:
+        finish(run)
+    assert fingerprint("whole") == fingerprint("cut-2")
+    assert close("whole", "cut-1") and close("whole", "cut-3")
 
 
 # ---- input ---------------------------------------------------------------------------------------
