@@ -30,12 +30,11 @@ import tasks
 from checkpoint import device_and_dtype, load
 from cli import UserError, command, natural, number, parser, positive, say
 from model import Attend, Transformer
-from processes import largest, rank, start_processes, summed, total, world
+from processes import evenly, largest, rank, start_processes, summed, total, world
 from sample import Completion, Params, Sampler, say_what_the_context_cuts
 from tokenizer import Tokenizer
 from train import (
-    Optimizer, Run, check_finite, evenly, interruptible, lr_or_default, micro_batches, progress,
-    training_flags,
+    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, training_flags,
 )
 
 MINIATURE_LR = 4e-4

@@ -1,15 +1,19 @@
-"""Several processes that torchrun started: who is who, sums over all of them, one file written by all.
+"""Several processes that torchrun started: who is who, sums over all, a sharded model, a file of all.
 
 Started alone, a process is the first of one, and nothing here costs anything.
 """
 import atexit
 import glob
+import math
 import os
 from datetime import timedelta
 from hashlib import blake2b
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from model import Transformer
 
 
 def start_processes(device: torch.device, timeout: timedelta | None = None) -> None:
@@ -56,6 +60,54 @@ def _reduced(values, device, op):
 def barrier() -> None:
     if world() > 1:
         dist.barrier()
+
+
+# ---- a model that all hold a part of ---------------------------------------------------------------
+def shard(model: Transformer) -> None:
+    """Divide the weights among the processes, in place (FSDP2): each holds rows of all tensors, in float32.
+
+    A block's weights are whole only while the block computes, in the dtype that the model had. Gradients are
+    summed over the processes in float32 as each block's backward ends, so that no process ever holds a whole
+    one: therefore all must run the same number of backward passes (`evenly`).
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # here: their import takes half a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    dtype = model.dtype
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
+        cast_forward_inputs=False)  # the rotation's angles stay float32
+    mesh = init_device_mesh(model.device.type, (world(),))
+    for module in (*model.model.layers, model):  # one block in float32 at a time
+        fully_shard(module.float(), mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # the sum, not the mean
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave it undivided
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this process holds: all of them, if it is not sharded (torch's DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the rows of all processes. All must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def rows_of(all_rows: Tensor, tensor: Tensor) -> Tensor:
+    """Those of all rows that this process holds of `tensor`."""
+    if local(tensor) is tensor:
+        return all_rows
+    chunk = math.ceil(len(all_rows) / world())
+    return all_rows[rank() * chunk:(rank() + 1) * chunk]
+
+
+def evenly(parts: list, device: torch.device) -> list:
+    """A process's micro-batches, and None as often as another process has more of them.
+
+    Where the weights are sharded all processes run together: for a None a pass that counts nothing.
+    """
+    most = int(largest(len(parts), device))
+    return parts + [None] * (most - len(parts))
 
 
 # ---- a file of lines that all processes write ------------------------------------------------------

@@ -23,11 +23,10 @@ from checkpoint import device_and_dtype, load
 from cli import UserError, command, number, parser, positive, read_jsonl, say, split_list
 from conversations import plain_messages
 from model import Transformer
-from processes import rank, start_processes, total, world
+from processes import evenly, rank, start_processes, total, world
 from tokenizer import Tokenizer
 from train import (
-    Optimizer, Run, check_finite, evenly, interruptible, lr_or_default, micro_batches, progress,
-    training_flags,
+    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, training_flags,
 )
 
 MINIATURE_LR = 1.5e-3

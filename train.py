@@ -21,9 +21,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from checkpoint import save as save_model_folder
@@ -33,7 +30,7 @@ from cli import (
     write_whole,
 )
 from model import Transformer
-from processes import barrier, largest, rank, total, world
+from processes import barrier, local, rank, rows_of, shard, total, whole, world
 from tokenizer import Tokenizer
 
 
@@ -88,15 +85,6 @@ def micro_batches(items: list, length: Callable, budget: int, waste: float = 1.2
     return groups
 
 
-def evenly(parts: list, device: torch.device) -> list:
-    """A process's micro-batches, and None as often as another process has more of them.
-
-    Where the weights are sharded all processes run together: for a None a pass that counts nothing.
-    """
-    most = int(largest(len(parts), device))
-    return parts + [None] * (most - len(parts))
-
-
 # ---- the optimizer -------------------------------------------------------------------------------
 def check_finite(value: float, what: str) -> None:
     """Stop before a step that would spoil the weights.
@@ -107,37 +95,6 @@ def check_finite(value: float, what: str) -> None:
         raise UserError(f"the {what} is not finite, so the step was refused and the run stopped; "
                         "the last checkpoint in --out, if one was made, is good. "
                         "Start a new run with a lower --lr, or look at the data")
-
-
-def shard(model: Transformer) -> None:
-    """Divide the weights among the processes, in place (FSDP2): each holds rows of all tensors, in float32.
-
-    A block's weights are whole only while the block computes, in the dtype that the model had. Gradients are
-    summed over the processes in float32 as each block's backward ends, so that no process ever holds a whole
-    one: therefore all must run the same number of backward passes (`evenly`).
-    """
-    dtype = model.dtype
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
-        cast_forward_inputs=False)  # the rotation's angles stay float32
-    mesh = init_device_mesh(model.device.type, (world(),))
-    for module in (*model.model.layers, model):  # one block in float32 at a time
-        fully_shard(module.float(), mesh=mesh, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)  # the sum, not the mean
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave it undivided
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that this process holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def rows_of(whole: Tensor, tensor: Tensor) -> Tensor:
-    """The rows of a whole tensor that this process holds of `tensor`."""
-    if not isinstance(tensor, DTensor):
-        return whole
-    chunk = math.ceil(len(whole) / world())
-    return whole[rank() * chunk:(rank() + 1) * chunk]
 
 
 class Optimizer:
@@ -218,7 +175,7 @@ class Optimizer:
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, weight), one after the other; on all processes together, which each get all of it."""
         for name, w in self.weights.items():
-            yield name, (w.full_tensor() if isinstance(w, DTensor) else w.detach()).to(self.dtype)
+            yield name, whole(w.detach()).to(self.dtype)
 
     def refresh(self, copy: Transformer) -> None:
         """Give a copy of the model its present weights, a tensor at a time. Nothing, if it is the model."""
