@@ -409,7 +409,7 @@ def make_plans(args) -> list[Plan]:
 def main():
     args = arguments()
     device, _ = device_and_dtype(args.device)
-    start_processes(device, ALONE)
+    start_processes(device, minutes=ALONE)
     plans = make_plans(args)
     out = Path(args.out)
     tokenizers = {}

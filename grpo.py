@@ -556,7 +556,7 @@ def prompts_of(problems: list, tokenizer: Tokenizer, context: int) -> list[list[
 def main():
     args = arguments()
     device, _ = device_and_dtype(args.device)
-    start_processes(device)
+    start_processes(device, args.timeout)
     args.model, args.out = from_where_to_where(args.model, args.out)
     problems, held_out = read_problems(args)
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)

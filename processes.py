@@ -16,13 +16,14 @@ from torch import Tensor
 from model import Transformer
 
 
-def start_processes(device: torch.device, timeout: timedelta | None = None) -> None:
+def start_processes(device: torch.device, minutes: float) -> None:
     """Join the other processes, if torchrun started several: NCCL between GPUs, gloo between CPUs.
 
-    `timeout`: how long they wait for each other before they give up; None is torch's own.
+    `minutes`: how long they wait for each other before they give up.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
         atexit.register(dist.destroy_process_group)
 
 
@@ -111,7 +112,7 @@ def evenly(parts: list, device: torch.device) -> list:
 
 
 # ---- a file of lines that all processes write ------------------------------------------------------
-ALONE = timedelta(days=7)  # processes that only share files may end days apart
+ALONE = 7 * 24 * 60  # minutes: processes that only share files may end days apart
 
 
 def own_part(path: str) -> str:

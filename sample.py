@@ -587,7 +587,7 @@ def main():
         return
 
     device, _ = device_and_dtype(args.device)
-    start_processes(device, ALONE)
+    start_processes(device, minutes=ALONE)
     found = tasks.find_all(args.task, args.data_dir)
     problems = tasks.problems_of(found, args.split, args.questions, args.seed)
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)

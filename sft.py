@@ -151,7 +151,7 @@ def arguments():
 def main():
     args = arguments()
     device, _ = device_and_dtype(args.device)
-    start_processes(device)
+    start_processes(device, args.timeout)
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
     args.chat_template_kwargs = tokenizer.template_kwargs
     if args.context > model.config.max_position_embeddings:

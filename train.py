@@ -50,6 +50,8 @@ def training_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--save-every", type=natural, default=20,
                    help="steps between checkpoints; 0: only at the end")
     resume_flag(g)
+    g.add_argument("--timeout", type=number(float, 0, open_low=True), default=60.0,
+                   help="of several processes: minutes that they wait for one that is dead or stuck")
 
 
 def lr_or_default(lr: float | None, model: Transformer, miniature: float) -> float:
@@ -225,7 +227,7 @@ class Optimizer:
 # Flags that a resumed run may give anew: they change what is kept, or where and in how many pieces it is
 # computed, which only the rounding shows. (With --dtype auto another device may mean another dtype.)
 FREE_TO_CHANGE = {"out", "resume", "save_every", "eval_every", "device", "slots", "micro_batch_tokens",
-                  "recompute"}
+                  "recompute", "timeout"}
 
 
 class Run:

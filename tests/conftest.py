@@ -141,7 +141,8 @@ def start(script, *flags, processes=1):
         runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*runner, str(ROOT / script), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment(), **pipes)
+    env = environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")  # seconds until a stopped process is killed
+    return subprocess.Popen(command, env=env, **pipes)
 
 
 def finish(process):

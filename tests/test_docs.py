@@ -80,7 +80,8 @@ def test_commands_of_the_readme_exist():
         flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / f"{script}.py").read_text()))
     for script in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "mini" / "pretrain.py"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
-    others = {"--help", "--nproc-per-node", "--max-restarts"}
+    torchrun = {"--nproc-per-node", "--max-restarts", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
+    others = {"--help", "--nodes", "--ntasks-per-node", *torchrun}
     for document in DOCUMENTS:
         named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", document.read_text()))
         assert named <= flags | others, (document.name, named - flags - others)

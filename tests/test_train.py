@@ -291,6 +291,21 @@ def test_a_lost_process_costs_nothing():
     assert close("whole", "cut-1") and close("whole", "cut-3")
 
 
+def test_a_stuck_process_ends_the_run():
+    """The others wait for --timeout; then torchrun ends all, and the last checkpoint is there."""
+    process = start("sft.py", *SFT, "--epochs", "50", "--save-every", "1", "--out", "run", "--timeout", "0.1",
+                    processes=2)
+    while steps_done("run") < 3:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    *_, last = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(last), signal.SIGSTOP)
+    started = time.time()
+    assert process.wait() != 0
+    assert time.time() - started < 90
+    assert len(list(Path("run/state").glob("step-*[0-9]"))) >= 1
+
+
 # ---- input ---------------------------------------------------------------------------------------
 def test_bad_input(cmd):
     refused(cmd, sft, (*SFT, "--out", "none", "--resume"), "holds no run")
