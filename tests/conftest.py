@@ -141,8 +141,12 @@ def start(script, *flags, processes=1):
         runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*runner, str(ROOT / script), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    env = environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")  # seconds until a stopped process is killed
-    return subprocess.Popen(command, env=env, **pipes)
+    return subprocess.Popen(command, env=environment(), **pipes)
+
+
+def children(process):
+    """The processes that a torchrun started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def finish(process):

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MINI, finish, read_rows, start
+from conftest import MINI, children, finish, read_rows, start
 
 from processes import join_parts
 
@@ -45,8 +45,7 @@ def lose_a_process(torchrun, path, lines):
     while not part.exists() or part.read_bytes().count(b"\n") < lines:
         assert torchrun.poll() is None, torchrun.stdout.read()
         time.sleep(0.002)
-    *_, last = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    os.kill(int(last), signal.SIGKILL)
+    os.kill(children(torchrun)[-1], signal.SIGKILL)
     assert torchrun.wait() != 0
 
 
