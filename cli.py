@@ -158,7 +158,8 @@ def goes_on(resume: str | None, out: Path) -> bool:
     if resume == "yes" and not there:
         raise UserError(f"--resume: {out} holds no run (no run.json); "
                         "start it without --resume, with an --out that does not exist")
-    if out.exists() and not (there and resume):
+    begun = out.is_dir() and all(path.name == "run.json.tmp" for path in out.iterdir())  # and then killed
+    if out.exists() and not (there and resume) and not (begun and resume == "auto"):
         raise UserError(f"--out {out} exists; go on with --resume, or give another --out")
     return there
 

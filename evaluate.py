@@ -434,7 +434,7 @@ def main():
                     loaded = load(folder, args.device, args.dtype, args.chat_template_kwargs)
                     sampler = Sampler(*loaded, args.slots)
                     del loaded  # when the next model comes, this one must be gone
-                if rank() == 0 and not out.exists():  # not before a model could be loaded
+                if rank() == 0 and not (out / "run.json").exists():  # not before a model could be loaded
                     write_whole(out / "run.json", json.dumps(run_record(args), indent=2))
                 barrier()
                 with open(own_part(f"{out}/results.jsonl"), "a", encoding="utf-8") as f:

@@ -23,7 +23,11 @@ def start_processes(device: torch.device, minutes: float) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        wait = timedelta(minutes=minutes)
+        store, me, everybody = next(dist.rendezvous("env://", timeout=wait))
+        # torchrun's restarts share a store: without a name of its own one would find the last one's addresses.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=me, world_size=everybody, timeout=wait)
         atexit.register(dist.destroy_process_group)
 
 
@@ -120,6 +124,10 @@ def own_part(path: str) -> str:
     return path if world() == 1 else f"{path}.rank{rank()}"
 
 
+def parts_of(path: str) -> list[str]:
+    return sorted(glob.glob(f"{glob.escape(path)}.rank*"))
+
+
 def join_parts(path: str) -> None:
     """Put the parts that processes wrote, now or before a kill, into the file. For one process to call.
 
@@ -136,7 +144,7 @@ def join_parts(path: str) -> None:
                 seen.add(blake2b(line, digest_size=16).digest())
         f.truncate(end)  # a line that a kill cut short
         f.seek(end)
-        parts = sorted(glob.glob(f"{glob.escape(path)}.rank*"))
+        parts = parts_of(path)
         for part in parts:
             with open(part, "rb") as lines:
                 f.writelines(line for line in lines if line.endswith(b"\n")

@@ -39,7 +39,9 @@ from cli import (
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
 from model import Transformer
-from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, summed, total, world
+from processes import (
+    ALONE, barrier, join_parts, own_part, parts_of, rank, start_processes, summed, total, world,
+)
 from tokenizer import Tokenizer
 
 
@@ -529,6 +531,9 @@ def start_or_resume(args) -> set:
     if there and not os.path.exists(record):
         raise UserError(f"--out {args.out} exists, but not {record} that says how it was made; "
                         "give another --out")
+    if not there and parts_of(args.out):
+        raise UserError(f"{parts_of(args.out)[0]} is left over from another run; remove it, "
+                        "or give another --out")
     if there:
         before = read_json(record)["settings"]
         for name, value in settings.items():
@@ -576,8 +581,7 @@ def answer_by_hand(args) -> None:
     say_what_the_context_cuts([prompt], model, args.max_new_tokens)
     completions, = Sampler(model, tokenizer, args.slots).generate([prompt], args.n, params, args.seed)
     for completion in completions:
-        print(tokenizer.text(completion.tokens), f"\n--- {len(completion.tokens)} tokens, "
-                                                 f"{completion.finish}")
+        say(f"{tokenizer.text(completion.tokens)} \n--- {len(completion.tokens)} tokens, {completion.finish}")
 
 
 def main():

@@ -50,7 +50,7 @@ def training_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--save-every", type=natural, default=20,
                    help="steps between checkpoints; 0: only at the end")
     resume_flag(g)
-    g.add_argument("--timeout", type=number(float, 0, open_low=True), default=60.0,
+    g.add_argument("--timeout", type=number(float, 0, 10**6, open_low=True), default=60.0,
                    help="of several processes: minutes that they wait for one that is dead or stuck")
 
 

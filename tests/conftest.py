@@ -134,11 +134,12 @@ def environment(**kw):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **kw}
 
 
-def start(script, *flags, processes=1):
+def start(script, *flags, processes=1, restarts=0):
     """Run a command as a process of its own, by torchrun if it is to be several."""
     runner = [sys.executable]
     if processes > 1:
-        runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                   "--max-restarts", str(restarts)]
     command = [*runner, str(ROOT / script), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment(), **pipes)

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MINI, children, finish, read_rows, start
+from conftest import MINI, children, finish, read_rows, refused, start
 
+import sample
 from processes import join_parts
 
 SAMPLE = ("--model", MINI, "--device", "cpu", "--questions", "5", "--attempts", "2",
@@ -60,10 +61,16 @@ def test_sampling_in_two_processes_writes_the_rows_of_one():
     assert sorted(path.name for path in Path().glob("cut.jsonl*")) == ["cut.jsonl", "cut.jsonl.run.json"]
 
 
+def test_parts_of_another_run_are_not_taken(cmd):
+    Path("samples.jsonl.rank1").write_text("{}\n")
+    refused(cmd, sample, SAMPLE, "samples.jsonl.rank1 is left over from another run; remove it")
+
+
 def test_evaluating_in_two_processes_writes_the_rows_of_one():
     finish(start("evaluate.py", *EVALUATE, "--out", "one"))
     finish(start("evaluate.py", *EVALUATE, "--out", "two", processes=2))
-    lose_a_process(start("evaluate.py", *EVALUATE, "--out", "cut", processes=2), "cut/results.jsonl", 2)
+    process = start("evaluate.py", *EVALUATE, "--out", "cut", processes=2)
+    lose_a_process(process, "cut/results.jsonl", 2)
     finish(start("evaluate.py", *EVALUATE, "--out", "cut", "--resume"))
     for out in ("two", "cut"):
         assert rows(f"{out}/results.jsonl") == rows("one/results.jsonl")

@@ -159,8 +159,11 @@ def test_resume_auto_starts_or_goes_on(cmd):
     assert fingerprint("whole") == fingerprint("run")
     status, out, _ = cmd(sft, *flags, "--out", "run", "--resume", "auto")
     assert status == 0 and "finished already" in out
-    Path("empty").mkdir()
-    refused(cmd, sft, (*flags, "--out", "empty", "--resume", "auto"), "--out empty exists")
+    Path("begun").mkdir()  # killed before it had written anything
+    assert cmd(sft, *flags, "--out", "begun", "--resume", "auto")[0] == 0
+    Path("other").mkdir()
+    Path("other/file").write_text("of somebody else's")
+    refused(cmd, sft, (*flags, "--out", "other", "--resume", "auto"), "--out other exists")
     refused(cmd, sft, (*flags, "--out", "new", "--resume"), "--resume: new holds no run")
 
 
@@ -288,6 +291,19 @@ def test_a_lost_process_costs_nothing():
         finish(run)
     assert fingerprint("whole") == fingerprint("cut-2")
     assert close("whole", "cut-1") and close("whole", "cut-3")
+
+
+def test_torchrun_restarts_what_was_lost():
+    """`--max-restarts` with `--resume auto`: the same bytes, with nobody at the keyboard."""
+    flags = (*SFT, "--epochs", "3", "--save-every", "3", "--resume", "auto")
+    finish(start("sft.py", *flags, "--out", "whole", processes=2))
+    process = start("sft.py", *flags, "--out", "cut", processes=2, restarts=1)
+    while steps_done("cut") < 5:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.002)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    finish(process)
+    assert fingerprint("whole") == fingerprint("cut")
 
 
 def test_a_stuck_process_ends_the_run():
