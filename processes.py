@@ -25,7 +25,7 @@ def start_processes(device: torch.device, minutes: float) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         wait = timedelta(minutes=minutes)
         store, me, everybody = next(dist.rendezvous("env://", timeout=wait))
-        # torchrun's restarts share a store: without a name of its own one would find the last one's addresses.
+        # torchrun's restarts share a store: without a name of its own one would find the old addresses.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=me, world_size=everybody, timeout=wait)
         atexit.register(dist.destroy_process_group)
