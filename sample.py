@@ -479,9 +479,10 @@ class Reflections:
 def attempt_requests(args, problems: list, done: set, tokenizer: Tokenizer) -> deque[Request]:
     """A request for each question and style, for the attempts that are not `done`."""
     queue = deque()
+    styles = split_list(args.styles, "--styles")
     for task, problem in problems:
         for hint in (False, True) if args.hint else (False,):
-            for style in split_list(args.styles, "--styles"):
+            for style in styles:
                 messages = task.prompt(problem, style, hint)
                 system = messages[0]["content"] if messages[0]["role"] == "system" else None
                 name = style + ("-hint" if hint else "")
