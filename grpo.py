@@ -8,8 +8,8 @@
 On one question the model writes a group of answers; one that is better than its group's mean is made
 likelier, token by token, as far as the clip allows. In one process the weights that sample are the weights
 that train; several train on shards and sample from a whole copy, refreshed after every step. The old
-log-probabilities are the sampler's own, so the ratio is to the policy that really sampled; how far sampler and
-trainer are apart is in the log of every step.
+log-probabilities are the sampler's own, so the ratio is to the policy that really sampled; how far sampler
+and trainer are apart is in the log of every step.
 
 Words: a *rollout* is one sampled answer, from the sampler a `Completion`, in the loss a `Response`; a *group*
 is a question with its rollouts. In training the responses of a micro-batch attend to one copy of their prompt
