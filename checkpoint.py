@@ -12,6 +12,7 @@ Left out: other weight formats (pytorch_model.bin, GGUF), quantised weights, ada
 """
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,8 +138,11 @@ def find_folder(model: str | Path) -> Path:
                         f"and it could not be fetched from the hub ({reason})") from e
 
 
-def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """All tensors of a folder by name, from model.safetensors or from the shards that its index lists."""
+def read_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors of a folder by name, from model.safetensors or from the shards that its index lists.
+
+    In `dtype`, but for those that are no floating-point numbers, which the caller refuses.
+    """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         shards = ["model.safetensors"]
@@ -158,7 +162,8 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
             with safe_open(folder / shard, "pt", device=str(device)) as f:
                 for name in f.keys():  # noqa: SIM118 (a safetensors file is not a dict)
                     if not name.endswith("rotary_emb.inv_freq"):  # old folders hold these constants
-                        weights[name] = f.get_tensor(name)
+                        w = f.get_tensor(name)
+                        weights[name] = w.to(dtype) if w.is_floating_point() else w
         except FileNotFoundError as e:
             raise UserError(f"{folder / shard}: no such file, but the index lists it; "
                             "fetch the folder again") from e
@@ -205,8 +210,12 @@ def read_folder(model: str | Path, template_kwargs: dict | None = None) -> tuple
 
 def load(
     model: str | Path, device: str = "auto", dtype: str = "auto", template_kwargs: dict | None = None,
+    on_host: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
-    """(Transformer, Tokenizer) of a Hugging Face folder or hub id, as `read_folder` reads it."""
+    """(Transformer, Tokenizer) of a Hugging Face folder or hub id, as `read_folder` reads it.
+
+    `on_host` leaves the weights in main memory, mapped from their files, for `processes.shard` to take from.
+    """
     device, dtype = device_and_dtype(device, dtype)
     folder, config, tokenizer = read_folder(model, template_kwargs)
     if not tokenizer.has_template:
@@ -220,11 +229,10 @@ def load(
         say(f"{folder}: its chat template ends a turn with no token that the tokenizer has; eos_token does")
     with torch.device("meta"):
         transformer = Transformer(config)
-    weights = read_weights(folder, device)
+    weights = read_weights(folder, torch.device("cpu") if on_host else device, dtype)
     if config.tie_word_embeddings:
         drop_tied_head(folder, weights)
     check_weights(folder, weights, transformer.state_dict())
-    weights = {name: w.to(dtype) for name, w in weights.items()}
     transformer.load_state_dict(weights, strict=True, assign=True)
     transformer.frequencies = transformer.frequencies.to(device)
     transformer.vocab = min(tokenizer.size, config.vocab_size)
@@ -288,17 +296,21 @@ def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[torch.d
 
 
 # ---- saving a folder -----------------------------------------------------------------------------
+SHARD_BYTES = 5 * 10**9  # of the weights in one file: what the hub and other engines expect
+
+
 def save(
-    path: str | Path, model: Transformer, tokenizer: Tokenizer, weights: dict[str, Tensor] | None = None,
+    path: str | Path, model: Transformer, tokenizer: Tokenizer,
+    weights: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write a Hugging Face folder that transformers and vLLM load unchanged.
 
-    Each file appears whole or not at all. `weights` are the model's, where it is sharded and has only parts.
+    Each file appears whole or not at all. `weights` are the model's, one after the other, where it is sharded
+    and has only parts.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    weights = weights or {name: w.detach().to("cpu") for name, w in model.named_parameters()}
-    save_tensors(path / "model.safetensors", {name: w.contiguous() for name, w in weights.items()})
+    dtype = save_weights(path, weights or model.named_parameters())
     for name, content in tokenizer.files.items():
         if name != "generation_config.json":
             write_whole(path / name, content)
@@ -309,23 +321,62 @@ def save(
     generation = {name: source[name] for name in ("bos_token_id", "pad_token_id") if name in source}
     generation["eos_token_id"] = tokenizer.stop_ids
     write_whole(path / "generation_config.json", json.dumps(generation, indent=2))
-    dtype = next(iter(weights.values())).dtype
     config = {**model.config.source, "torch_dtype": str(dtype).removeprefix("torch.")}
     # transformers 5's name for torch_dtype goes, or the two could disagree.
     config.pop("dtype", None)
     write_whole(path / "config.json", json.dumps(config, indent=2))
 
 
+def save_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> torch.dtype:
+    """model.safetensors, or shards of at most SHARD_BYTES (or of one tensor) with an index.
+
+    Only one shard is in main memory at a time. All are written before the first gets its name, and the index
+    comes last, so that nobody reads a mixture of old and new ones. Returns the dtype.
+    """
+    shards = []  # the names of the tensors in each
+    held = {}
+
+    def write():
+        shards.append(list(held))
+        write_tensors(folder / f"model-{len(shards):05d}.safetensors.tmp", held)
+        held.clear()
+
+    size = 0
+    for name, w in weights:
+        w = w.detach().to("cpu").contiguous()
+        if held and sum(x.nbytes for x in held.values()) + w.nbytes > SHARD_BYTES:
+            write()
+        held[name] = w
+        size += w.nbytes
+    write()
+    index = folder / "model.safetensors.index.json"
+    index.unlink(missing_ok=True)
+    if len(shards) > 1:
+        (folder / "model.safetensors").unlink(missing_ok=True)
+    file_of = {}
+    for i, names in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        os.replace(folder / f"model-{i:05d}.safetensors.tmp", folder / name)
+        file_of.update(dict.fromkeys(names, name))
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": size}, "weight_map": file_of}
+        write_whole(index, json.dumps(content, indent=2))
+    return w.dtype
+
+
 def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file that is there whole or not at all."""
-    tmp = f"{path}.tmp"
+    write_tensors(f"{path}.tmp", tensors)
+    os.replace(f"{path}.tmp", path)
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     try:
         # The metadata tells transformers that the tensors are PyTorch's.
-        save_file(tensors, tmp, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as e:  # a full disk comes out as this
-        Path(tmp).unlink(missing_ok=True)
+        Path(path).unlink(missing_ok=True)
         raise UserError(f"{path}: could not be written ({e})") from e
-    os.chmod(tmp, 0o644)  # the library makes it readable by its owner only
-    with open(tmp, "rb") as f:
+    os.chmod(path, 0o644)  # the library makes it readable by its owner only
+    with open(path, "rb") as f:
         os.fsync(f.fileno())
-    os.replace(tmp, path)

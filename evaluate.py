@@ -13,7 +13,6 @@ elsewhere, or \\boxed{}): what training gains there is form, not reasoning.
 another model.
 """
 import json
-import math
 import os
 import re
 from collections import deque
@@ -21,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 import tasks
@@ -33,88 +31,8 @@ from cli import (
 from grading import last_boxed, verdict
 from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, world
 from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
+from summary import pass_at, summarise
 from tokenizer import Tokenizer
-
-Interval = tuple[float, float]
-
-
-# ---- statistics ----------------------------------------------------------------------------------
-def wilson(right: float, n: float, z: float = 1.96) -> Interval:
-    """95% interval of a proportion (Wilson 1927); it stays within 0..1 and is sane at 0 and n."""
-    p = right / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
-LEAST_CORRELATION = 0.1  # of the samples of a question
-
-
-def interval(right) -> Interval:
-    """95% interval of the accuracy. right: (questions, samples) of 0 and 1.
-
-    Wilson's for the independent answers that the samples are worth, accuracy (1 - accuracy) / variance of the
-    mean over questions, with Student's quantile for so many questions. Where few answers are right, the
-    variance that shows is often too small: so the samples of a question count as correlated by 0.1 at least.
-    A test simulates how often it holds the truth.
-    """
-    right = np.asarray(right, dtype=float)
-    n, k = right.shape
-    accuracy = right.mean()
-    variance = right.mean(1).var(ddof=1) / n if n > 1 else 0.0
-    if k == 1 or variance == 0:
-        return wilson(accuracy * n, n)
-    most = n * k / (1 + (k - 1) * LEAST_CORRELATION)
-    worth = min(accuracy * (1 - accuracy) / variance, most)
-    return wilson(accuracy * worth, worth, student(n - 1))
-
-
-FEW = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
-
-
-def student(df: int) -> float:
-    """The 97.5% quantile of Student's t for `df` degrees of freedom (Abramowitz and Stegun 26.7.5)."""
-    z = 1.959964
-    if df in FEW:
-        return FEW[df]
-    return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
-
-
-def paired(differences) -> Interval:
-    """95% interval of a mean difference over questions (Student's).
-
-    If every question has the same difference, the margin is the upper end of Wilson's interval of 0 out of n.
-    """
-    differences = np.asarray(differences, dtype=float)
-    n = len(differences)
-    mean = differences.mean()
-    _, margin = wilson(0, n)
-    if n > 1 and differences.std() > 0:
-        margin = student(n - 1) * differences.std(ddof=1) / math.sqrt(n)
-    return max(-1.0, float(mean - margin)), min(1.0, float(mean + margin))
-
-
-def pass_at(k: int, n: int, c: int) -> float:
-    """Chance that at least one of k samples is right, when c of n are (Chen et al. 2021).
-
-    1 - C(n-c, k) / C(n, k)
-    """
-    if k > n:
-        raise UserError(f"--k: pass@{k} needs at least {k} samples of a question, there are {n}; "
-                        "raise --samples")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def f1(verdicts: list[tuple[bool, bool]], label: bool) -> float | None:
-    """F1 of the verdicts [(said, actual)] for one class; None if the class never occurs on either side."""
-    hits = sum(said == label and actual == label for said, actual in verdicts)
-    misses = sum((said == label) != (actual == label) for said, actual in verdicts)
-    if not hits and not misses:
-        return None
-    return 2 * hits / (2 * hits + misses)
-
 
 # ---- use of the skills ---------------------------------------------------------------------------
 # An attempt, and all that follows until the next one.
@@ -283,56 +201,6 @@ def forced_result(task, problem, completion, tokenizer):
     }
 
 
-def summarise(rows: list[dict], baseline: list[dict], plan: Plan) -> dict:
-    """The figures of a cell. `baseline`: the first model's rows on the task."""
-    def by_question(values):
-        return np.array(values, dtype=float).reshape(-1, plan.samples)  # (questions, samples)
-
-    def mean(name):
-        return float(np.mean([row[name] for row in rows]))
-
-    right = by_question([row["correct"] for row in rows])
-    pass_at_k = {}
-    for k in plan.ks:
-        pass_at_k[k] = float(np.mean([pass_at(k, plan.samples, int(c)) for c in right.sum(1)]))
-    tokens = [row["tokens"] for row in rows]
-    verdicts = [v for row in rows for v in row["verdicts"]]
-    cell = {
-        "model": rows[0]["model"],
-        "task": rows[0]["task"],
-        "questions": len(right),
-        "samples": plan.samples,
-        "accuracy": right.mean(),
-        "interval": interval(right),
-        "lenient": mean("lenient"),
-        "no_answer": float(np.mean([row["answer"] is None for row in rows])),
-        "wrong_form": mean("wrong_form"),
-        "pass": pass_at_k,
-        "truncated": float(np.mean([row["finish"] == "length" for row in rows])),
-        "tokens": mean("tokens"),
-        "answers": mean("answers"),
-        "reflections": mean("reflections"),
-        "first_attempt": float(np.mean([row["attempts"][:1] == [True] for row in rows])),
-        "any_attempt": float(np.mean([any(row["attempts"]) for row in rows])),
-        "token_quantiles": {q: float(np.quantile(tokens, q / 100)) for q in (5, 25, 50, 75, 95)},
-        "f1_correct": f1(verdicts, True),
-        "f1_incorrect": f1(verdicts, False),
-        "verdicts": len(verdicts),
-    }
-    if rows[0]["model"] != baseline[0]["model"]:
-        difference = right - by_question([row["correct"] for row in baseline])
-        cell["difference"] = float(difference.mean(1).mean())
-        cell["difference_interval"] = paired(difference.mean(1))
-    if "forced" in rows[0]:
-        forced = by_question([row["forced"]["correct"] for row in rows])
-        cell["forced"] = forced.mean()
-        cell["forced_interval"] = interval(forced)
-        cell["forced_tokens"] = float(np.mean([row["forced"]["tokens"] for row in rows]))
-        cell["forced_difference"] = float((forced - right).mean())
-        cell["forced_difference_interval"] = paired((forced - right).mean(1))
-    return cell
-
-
 # ---- the command ---------------------------------------------------------------------------------
 # Where the README's commands leave their models.
 ARMS = {"base": "mini", "rl-only": "out/rl", "sft": "out/sft", "sft+grpo": "out/grpo"}
@@ -445,7 +313,8 @@ def main():
                 if world() > 1:
                     results = read_results(out)
             if rank() == 0:
-                cell = summarise(in_order(results, name, plan), in_order(results, first, plan), plan)
+                cell = summarise(
+                    in_order(results, name, plan), in_order(results, first, plan), plan.samples, plan.ks)
                 cell["chat_template_kwargs"] = tokenizers[name].template_kwargs
                 cells.append(cell)
                 tables = write_summary(out, cells, results, args)

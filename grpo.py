@@ -31,7 +31,7 @@ import tasks
 from checkpoint import device_and_dtype, load
 from cli import UserError, command, natural, number, parser, positive, say
 from model import Attend, Transformer
-from processes import evenly, largest, rank, start_processes, summed, total, world
+from processes import evenly, largest, rank, shard, start_processes, summed, total, twin, world
 from sample import Completion, Params, Sampler, say_what_the_context_cuts
 from tokenizer import Tokenizer
 from train import (
@@ -554,24 +554,36 @@ def prompts_of(problems: list, tokenizer: Tokenizer, context: int) -> list[list[
     return prompts
 
 
+def copies_of(model: Transformer, device: torch.device, kl: float) -> tuple[Transformer, Transformer | None]:
+    """(the model to sample from, the reference of a KL term).
+
+    In one process the first is the model itself. Several train on shards of the model and sample from a whole
+    copy; the reference, where there is one, is sharded as well.
+    """
+    if world() == 1:
+        return model, deepcopy(model).requires_grad_(False) if kl else None
+    reference = None
+    if kl:
+        reference = twin(model)
+        shard(reference, masters=False)
+    return twin(model).to(device), reference
+
+
 def main():
     args = arguments()
     device, _ = device_and_dtype(args.device)
     start_processes(device, args.timeout)
     args.model, args.out = from_where_to_where(args.model, args.out)
     problems, held_out = read_problems(args)
-    model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
+    model, tokenizer = load(
+        args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
     args.chat_template_kwargs = tokenizer.template_kwargs
     context = model.config.max_position_embeddings
     prompts = prompts_of(problems, tokenizer, context)
     prompts_of(held_out, tokenizer, context)
-    reference = None
-    if args.kl:
-        reference = deepcopy(model).requires_grad_(False)  # before resuming: the model the run began with
 
     run = Run(args)
-    # The optimizer shards the model of several processes; they sample from a whole copy of it.
-    policy = deepcopy(model).requires_grad_(False) if world() > 1 else model
+    policy, reference = copies_of(model, device, args.kl)  # before resuming: the reference is where it began
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     run.restore(optimizer, tokenizer)
     optimizer.refresh(policy)

@@ -68,12 +68,13 @@ def barrier() -> None:
 
 
 # ---- a model that all hold a part of ---------------------------------------------------------------
-def shard(model: Transformer) -> None:
-    """Divide the weights among the processes, in place (FSDP2): each holds rows of all tensors, in float32.
+def shard(model: Transformer, masters: bool = True) -> None:
+    """Divide the weights among the processes, in place (FSDP2): each holds rows of all tensors.
 
-    A block's weights are whole only while the block computes, in the dtype that the model had. Gradients are
+    They are held in float32, to be the masters of an optimizer (or, without `masters`, as they are). A
+    block's weights are whole only while the block computes, in the dtype that the model had. Gradients are
     summed over the processes in float32 as each block's backward ends, so that no process ever holds a whole
-    one: therefore all must run the same number of backward passes (`evenly`).
+    one: therefore all must run the same number of passes (`evenly`).
     """
     from torch.distributed.device_mesh import init_device_mesh  # here: their import takes half a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -81,11 +82,21 @@ def shard(model: Transformer) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
         cast_forward_inputs=False)  # the rotation's angles stay float32
-    mesh = init_device_mesh(model.device.type, (world(),))
-    for module in (*model.model.layers, model):  # one block in float32 at a time
-        fully_shard(module.float(), mesh=mesh, mp_policy=policy)
+    mesh = init_device_mesh(model.frequencies.device.type, (world(),))
+    for module in (*model.model.layers, model):  # one block at a time leaves the host for the device
+        fully_shard(module.float() if masters else module, mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the sum, not the mean
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave it undivided
+
+
+def twin(model: Transformer) -> Transformer:
+    """A second model, frozen, with the same tensors as weights: not copies."""
+    with torch.device("meta"):
+        other = Transformer(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.frequencies = model.frequencies
+    other.vocab = model.vocab
+    return other.requires_grad_(False)
 
 
 def local(tensor: Tensor) -> Tensor:

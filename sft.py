@@ -152,7 +152,8 @@ def main():
     args = arguments()
     device, _ = device_and_dtype(args.device)
     start_processes(device, args.timeout)
-    model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
+    model, tokenizer = load(
+        args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
     args.chat_template_kwargs = tokenizer.template_kwargs
     if args.context > model.config.max_position_embeddings:
         raise UserError(f"--context {args.context}: "

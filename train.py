@@ -307,12 +307,11 @@ class Run:
         barrier()
 
     def _save_model(self, optimizer, tokenizer):
-        weights = {}  # on the first process
-        for name, w in optimizer.whole_weights():
-            if rank() == 0:
-                weights[name] = w.to("cpu")
+        weights = optimizer.whole_weights()
         if rank() == 0:
             save_model_folder(self.out, optimizer.model, tokenizer, weights)
+        for _ in weights:  # the other processes give their parts
+            pass
 
     def log(self, row: dict, name: str = "metrics.jsonl") -> None:
         if rank() == 0:

@@ -1,13 +1,16 @@
 """A model folder means what it says, and a wrong one is named as such."""
+import itertools
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, MINI, TINY
+from conftest import FAMILIES, MINI, TINY, tiny
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 from checkpoint import config_of, find_folder, load, save
 from cli import UserError
 from tokenizer import CHATML, Tokenizer
@@ -37,6 +40,63 @@ def test_save_and_load_round_trip(folder, tmp_path, family, sharded):
     for name, w in model.state_dict().items():
         assert torch.equal(w, again.state_dict()[name])
     assert hasattr(again, "lm_head") == (family == "qwen2-untied")
+
+
+def test_large_weights_are_saved_in_shards(tmp_path, monkeypatch):
+    """As transformers writes and reads them: an index, and no file over the limit."""
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = tiny("qwen2-untied")
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    save(tmp_path, model, tokenizer)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    for shard in shards:
+        tensors = load_file(shard)
+        assert sum(w.nbytes for w in tensors.values()) <= 20_000 or len(tensors) == 1
+    again, _ = load(tmp_path, "cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, w in model.state_dict().items():
+        assert torch.equal(w, again.state_dict()[name]) and torch.equal(w, theirs[name])
+    size = json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    assert size == sum(w.nbytes for w in model.parameters())
+
+
+@pytest.mark.parametrize("sizes", [(20_000, 20_000), (20_000, 10**9), (10**9, 20_000)])
+def test_old_and_new_shards_are_never_mixed(tmp_path, monkeypatch, sizes):
+    """A kill at any rename or removal of a save leaves the old weights, the new ones, or none that load."""
+    (old, tokenizer), (new, _) = tiny("qwen2", seed=0), tiny("qwen2", seed=1)
+    found = []
+    for moment in itertools.count():
+        monkeypatch.setattr(checkpoint, "SHARD_BYTES", sizes[0])
+        save(tmp_path / str(moment), old, tokenizer)
+        monkeypatch.setattr(checkpoint, "SHARD_BYTES", sizes[1])
+        left = [moment]
+
+        def pulled(real, left=left):
+            def step(*args, **kw):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                return real(*args, **kw)
+            return step
+
+        with monkeypatch.context() as m:
+            m.setattr(os, "replace", pulled(os.replace))
+            m.setattr(Path, "unlink", pulled(Path.unlink))
+            try:
+                save(tmp_path / str(moment), new, tokenizer)
+                break
+            except KeyboardInterrupt:
+                pass
+        try:
+            weights = load(tmp_path / str(moment), "cpu")[0].state_dict()
+        except UserError:
+            found.append("none")
+            continue
+        for name, model in (("old", old), ("new", new)):
+            if all(torch.equal(w, weights[key]) for key, w in model.state_dict().items()):
+                found.append(name)
+    assert len(found) == moment > 3 and {"old", "new"} <= set(found)
 
 
 def test_shards_stay_inside_the_folder(folder):

@@ -11,8 +11,9 @@ import evaluate
 import report
 import tasks
 from cli import UserError
-from evaluate import f1, forced_prompt, interval, named_model, paired, pass_at, skills, wilson
+from evaluate import forced_prompt, named_model, skills
 from sample import Completion
+from summary import f1, interval, paired, pass_at, student, wilson
 from tokenizer import Tokenizer
 
 
@@ -37,7 +38,7 @@ def test_wilson_equals_its_tabulated_values():
 @pytest.mark.parametrize("df, quantile", [(4, 2.776), (1, 12.706), (5, 2.571), (14, 2.145), (29, 2.045),
                                           (99, 1.984), (10**6, 1.960)])
 def test_students_quantile_equals_its_tabulated_values(df, quantile):
-    assert evaluate.student(df) == pytest.approx(quantile, abs=1e-2)
+    assert student(df) == pytest.approx(quantile, abs=1e-2)
 
 
 @pytest.mark.parametrize("questions, samples", [(15, 34), (30, 34), (100, 4), (500, 4)])

@@ -1,0 +1,146 @@
+"""The figures of an evaluation: from graded responses to accuracies with intervals, pass@k and use of skills.
+
+    summarise(rows, baseline, samples=4, ks=[1, 4])   # the rows of a model on a task -> {name: figure}
+    interval([[1, 1, 0, 1], [0, 0, 0, 1]])            # 95%, of two questions with four samples each
+
+All intervals are at 95%. Left out: corrections for looking at many cells at once.
+"""
+import math
+
+import numpy as np
+
+from cli import UserError
+
+Interval = tuple[float, float]
+
+
+# ---- intervals -----------------------------------------------------------------------------------
+def wilson(right: float, n: float, z: float = 1.96) -> Interval:
+    """95% interval of a proportion (Wilson 1927); it stays within 0..1 and is sane at 0 and n."""
+    p = right / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+LEAST_CORRELATION = 0.1  # of the samples of a question
+
+
+def interval(right) -> Interval:
+    """95% interval of the accuracy. right: (questions, samples) of 0 and 1.
+
+    Wilson's for the independent answers that the samples are worth, accuracy (1 - accuracy) / variance of the
+    mean over questions, with Student's quantile for so many questions. Where few answers are right, the
+    variance that shows is often too small: so the samples of a question count as correlated by 0.1 at least.
+    A test simulates how often it holds the truth.
+    """
+    right = np.asarray(right, dtype=float)
+    n, k = right.shape
+    accuracy = right.mean()
+    variance = right.mean(1).var(ddof=1) / n if n > 1 else 0.0
+    if k == 1 or variance == 0:
+        return wilson(accuracy * n, n)
+    most = n * k / (1 + (k - 1) * LEAST_CORRELATION)
+    worth = min(accuracy * (1 - accuracy) / variance, most)
+    return wilson(accuracy * worth, worth, student(n - 1))
+
+
+FEW = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def student(df: int) -> float:
+    """The 97.5% quantile of Student's t for `df` degrees of freedom (Abramowitz and Stegun 26.7.5)."""
+    z = 1.959964
+    if df in FEW:
+        return FEW[df]
+    return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
+
+
+def paired(differences) -> Interval:
+    """95% interval of a mean difference over questions (Student's).
+
+    If every question has the same difference, the margin is the upper end of Wilson's interval of 0 out of n.
+    """
+    differences = np.asarray(differences, dtype=float)
+    n = len(differences)
+    mean = differences.mean()
+    _, margin = wilson(0, n)
+    if n > 1 and differences.std() > 0:
+        margin = student(n - 1) * differences.std(ddof=1) / math.sqrt(n)
+    return max(-1.0, float(mean - margin)), min(1.0, float(mean + margin))
+
+
+def pass_at(k: int, n: int, c: int) -> float:
+    """Chance that at least one of k samples is right, when c of n are (Chen et al. 2021).
+
+    1 - C(n-c, k) / C(n, k)
+    """
+    if k > n:
+        raise UserError(f"--k: pass@{k} needs at least {k} samples of a question, there are {n}; "
+                        "raise --samples")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def f1(verdicts: list[tuple[bool, bool]], label: bool) -> float | None:
+    """F1 of the verdicts [(said, actual)] for one class; None if the class never occurs on either side."""
+    hits = sum(said == label and actual == label for said, actual in verdicts)
+    misses = sum((said == label) != (actual == label) for said, actual in verdicts)
+    if not hits and not misses:
+        return None
+    return 2 * hits / (2 * hits + misses)
+
+
+# ---- a cell: one model on one task ---------------------------------------------------------------
+def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int]) -> dict:
+    """The figures of a cell: one model on one task, each question asked `samples` times, pass@k for `ks`.
+
+    `rows` are in the order of the questions; `baseline` are the first model's.
+    """
+    def by_question(values):
+        return np.array(values, dtype=float).reshape(-1, samples)  # (questions, samples)
+
+    def mean(name):
+        return float(np.mean([row[name] for row in rows]))
+
+    right = by_question([row["correct"] for row in rows])
+    pass_at_k = {}
+    for k in ks:
+        pass_at_k[k] = float(np.mean([pass_at(k, samples, int(c)) for c in right.sum(1)]))
+    tokens = [row["tokens"] for row in rows]
+    verdicts = [v for row in rows for v in row["verdicts"]]
+    cell = {
+        "model": rows[0]["model"],
+        "task": rows[0]["task"],
+        "questions": len(right),
+        "samples": samples,
+        "accuracy": right.mean(),
+        "interval": interval(right),
+        "lenient": mean("lenient"),
+        "no_answer": float(np.mean([row["answer"] is None for row in rows])),
+        "wrong_form": mean("wrong_form"),
+        "pass": pass_at_k,
+        "truncated": float(np.mean([row["finish"] == "length" for row in rows])),
+        "tokens": mean("tokens"),
+        "answers": mean("answers"),
+        "reflections": mean("reflections"),
+        "first_attempt": float(np.mean([row["attempts"][:1] == [True] for row in rows])),
+        "any_attempt": float(np.mean([any(row["attempts"]) for row in rows])),
+        "token_quantiles": {q: float(np.quantile(tokens, q / 100)) for q in (5, 25, 50, 75, 95)},
+        "f1_correct": f1(verdicts, True),
+        "f1_incorrect": f1(verdicts, False),
+        "verdicts": len(verdicts),
+    }
+    if rows[0]["model"] != baseline[0]["model"]:
+        difference = right - by_question([row["correct"] for row in baseline])
+        cell["difference"] = float(difference.mean(1).mean())
+        cell["difference_interval"] = paired(difference.mean(1))
+    if "forced" in rows[0]:
+        forced = by_question([row["forced"]["correct"] for row in rows])
+        cell["forced"] = forced.mean()
+        cell["forced_interval"] = interval(forced)
+        cell["forced_tokens"] = float(np.mean([row["forced"]["tokens"] for row in rows]))
+        cell["forced_difference"] = float((forced - right).mean())
+        cell["forced_difference_interval"] = paired((forced - right).mean(1))
+    return cell
