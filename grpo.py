@@ -19,7 +19,6 @@ To try another reward, edit `rewards_of`. Left out: asynchronous rollouts, a val
 """
 import random
 import time
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from torch import Tensor
 
 import tasks
 from checkpoint import device_and_dtype, load
-from cli import UserError, command, natural, number, parser, positive, say
+from cli import UserError, command, natural, number, parser, positive, say, wants_plan
 from model import Attend, Transformer
 from processes import evenly, largest, rank, shard, start_processes, summed, total, twin, world
 from sample import Completion, Params, Sampler, say_what_the_context_cuts
@@ -561,7 +560,7 @@ def copies_of(model: Transformer, device: torch.device, kl: float) -> tuple[Tran
     copy; the reference, where there is one, is sharded as well.
     """
     if world() == 1:
-        return model, deepcopy(model).requires_grad_(False) if kl else None
+        return model, twin(model, copied=True) if kl else None
     reference = None
     if kl:
         reference = twin(model)
@@ -571,6 +570,10 @@ def copies_of(model: Transformer, device: torch.device, kl: float) -> tuple[Tran
 
 def main():
     args = arguments()
+    if wants_plan(args):
+        import plan
+        plan.of_grpo(args)
+        return
     device, _ = device_and_dtype(args.device)
     start_processes(device, args.timeout)
     args.model, args.out = from_where_to_where(args.model, args.out)

@@ -6,6 +6,9 @@ import atexit
 import glob
 import math
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import blake2b
 
@@ -13,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cli import UserError
 from model import Transformer
 
 
@@ -27,8 +31,40 @@ def start_processes(device: torch.device, minutes: float) -> None:
         store, me, everybody = next(dist.rendezvous("env://", timeout=wait))
         # torchrun's restarts share a store: without a name of its own one would find the old addresses.
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=me, world_size=everybody, timeout=wait)
+        # The roll call names who is missing within `wait`; the collective itself must not give up before it.
+        dist.init_process_group(backend, store=store, rank=me, world_size=everybody, timeout=2 * wait)
+        global _messengers, _minutes
+        _messengers = dist.new_group(backend="gloo", timeout=2 * wait)
+        _minutes = minutes
         atexit.register(dist.destroy_process_group)
+
+
+_messengers = None  # a group of its own for the roll call: it works after another one has failed, and on GPUs
+_minutes = 0.0
+
+
+def call_the_roll(minutes: float | None = None) -> None:
+    """Wait until all processes are here. Raises UserError that names those which do not come in time."""
+    minutes = _minutes if minutes is None else minutes
+    try:
+        dist.monitored_barrier(_messengers, timeout=timedelta(minutes=minutes), wait_all_ranks=True)
+    except RuntimeError as e:
+        # The first process hears of all others; these hear of the first only.
+        named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(e))
+        who = named.group(1).strip(" ,") if named else "0 (or what its message names)"
+        raise UserError(f"process {who} of {world()} is dead or stuck: it did not come within {minutes:g} "
+                        "minutes (--timeout); the last checkpoint is good, go on with --resume") from e
+
+
+@contextmanager
+def naming_the_missing() -> Iterator[None]:
+    """Where other processes left a computation in the lurch, find out which. Raises UserError then."""
+    try:
+        yield
+    except RuntimeError as e:
+        if world() > 1 and ("gloo" in str(e) or isinstance(e, dist.DistError)):
+            call_the_roll(min(_minutes, 1 / 6))
+        raise
 
 
 def rank() -> int:
@@ -57,6 +93,7 @@ def largest(value: float, device: torch.device) -> float:
 def _reduced(values, device, op):
     if world() == 1:
         return list(values)
+    call_the_roll()
     t = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(t, op=getattr(dist.ReduceOp, op))
     return t.tolist()
@@ -64,7 +101,7 @@ def _reduced(values, device, op):
 
 def barrier() -> None:
     if world() > 1:
-        dist.barrier()
+        call_the_roll()
 
 
 # ---- a model that all hold a part of ---------------------------------------------------------------
@@ -89,11 +126,12 @@ def shard(model: Transformer, masters: bool = True) -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave it undivided
 
 
-def twin(model: Transformer) -> Transformer:
-    """A second model, frozen, with the same tensors as weights: not copies."""
+def twin(model: Transformer, copied: bool = False) -> Transformer:
+    """A second model, frozen, whose weights are the same tensors, or copies of them."""
     with torch.device("meta"):
         other = Transformer(model.config)
-    other.load_state_dict(model.state_dict(), assign=True)
+    weights = {name: w.clone() if copied else w for name, w in model.state_dict().items()}
+    other.load_state_dict(weights, assign=True)
     other.frequencies = model.frequencies
     other.vocab = model.vocab
     return other.requires_grad_(False)

@@ -33,8 +33,8 @@ from cache import (
 )
 from checkpoint import device_and_dtype, load
 from cli import (
-    UserError, command, natural, number, parser, positive, read_json, read_jsonl, run_record, say, split_list,
-    to_json, write_whole,
+    UserError, command, natural, number, parser, plan_flags, positive, read_json, read_jsonl, run_record, say,
+    split_list, to_json, wants_plan, write_whole,
 )
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
@@ -212,7 +212,7 @@ class Sampler:
         current_capacity = old.capacity if old else None
         capacity = slot_capacity(needed, current_capacity, growing, context, GRAIN[device.type])
         bytes_a_slot = capacity * KVCache.bytes_per_token(model.config, model.dtype)
-        fitting = int(self.memory_for_cache() // bytes_a_slot)
+        fitting = max(0, int(self.memory_for_cache() // bytes_a_slot))
         waiting = sum(len(request.indices) for request in queue)
         current_slots = old.slots if old else 0
         slots = slot_count(waiting, current_slots, self.wanted_slots, fitting, MOST_SLOTS[device.type])
@@ -453,6 +453,7 @@ def arguments():
     g.add_argument("--max-new-tokens", type=positive, default=512, help="budget of an attempt or reflection")
     g.add_argument("--slots", type=natural, default=0,
                    help="rows decoded at once; 0: as many as fit in memory")
+    plan_flags(g)
     args = p.parse_args()
     for style in split_list(args.styles, "--styles"):
         if style not in tasks.STYLES:
@@ -589,6 +590,10 @@ def main():
     args = arguments()
     if args.prompt is not None:
         answer_by_hand(args)
+        return
+    if wants_plan(args):
+        import plan
+        plan.of_sample(args)
         return
 
     device, _ = device_and_dtype(args.device)

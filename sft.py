@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from checkpoint import device_and_dtype, load
-from cli import UserError, command, number, parser, positive, read_jsonl, say, split_list
+from cli import UserError, command, number, parser, positive, read_jsonl, say, split_list, wants_plan
 from conversations import plain_messages
-from model import Transformer
+from model import Config, Transformer
 from processes import evenly, rank, start_processes, total, world
 from tokenizer import Tokenizer
 from train import (
@@ -92,6 +92,15 @@ def make_batches(
     return batches
 
 
+def all_batches(examples: list[Example], args, model: Transformer) -> list[list[Example]]:
+    """The batches of all epochs."""
+    epochs = args.epochs or (MINIATURE_EPOCHS if model.is_miniature else 2)
+    batches = []
+    for epoch in range(epochs):
+        batches += make_batches(examples, args.tokens_per_batch, args.seed, epoch)
+    return batches
+
+
 # ---- the loss ------------------------------------------------------------------------------------
 def loss_of(model: Transformer, examples: list[Example]) -> Tensor:
     """Minus the summed log-probability of the trained tokens, a scalar.
@@ -148,16 +157,24 @@ def arguments():
     return p.parse_args()
 
 
+def refuse_long_context(args, config: Config) -> None:
+    if args.context > config.max_position_embeddings:
+        raise UserError(f"--context {args.context}: "
+                        f"{args.model} has a context of {config.max_position_embeddings}")
+
+
 def main():
     args = arguments()
+    if wants_plan(args):
+        import plan
+        plan.of_sft(args)
+        return
     device, _ = device_and_dtype(args.device)
     start_processes(device, args.timeout)
     model, tokenizer = load(
         args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
     args.chat_template_kwargs = tokenizer.template_kwargs
-    if args.context > model.config.max_position_embeddings:
-        raise UserError(f"--context {args.context}: "
-                        f"{args.model} has a context of {model.config.max_position_embeddings}")
+    refuse_long_context(args, model.config)
     examples = read_examples(args.data, tokenizer, args.context)
 
     run = Run(args)
@@ -165,10 +182,7 @@ def main():
     run.restore(optimizer, tokenizer)
     model.recompute = args.recompute
     peak = lr_or_default(args.lr, model, MINIATURE_LR)
-    epochs = args.epochs or (MINIATURE_EPOCHS if model.is_miniature else 2)
-    batches = []
-    for epoch in range(epochs):
-        batches += make_batches(examples, args.tokens_per_batch, args.seed, epoch)
+    batches = all_batches(examples, args, model)
     steps = len(batches)
     say(f"{len(examples)} rows, {sum(map(len, examples)):,} tokens; {steps} steps, learning rate {peak:g}")
     if run.step >= steps:

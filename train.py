@@ -26,11 +26,11 @@ from tqdm import tqdm
 from checkpoint import save as save_model_folder
 from checkpoint import save_tensors
 from cli import (
-    UserError, goes_on, natural, number, positive, refuse_other_flags, resume_flag, run_record, say, to_json,
-    write_whole,
+    UserError, goes_on, natural, number, plan_flags, positive, refuse_other_flags, resume_flag, run_record,
+    say, to_json, write_whole,
 )
 from model import Transformer
-from processes import barrier, local, rank, rows_of, shard, total, whole, world
+from processes import barrier, local, naming_the_missing, rank, rows_of, shard, total, whole, world
 from tokenizer import Tokenizer
 
 
@@ -50,6 +50,7 @@ def training_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--save-every", type=natural, default=20,
                    help="steps between checkpoints; 0: only at the end")
     resume_flag(g)
+    plan_flags(g)
     g.add_argument("--timeout", type=number(float, 0, 10**6, open_low=True), default=60.0,
                    help="of several processes: minutes that they wait for one that is dead or stuck")
 
@@ -344,7 +345,8 @@ def interruptible(device: torch.device | str = "cpu") -> Iterator[Callable[[], b
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: total([len(asked)], device)[0] > 0
+        with naming_the_missing():
+            yield lambda: total([len(asked)], device)[0] > 0
     finally:
         for number, old in before.items():
             signal.signal(number, old)

@@ -293,34 +293,71 @@ def test_a_lost_process_costs_nothing():
     assert close("whole", "cut-1") and close("whole", "cut-3")
 
 
-def test_torchrun_restarts_what_was_lost():
-    """`--max-restarts` with `--resume auto`: the same bytes, with nobody at the keyboard."""
-    flags = (*SFT, "--epochs", "3", "--save-every", "3", "--resume", "auto")
-    finish(start("sft.py", *flags, "--out", "whole", processes=2))
-    process = start("sft.py", *flags, "--out", "cut", processes=2, restarts=1)
-    while steps_done("cut") < 5:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.002)
-    os.kill(children(process)[-1], signal.SIGKILL)
-    finish(process)
-    assert fingerprint("whole") == fingerprint("cut")
+KILLED = """
+import os, signal, sys
+import cli, grpo, sft, train
+name, owner, function, calls = sys.argv.pop(1), *sys.argv.pop(1).split("."), int(sys.argv.pop(1))
+owner = {"train": train, "sft": sft, "grpo": grpo, "Sampler": grpo.Sampler}[owner]
+real = getattr(owner, function)
+
+def killed(*args, **kw):
+    global calls
+    calls -= 1
+    if calls == 0:
+        if function == "save_tensors":
+            open(f"{args[0]}.tmp", "w").write("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kw)
+
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    setattr(owner, function, killed)
+sys.argv[0] = f"{name}.py"
+cli.command({"sft": sft, "grpo": grpo}[name].main)
+"""
 
 
-def test_a_stuck_process_ends_the_run():
+@pytest.mark.parametrize("name, flags, moments", [
+    ("sft", (*SFT, "--epochs", "3", "--save-every", "3"),
+     [("sft.loss_of", 5), ("train.save_tensors", 2), ("train.local", 300)]),
+    ("grpo", (*GRPO, "--steps", "3", "--save-every", "1"),
+     [("Sampler.step", 40), ("grpo.backward", 4), ("train.save_tensors", 2)]),
+])
+def test_torchrun_restarts_what_was_lost(name, flags, moments):
+    """`--max-restarts` with `--resume auto`: the same bytes, with nobody at the keyboard.
+
+    One process of two is killed in a micro-batch, in a rollout, while it writes its part of a checkpoint, in
+    a step of the optimizer.
+    """
+    Path("killed.py").write_text(KILLED)
+    whole = start(f"{name}.py", *flags, "--out", "whole", "--resume", "auto", processes=2)
+    runs = []
+    for i, (function, calls) in enumerate(moments):
+        again = (name, function, calls, *flags, "--out", f"cut-{i}", "--resume", "auto")
+        runs.append(start(Path("killed.py").absolute(), *again, processes=2, restarts=1))
+    finish(whole)
+    for i, run in enumerate(runs):
+        assert run.wait() == 0 and "exitcode: -9" in run.stdout.read()
+        assert fingerprint("whole") == fingerprint(f"cut-{i}"), moments[i]
+
+
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_a_stuck_process_ends_the_run_and_is_named(stuck):
     """The others wait for --timeout; then torchrun ends all, and the last checkpoint is there."""
     process = start("sft.py", *SFT, "--epochs", "50", "--save-every", "1", "--out", "run", "--timeout", "0.1",
                     processes=2)
     while steps_done("run") < 3:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.002)
-    first, last = children(process)
-    os.kill(last, signal.SIGSTOP)
+    ranks = children(process)
+    os.kill(ranks[stuck], signal.SIGSTOP)
     started = time.time()
-    while Path(f"/proc/{first}").exists():  # it gives up, and torchrun notices
+    while Path(f"/proc/{ranks[1 - stuck]}").exists():  # it gives up, and torchrun notices
         assert time.time() - started < 60
         time.sleep(0.1)
-    os.kill(last, signal.SIGKILL)  # torchrun would wait half a minute before it does
+    os.kill(ranks[stuck], signal.SIGKILL)  # torchrun would wait half a minute before it does
     assert process.wait() != 0
+    out = process.stdout.read()
+    assert f"sft.py: process {stuck} " in out and "is dead or stuck" in out
     assert len(list(Path("run/state").glob("step-*[0-9]"))) >= 1
 
 
