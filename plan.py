@@ -200,10 +200,15 @@ class Ledger:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[dict[str, int]]:
-        """Measure the peak of what runs inside, which may name what it holds for a time."""
+        """Measure the peak of what runs inside, which may name what it holds for a time.
+
+        Of several phases of one name, the one with the highest peak stays.
+        """
         self.memory.peak = self.memory.now
         own = {}
         yield own
+        if self.memory.peak < self.peaks.get(name, 0):
+            return
         self.peaks[name] = self.memory.peak
         rows = {**self.held, **own}
         self.phases[name] = {**rows, PASSING: self.memory.peak - sum(rows.values())}
@@ -265,16 +270,23 @@ def pretended_sampler(model: Transformer, tokenizer: Tokenizer, target: Target, 
     return sampler
 
 
-def sampling(sampler: Sampler, prompts: list, n: int, params: Params, ledger: Ledger) -> str:
+def sampling(
+    sampler: Sampler, prompts: list, n: int, params: Params, ledger: Ledger, later: list[int] | None = None,
+) -> str:
     """The cache for n samples of each prompt (shortest first), prompts that fill it, and a step of all slots.
 
-    Returns a line about the cache.
+    `later`: a longer prompt that comes while others run. Returns a line about the cache.
     """
     memory = ledger.memory
     sampler.params = params
     with ledger.phase("sampling") as own, torch.inference_mode():
         before = memory.now
-        sampler.fit_cache([Request(prompt, list(range(n))) for prompt in prompts])
+        requests = [Request(prompt, list(range(n))) for prompt in prompts]
+        sampler.fit_cache(requests)
+        if later:
+            prompts = [*prompts, later]
+            requests.append(Request(later, list(range(n))))
+            sampler.fit_cache(requests, growing=True)
         cache_bytes = sampler.cache.nbytes
         slots, capacity = sampler.cache.slots, sampler.cache.capacity
         if memory.now > before:
@@ -283,7 +295,8 @@ def sampling(sampler: Sampler, prompts: list, n: int, params: Params, ledger: Le
         sampler.run_prompts([(slot, prompt[:-1]) for slot, prompt in enumerate(at_once)])
         of_prompts = memory.peak
         memory.peak = before = memory.now
-        sampler.feed_and_choose(slots, capacity - 1)
+        longest = capacity if sampler.graphed else max(map(sampler.room, requests))
+        sampler.feed_and_choose(slots, longest - 1)
         of_a_step = memory.peak - before
         if sampler.graphed:  # what a graph computes with stays its own
             own["CUDA graphs"] = of_a_step
@@ -309,17 +322,18 @@ def of_sft(args) -> None:
             if target.processes == 1:
                 ledger.hold("weights")
             batches = sft.all_batches(examples, args, model)
-            parts = []  # the micro-batches of each process in each step
+            first, later = [], []  # micro-batches, of all processes and steps
             for batch in batches:
                 for r in range(target.processes):
-                    parts.append(micro_batches(batch[r::target.processes], len, args.micro_batch_tokens))
-            widest = max((micro for part in parts for micro in part), key=lambda m: len(m) * max(map(len, m)))
-
-            def forward():
-                return sft.loss_of(model, widest)
+                    part = micro_batches(batch[r::target.processes], len, args.micro_batch_tokens)
+                    first += part[:1]
+                    later += part[1:]
             optimizer = add_optimizer(model, args, ledger)
-            first_step(optimizer, forward, ledger)
-            later_step(optimizer, forward, max(map(len, parts)) > 1, ledger)
+            first_step(optimizer, lambda: sft.loss_of(model, widest_of(first)), ledger)
+            later_step(optimizer, lambda: sft.loss_of(model, widest_of(first)), False, ledger)
+            if later:  # there are gradients already
+                later_step(optimizer, lambda: sft.loss_of(model, widest_of(later)), True, ledger)
+            widest = widest_of(first + later)
             tokens = sum(len(example) for batch in batches for example in batch)
             return ledger, [
                 about(model, args, target),
@@ -328,6 +342,11 @@ def of_sft(args) -> None:
                 on_disk(model, target),
             ]
     answer(args, run)
+
+
+def widest_of(micros: list) -> list:
+    """The micro-batch with most tokens, padding included."""
+    return max(micros, key=lambda micro: len(micro) * max(map(len, micro)))
 
 
 def of_grpo(args) -> None:
@@ -391,10 +410,11 @@ def of_sample(args) -> None:
     problems = tasks.problems_of(found, args.split, args.questions, args.seed)
     queue = sample.attempt_requests(args, problems, set(), tokenizer)
     prompts = sorted((request.prompt for request in queue), key=len)
+    reflection = None
     if args.reflections:  # on an attempt that used its budget up
         _, longest = max(problems, key=lambda pair: len(pair[1].question))
         asked = tokenizer.chat(tasks.reflection_prompt(longest.question, ""))
-        prompts.append((asked + [0] * args.max_new_tokens)[:config.max_position_embeddings - 1])
+        reflection = (asked + [0] * args.max_new_tokens)[:config.max_position_embeddings - 1]
 
     def run(args, target):
         with pretending(target) as memory:
@@ -403,7 +423,7 @@ def of_sample(args) -> None:
             ledger.hold("weights")
             sampler = pretended_sampler(model, tokenizer, target, args.slots)
             mine = prompts[-math.ceil(len(prompts) / target.processes):]
-            of_cache = sampling(sampler, mine, args.n, sample.choice_of(args, model), ledger)
+            of_cache = sampling(sampler, mine, args.n, sample.choice_of(args, model), ledger, reflection)
             attempts = len(queue) * args.n
             texts = attempts * (1 + args.reflections)
             return ledger, [
@@ -446,8 +466,9 @@ def answer(args, run: Callable) -> None:
     say("it does not fit; trying what would")
     refusal = f"--plan: it does not fit into {in_units(target.memory)}"
     for words, changed, other in changes(args, target):
-        if fits(outcome(run, changed, other)[0], other):
-            raise UserError(f"{refusal}; with {words} it does")
+        ledger, _ = outcome(run, changed, other)
+        if fits(ledger, other):
+            raise UserError(f"{refusal}; with {words} it takes {in_units(max(ledger.peaks.values()))}")
     raise UserError(f"{refusal}, nor with {words}; take a smaller model or larger devices")
 
 

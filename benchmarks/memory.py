@@ -1,7 +1,7 @@
 """What --plan says a run will hold, against what the run does hold.
 
     python benchmarks/memory.py --model FOLDER --dtype bfloat16 --processes 1,2
-    python benchmarks/memory.py --model mini --processes 1                          # to see that it runs
+    python benchmarks/memory.py --model mini --processes 1 --commands sft           # to see that it runs
 
 Each command runs for two steps in processes of its own, with every tensor counted (on a GPU, by torch's
 allocator). `tensors` is the peak of their bytes, of the process with most; `process` the most memory that the
@@ -85,6 +85,7 @@ def write_rows(path, rows, words):
 def arguments():
     p = parser(__doc__, out=None)
     p.add_argument("--processes", default="1,2", help="how many, separated by commas")
+    p.add_argument("--commands", default="sft,grpo,sample", help="of these, separated by commas")
     p.add_argument("--rows", type=positive, default=16, help="of SFT")
     p.add_argument("--words", type=positive, default=500, help="of the longest row of SFT")
     p.add_argument("--max-new-tokens", type=positive, default=48, help="in sampling and GRPO")
@@ -106,8 +107,8 @@ def main():
             "sample": (*model, *budget, "--questions", "16", "--attempts", "2"),
         }
         for processes in map(int, args.processes.split(",")):
-            for name, flags in commands.items():
-                turns.append(turn(name, flags, processes, f"{folder}/{name}-{processes}"))
+            for name in args.commands.split(","):
+                turns.append(turn(name, commands[name], processes, f"{folder}/{name}-{processes}"))
                 print(turns[-1], flush=True)
     print(f"{machine()}: the plan over the tensors, {min(t['ratio'] for t in turns):.3f} to "
           f"{max(t['ratio'] for t in turns):.3f}")

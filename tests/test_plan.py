@@ -109,11 +109,11 @@ def test_a_plan_needs_no_weights_and_writes_nothing(cmd, model):
 
 
 @pytest.mark.parametrize("name, flags, memory, message", [
-    ("sft", ("--context", "256", "--micro-batch-tokens", "2000"), "0.0018", "with --recompute it does"),
+    ("sft", ("--context", "256", "--micro-batch-tokens", "2000"), "0.0018", "with --recompute it takes 1."),
     ("sft", ("--context", "256", "--micro-batch-tokens", "2000"), "0.0001", "take a smaller model"),
     ("sft", ("--context", "257"), "80", "--context 257"),
     ("grpo", ("--slots", "64"), "0.0001", "nor with --recompute --micro-batch-tokens 512 --s"),
-    ("sample", ("--slots", "64", "--n", "9"), "0.003", "with --slots 16 it does"),
+    ("sample", ("--slots", "64", "--n", "9"), "0.003", "with --slots 16 it takes"),
 ])
 def test_what_does_not_fit_is_refused_with_a_flag(cmd, model, name, flags, memory, message):
     refused(cmd, COMMANDS[name], (*FLAGS[name], *flags, "--model", model, "--plan-memory", memory), message)
