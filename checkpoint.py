@@ -358,6 +358,8 @@ def save_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> torch.d
     write()
     index = folder / "model.safetensors.index.json"
     index.unlink(missing_ok=True)
+    for old in folder.glob("model-*-of-*.safetensors"):
+        old.unlink()
     if len(shards) > 1:
         (folder / "model.safetensors").unlink(missing_ok=True)
     file_of = {}

@@ -18,7 +18,7 @@ import math
 import os
 import weakref
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cache
+import checkpoint
 import grpo
 import kernels
 import model as model_module
@@ -118,7 +119,9 @@ def target_of(args) -> Target:
         gpu = device.type == "cuda"
         memory = free_memory(device) / (1 if gpu else n)  # processes share a machine's memory, not a GPU
     else:
-        gpu = args.device != "cpu"
+        gpu = args.device == "auto" or args.device.startswith("cuda")
+        if not gpu:
+            device_and_dtype(args.device, args.dtype)  # refuses what is no device
         auto = "bfloat16" if gpu else "float32"
         dtype = getattr(torch, auto if args.dtype == "auto" else args.dtype)
         memory = args.plan_memory * GIB
@@ -188,8 +191,9 @@ def in_units(size: float) -> str:
 class Ledger:
     """What is held all the time, and what is held beside it in each phase of the work: bytes by name."""
 
-    def __init__(self, memory: Memory):
+    def __init__(self, memory: Memory, target: Target):
         self.memory = memory
+        self.target = target
         self.held: dict[str, int] = {}
         self.phases: dict[str, dict[str, int]] = {}
         self.peaks: dict[str, int] = {}
@@ -259,8 +263,12 @@ def later_step(optimizer: Optimizer, forward: Callable[[], Tensor], several: boo
         # Alone, a micro-batch gives its activations up while the gradients come.
         own[name] = min(activations, memory.peak - start - own["gradients"])
         optimizer.step(0.0)
-        for _ in optimizer.whole_weights():  # as a checkpoint does
-            pass
+        shard = []  # a checkpoint collects one in main memory
+        for _, w in optimizer.whole_weights():
+            if not ledger.target.gpu:
+                shard.append(w)
+            if sum(x.nbytes for x in shard) > checkpoint.SHARD_BYTES:
+                shard = [w]
 
 
 # ---- sampling --------------------------------------------------------------------------------------
@@ -270,33 +278,47 @@ def pretended_sampler(model: Transformer, tokenizer: Tokenizer, target: Target, 
     return sampler
 
 
-def sampling(
-    sampler: Sampler, prompts: list, n: int, params: Params, ledger: Ledger, later: list[int] | None = None,
-) -> str:
-    """The cache for n samples of each prompt (shortest first), prompts that fill it, and a step of all slots.
+class NoRoom(Exception):
+    """For the cache of the sampler."""
 
-    `later`: a longer prompt that comes while others run. Returns a line about the cache.
+
+def requests_of(prompts: list[list[int]], n: int) -> list[Request]:
+    return [Request(prompt, list(range(n))) for prompt in prompts]
+
+
+def longest_part(prompts: list[list[int]], target: Target) -> list[list[int]]:
+    """As many as a process gets, the longest."""
+    return prompts[-math.ceil(len(prompts) / target.processes):]
+
+
+def sampling(
+    sampler: Sampler, requests: list[Request], params: Params, ledger: Ledger, later: Sequence[Request] = (),
+) -> str:
+    """The cache for the requests (shortest first), as many of them as fill it, and a step of all slots.
+
+    `later` are longer ones that come while those run. Returns a line about the cache.
     """
     memory = ledger.memory
     sampler.params = params
+    longest = max(map(sampler.room, [*requests, *later]))
     with ledger.phase("sampling") as own, torch.inference_mode():
         before = memory.now
-        requests = [Request(prompt, list(range(n))) for prompt in prompts]
-        sampler.fit_cache(requests)
-        if later:
-            prompts = [*prompts, later]
-            requests.append(Request(later, list(range(n))))
-            sampler.fit_cache(requests, growing=True)
+        try:
+            sampler.fit_cache(requests)
+            if later:
+                requests = later
+                sampler.fit_cache(requests, growing=True)
+        except UserError as e:
+            raise NoRoom(str(e)) from e
         cache_bytes = sampler.cache.nbytes
         slots, capacity = sampler.cache.slots, sampler.cache.capacity
         if memory.now > before:
             own["cache of the sampler"] = memory.now - before
-        at_once = prompts[-slots:]
-        sampler.run_prompts([(slot, prompt[:-1]) for slot, prompt in enumerate(at_once)])
+        at_once = requests[-math.ceil(slots / len(requests[-1].indices)):]
+        sampler.run_prompts([(slot, request.prompt[:-1]) for slot, request in enumerate(at_once)])
         of_prompts = memory.peak
         memory.peak = before = memory.now
-        longest = capacity if sampler.graphed else max(map(sampler.room, requests))
-        sampler.feed_and_choose(slots, longest - 1)
+        sampler.feed_and_choose(slots, (capacity if sampler.graphed else longest) - 1)
         of_a_step = memory.peak - before
         if sampler.graphed:  # what a graph computes with stays its own
             own["CUDA graphs"] = of_a_step
@@ -317,7 +339,7 @@ def of_sft(args) -> None:
 
     def run(args, target):
         with pretending(target) as memory:
-            ledger = Ledger(memory)
+            ledger = Ledger(memory, target)
             model = build(config, tokenizer, target.dtype)
             if target.processes == 1:
                 ledger.hold("weights")
@@ -354,12 +376,13 @@ def of_grpo(args) -> None:
     _, config, tokenizer = read_folder(args.model, args.chat_template_kwargs, weights=False)
     problems, held_out = grpo.read_problems(args)
     context = config.max_position_embeddings
-    prompts = sorted(grpo.prompts_of(problems + held_out, tokenizer, context), key=len)
+    prompts = sorted(grpo.prompts_of(problems, tokenizer, context), key=len)
+    to_validate = sorted(grpo.prompts_of(held_out, tokenizer, context), key=len)
     params = Params(args.max_new_tokens, args.temperature)
 
     def run(args, target):
         with pretending(target) as memory:
-            ledger = Ledger(memory)
+            ledger = Ledger(memory, target)
             model = build(config, tokenizer, target.dtype)
             policy, reference = grpo.copies_of(model, torch.device("cpu"), args.kl)
             with_reference = " and the reference's" if args.kl else ""
@@ -375,10 +398,13 @@ def of_grpo(args) -> None:
                     with torch.no_grad():
                         grpo.response_logprobs(reference, prompts[-1], responses, args.temperature)
                 return logp.sum()
-            mine = prompts[-math.ceil(args.questions_per_step / target.processes):]
-            sampling(sampler, mine, args.rollouts, params, ledger)  # as many slots as the first step finds
+            asked = prompts[-args.questions_per_step:]
+            mine = requests_of(longest_part(asked, target), args.rollouts)
+            sampling(sampler, mine, params, ledger)  # as many slots as the first step finds
             first_step(optimizer, forward, ledger)
-            of_cache = sampling(sampler, mine, args.rollouts, params, ledger)
+            of_cache = sampling(sampler, mine, params, ledger)
+            if to_validate:
+                sampling(sampler, requests_of(longest_part(to_validate, target), 1), params, ledger)
             several = len(parts) * args.mini_batch > target.processes
             later_step(optimizer, forward, several, ledger)
             rollouts = args.questions_per_step * args.rollouts
@@ -405,25 +431,29 @@ def longest_parts(prompt: list[int], context: int, args) -> list:
 
 
 def of_sample(args) -> None:
+    if args.prompt is not None:
+        raise UserError("--plan is about the questions of --task; leave --prompt out")
     _, config, tokenizer = read_folder(args.model, args.chat_template_kwargs, weights=False)
     found = tasks.find_all(args.task, args.data_dir)
     problems = tasks.problems_of(found, args.split, args.questions, args.seed)
     queue = sample.attempt_requests(args, problems, set(), tokenizer)
     prompts = sorted((request.prompt for request in queue), key=len)
-    reflection = None
-    if args.reflections:  # on an attempt that used its budget up
+    reflections = []
+    if args.reflections:  # on attempts that used their budget up
         _, longest = max(problems, key=lambda pair: len(pair[1].question))
         asked = tokenizer.chat(tasks.reflection_prompt(longest.question, ""))
-        reflection = (asked + [0] * args.max_new_tokens)[:config.max_position_embeddings - 1]
+        prompt = (asked + [0] * args.max_new_tokens)[:config.max_position_embeddings - 1]
+        reflections = requests_of([prompt] * (len(prompts) * args.n), args.reflections)
 
     def run(args, target):
         with pretending(target) as memory:
-            ledger = Ledger(memory)
+            ledger = Ledger(memory, target)
             model = build(config, tokenizer, target.dtype)
             ledger.hold("weights")
             sampler = pretended_sampler(model, tokenizer, target, args.slots)
-            mine = prompts[-math.ceil(len(prompts) / target.processes):]
-            of_cache = sampling(sampler, mine, args.n, sample.choice_of(args, model), ledger, reflection)
+            mine = requests_of(longest_part(prompts, target), args.n)
+            later = reflections[:len(mine) * args.n]
+            of_cache = sampling(sampler, mine, sample.choice_of(args, model), ledger, later)
             attempts = len(queue) * args.n
             texts = attempts * (1 + args.reflections)
             return ledger, [
@@ -465,18 +495,19 @@ def answer(args, run: Callable) -> None:
         return
     say("it does not fit; trying what would")
     refusal = f"--plan: it does not fit into {in_units(target.memory)}"
+    words = ""
     for words, changed, other in changes(args, target):
         ledger, _ = outcome(run, changed, other)
         if fits(ledger, other):
-            raise UserError(f"{refusal}; with {words} it takes {in_units(max(ledger.peaks.values()))}")
-    raise UserError(f"{refusal}, nor with {words}; take a smaller model or larger devices")
+            raise UserError(f"{refusal}; {words} it takes {in_units(max(ledger.peaks.values()))}")
+    raise UserError(f"{refusal}{f', nor {words}' if words else ''}; take a smaller model or larger devices")
 
 
 def outcome(run: Callable, args, target: Target) -> tuple[Ledger | None, list[str]]:
     """What `run` returns; None instead of a table if the sampler finds no room for its cache."""
     try:
         return run(args, target)
-    except UserError as e:
+    except NoRoom as e:
         return None, [str(e)]
 
 
@@ -486,13 +517,13 @@ def fits(ledger: Ledger | None, target: Target) -> bool:
 
 def changes(args, target: Target) -> Iterator[tuple[str, Namespace, Target]]:
     """(words, flags, target): what to try, the cheapest first, each with those before it."""
-    flags = vars(args)
-    words = []
+    flags = dict(vars(args))
+    given = []
 
     def change(word, **changed):
         flags.update(changed)
-        words.append(word)
-        return " ".join(words), Namespace(**flags), target
+        given.append(word)
+        return f"with {' '.join(given)}", Namespace(**flags), target
 
     if not flags.get("recompute", True):
         yield change("--recompute", recompute=True)
@@ -500,6 +531,8 @@ def changes(args, target: Target) -> Iterator[tuple[str, Namespace, Target]]:
         yield change("--micro-batch-tokens 512", micro_batch_tokens=512)
     if "slots" in flags and not 0 < flags["slots"] <= 16:
         yield change("--slots 16", slots=16)
-    if "recompute" in flags:  # a sampler holds all weights, however many there are
+    # A sampler holds all weights, however many processes there are; those on CPUs share one memory.
+    if "recompute" in flags and target.gpu:
         target = replace(target, processes=2 * target.processes)
-        yield change(f"in {target.processes} processes")
+        words = f"with {' '.join(given)} and " if given else "with "
+        yield f"{words}{target.processes} processes", Namespace(**flags), target

@@ -588,12 +588,12 @@ def answer_by_hand(args) -> None:
 
 def main():
     args = arguments()
-    if args.prompt is not None:
-        answer_by_hand(args)
-        return
     if wants_plan(args):
         import plan
         plan.of_sample(args)
+        return
+    if args.prompt is not None:
+        answer_by_hand(args)
         return
 
     device, _ = device_and_dtype(args.device)

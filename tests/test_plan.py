@@ -27,6 +27,7 @@ FLAGS = {
 def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl("chat.jsonl", CHAT)
+    write_jsonl("long.jsonl", [{"question": "1 + 1 = 2 " * 200, "answer": "1"}])
 
 
 @pytest.fixture
@@ -56,7 +57,10 @@ def planned(cmd, name, *flags):
     ("grpo", ()),
     ("grpo", ("--dtype", "bfloat16", "--kl", "0.1")),
     ("grpo", ("--recompute", "--micro-batch-tokens", "64")),
+    ("sft", ("--tokens-per-batch", "40", "--recompute")),
+    ("grpo", ("--eval-every", "1", "--eval-questions", "60", "--recompute", "--micro-batch-tokens", "64")),
     ("sample", ()),
+    ("sample", ("--n", "8", "--slots", "4")),
     ("sample", ("--dtype", "bfloat16", "--top-p", "0.9", "--repetition-penalty", "1.1", "--slots", "3")),
 ])
 def test_a_plan_holds_what_the_run_holds(cmd, model, name, flags):
@@ -105,7 +109,7 @@ def test_a_plan_needs_no_weights_and_writes_nothing(cmd, model):
         assert status == 0 and "49,952 parameters" in out
         status, out, _ = cmd(module, *FLAGS[name], "--model", model, "--plan-memory", "80")
         assert status == 0 and "on a GPU where tensors may take 72.00 GiB" in out
-    assert sorted(path.name for path in Path().iterdir()) == ["chat.jsonl", "model"]
+    assert sorted(path.name for path in Path().iterdir()) == ["chat.jsonl", "long.jsonl", "model"]
 
 
 @pytest.mark.parametrize("name, flags, memory, message", [
@@ -114,6 +118,11 @@ def test_a_plan_needs_no_weights_and_writes_nothing(cmd, model):
     ("sft", ("--context", "257"), "80", "--context 257"),
     ("grpo", ("--slots", "64"), "0.0001", "nor with --recompute --micro-batch-tokens 512 --s"),
     ("sample", ("--slots", "64", "--n", "9"), "0.003", "with --slots 16 it takes"),
+    ("sample", ("--slots", "2", "--n", "9"), "0.0001", "fit into 0.09 MiB; take a smaller model"),
+    ("sample", ("--prompt", "hello"), "80", "leave --prompt out"),
+    ("sft", ("--device", "bogus", "--context", "256"), "80", "--device bogus"),
+    ("sample", ("--task", "file:long.jsonl:integer", "--split", "all", "--questions", "0"), "80",
+     "does not fit the model's context"),
 ])
 def test_what_does_not_fit_is_refused_with_a_flag(cmd, model, name, flags, memory, message):
     refused(cmd, COMMANDS[name], (*FLAGS[name], *flags, "--model", model, "--plan-memory", memory), message)
