@@ -12,7 +12,7 @@ Left out: other weight formats (pytorch_model.bin, GGUF), quantised weights, ada
 """
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -337,25 +337,17 @@ def save(
 def save_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> torch.dtype:
     """model.safetensors, or shards of at most SHARD_BYTES (or of one tensor) with an index.
 
-    Only one shard is in main memory at a time. All are written before the first gets its name, and the index
-    comes last, so that nobody reads a mixture of old and new ones. Returns the dtype.
+    All shards are written before the first gets its name, and the index comes last, so that nobody reads a
+    mixture of old and new ones. Returns the dtype.
     """
     shards = []  # the names of the tensors in each
-    held = {}
-
-    def write():
-        shards.append(list(held))
-        write_tensors(folder / f"model-{len(shards):05d}.safetensors.tmp", held)
-        held.clear()
-
     size = 0
-    for name, w in weights:
-        w = w.detach().to("cpu").contiguous()
-        if held and sum(x.nbytes for x in held.values()) + w.nbytes > SHARD_BYTES:
-            write()
-        held[name] = w
-        size += w.nbytes
-    write()
+    for shard in shards_of(weights):
+        shards.append(list(shard))
+        write_tensors(folder / f"model-{len(shards):05d}.safetensors.tmp", shard)
+        size += sum(w.nbytes for w in shard.values())
+        dtype = next(iter(shard.values())).dtype
+        del shard  # only one at a time is in main memory
     index = folder / "model.safetensors.index.json"
     index.unlink(missing_ok=True)
     for old in folder.glob("model-*-of-*.safetensors"):
@@ -370,7 +362,19 @@ def save_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> torch.d
     if len(shards) > 1:
         content = {"metadata": {"total_size": size}, "weight_map": file_of}
         write_whole(index, json.dumps(content, indent=2))
-    return w.dtype
+    return dtype
+
+
+def shards_of(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The weights in main memory, as many together as go into one file."""
+    shard = {}
+    for name, w in weights:
+        w = w.detach().to("cpu").contiguous()
+        if shard and sum(x.nbytes for x in shard.values()) + w.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = w
+    yield shard
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:

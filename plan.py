@@ -3,24 +3,25 @@
     python sft.py --model Qwen/Qwen2.5-1.5B-Instruct --data silver.jsonl --plan      # on this machine
     python grpo.py --model Qwen/Qwen2.5-7B-Instruct --plan 4 --plan-memory 80        # on four GPUs of 80 GiB
 
-There is no formula here that could be wrong. A plan runs the program's own code (model, optimizer, sharding,
+What is held is not computed by formulas. A plan runs the program's own code (model, optimizer, sharding,
 sampler) on tensors that have a shape but no memory (torch's FakeTensor), among processes that send nothing
 (torch's fake process group), and adds up the bytes of all tensors that live after each operation. For a GPU
-the Triton operations run too, but for their kernels.
+the Triton operations run too, but for their kernels, if Triton is installed here.
 
-What it assumes: the largest micro-batch there is; in GRPO and sampling the longest prompts, each answered up
-to the budget. What it cannot see is no tensor: CUDA itself, buffers of NCCL, gaps between tensors; MARGIN is
-left for them. Left out: time, which depends on the machine.
+It takes the worst case: the longest prompts, answered up to the budget; the micro-batch with most tokens.
+What it cannot see is no tensor: CUDA itself, buffers of NCCL, gaps between tensors; MARGIN of a GPU is left
+for them. Left out: time, which depends on the machine.
 
-A leaf: the commands import it where --plan is given, and nothing else does.
+A leaf: the commands import it where a plan is asked for.
 """
 import math
 import os
 import weakref
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -42,7 +43,7 @@ from cache import free_memory
 from checkpoint import device_and_dtype, read_folder
 from cli import UserError, say
 from model import Config, Transformer
-from sample import Completion, Params, Request, Sampler
+from sample import NoRoom, Params, Request, Sampler
 from tokenizer import Tokenizer
 from train import Optimizer, micro_batches
 
@@ -55,7 +56,8 @@ class Memory(TorchDispatchMode):
     """While it is on: `now`, the bytes of all tensors that it has met and that live, and their `peak`.
 
     Storages are counted, each once, however many tensors are views of it; of a sharded tensor the part that
-    is here. The arithmetic inside one operation is not seen.
+    is here. FSDP2 frees a block's weights by resizing their storage, which is no operation: so that is
+    watched too. What one operation uses inside is not seen.
     """
 
     def __init__(self):
@@ -87,18 +89,18 @@ class Memory(TorchDispatchMode):
         self.now -= self.sizes.pop(address)
 
     def __enter__(self):
-        resize = torch.UntypedStorage.resize_  # how FSDP2 frees a block's weights: no operation, so not seen
+        resize = torch.UntypedStorage.resize_
 
         def resize_and_tell(storage, size):
             resize(storage, size)
             self._resize(storage)
             return storage
-        self.patch = patch.object(torch.UntypedStorage, "resize_", resize_and_tell)
-        self.patch.start()
+        self.watch = patch.object(torch.UntypedStorage, "resize_", resize_and_tell)
+        self.watch.start()
         return super().__enter__()
 
     def __exit__(self, *exception):
-        self.patch.stop()
+        self.watch.stop()
         return super().__exit__(*exception)
 
 
@@ -106,26 +108,28 @@ class Memory(TorchDispatchMode):
 @dataclass(frozen=True)
 class Target:
     gpu: bool
+    fused: bool  # by Triton's kernels and CUDA graphs
     dtype: torch.dtype
-    memory: float  # bytes that tensors may take, of one process
+    memory: float  # bytes that tensors of one process may take
     processes: int
 
 
 def target_of(args) -> Target:
     """What --plan and --plan-memory mean, together with --device and --dtype."""
     n = args.plan or int(os.environ.get("WORLD_SIZE", 1))
-    if args.plan_memory is None:
+    gpu = args.device == "auto" or args.device.startswith("cuda")
+    if args.plan_memory is None or not gpu:
         device, dtype = device_and_dtype(args.device, args.dtype)
         gpu = device.type == "cuda"
-        memory = free_memory(device) / (1 if gpu else n)  # processes share a machine's memory, not a GPU
+        memory = free_memory(device)
     else:
-        gpu = args.device == "auto" or args.device.startswith("cuda")
-        if not gpu:
-            device_and_dtype(args.device, args.dtype)  # refuses what is no device
-        auto = "bfloat16" if gpu else "float32"
-        dtype = getattr(torch, auto if args.dtype == "auto" else args.dtype)
+        dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.plan_memory is not None:
         memory = args.plan_memory * GIB
-    return Target(gpu, dtype, memory * (1 - MARGIN if gpu else 1), n)
+    # Processes share a machine's memory, but have a GPU each.
+    memory = memory * (1 - MARGIN) if gpu else memory / n
+    fused = gpu and os.environ.get("KERNELS") != "reference"
+    return Target(gpu, fused, dtype, memory, n)
 
 
 @contextmanager
@@ -136,18 +140,19 @@ def pretending(target: Target) -> Iterator[Memory]:
         def pretend(where, name, value):
             stack.enter_context(patch.object(where, name, value))
 
-        pretend(Tensor, "item", lambda tensor: 1.0)
+        triton = target.fused and kernels.has_triton()
+        pretend(Tensor, "item", lambda tensor: 1.0)  # any number will do
         pretend(Tensor, "__bool__", lambda tensor: True)
         pretend(torch.nn.Module, "float", to_float32)
         pretend(processes, "_reduced", lambda values, *_: list(values))
-        pretend(kernels, "uses_triton", lambda *_: target.gpu and kernels.has_triton())
-        if target.gpu:
-            pretend(model_module, "linear_float32", lambda h, w: torch.empty(*h.shape[:-1], len(w)))
-            for of_device in (cache.MOST_SLOTS, cache.GRAIN, sample.TOKENS_PER_SYNC):
-                stack.enter_context(patch.dict(of_device, cpu=of_device["cuda"]))
-        if target.gpu and kernels.has_triton():
+        pretend(kernels, "uses_triton", lambda *_: triton)
+        if triton:
             from triton.runtime.jit import KernelInterface
             pretend(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None)
+        if target.gpu:  # though our tensors say that they are on a CPU
+            pretend(model_module, "linear_float32", lambda h, w: torch.empty(*h.shape[:-1], len(w)))
+            for limits in (cache.MOST_SLOTS, cache.GRAIN, sample.TOKENS_PER_SYNC):
+                stack.enter_context(patch.dict(limits, cpu=limits["cuda"]))
         if target.processes > 1:
             from torch.distributed import device_mesh
             from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -195,8 +200,7 @@ class Ledger:
         self.memory = memory
         self.target = target
         self.held: dict[str, int] = {}
-        self.phases: dict[str, dict[str, int]] = {}
-        self.peaks: dict[str, int] = {}
+        self.phases: dict[str, dict[str, int]] = {}  # each adds up to its peak
 
     def hold(self, name: str) -> None:
         """Name what has come to stay since the last call."""
@@ -211,11 +215,13 @@ class Ledger:
         self.memory.peak = self.memory.now
         own = {}
         yield own
-        if self.memory.peak < self.peaks.get(name, 0):
-            return
-        self.peaks[name] = self.memory.peak
         rows = {**self.held, **own}
-        self.phases[name] = {**rows, PASSING: self.memory.peak - sum(rows.values())}
+        if self.memory.peak > sum(self.phases.get(name, {}).values()):
+            self.phases[name] = {**rows, PASSING: self.memory.peak - sum(rows.values())}
+
+    @property
+    def peak(self) -> int:
+        return max(sum(rows.values()) for rows in self.phases.values())
 
     def table(self) -> str:
         names = list(dict.fromkeys(name for rows in self.phases.values() for name in rows))
@@ -224,13 +230,13 @@ class Ledger:
         for name in names:
             sizes = [in_units(rows[name]) if name in rows else "" for rows in self.phases.values()]
             table.append((name, *sizes))
-        table.append(("at the peak", *map(in_units, self.peaks.values())))
+        table.append(("at the peak", *(in_units(sum(rows.values())) for rows in self.phases.values())))
         return "\n".join(f"{name:38}" + "".join(f"{text:>14}" for text in texts) for name, *texts in table)
 
 
 # ---- training --------------------------------------------------------------------------------------
-def add_optimizer(model: Transformer, args, ledger: Ledger) -> Optimizer:
-    """A trainer's. In several processes it takes its shards of the model here."""
+def make_optimizer(model: Transformer, args, ledger: Ledger) -> Optimizer:
+    """A trainer's, of a model that recomputes if it is to. Several processes shard the model here."""
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     model.recompute = args.recompute
     if processes.world() > 1:
@@ -240,253 +246,217 @@ def add_optimizer(model: Transformer, args, ledger: Ledger) -> Optimizer:
     return optimizer
 
 
-def first_step(optimizer: Optimizer, forward: Callable[[], Tensor], ledger: Ledger) -> None:
-    """Makes the moments. `forward`: a micro-batch's, to the loss."""
-    forward().backward()
-    optimizer.step(0.0)
-    ledger.hold("moments of AdamW")
-
-
-def later_step(optimizer: Optimizer, forward: Callable[[], Tensor], several: bool, ledger: Ledger) -> None:
-    """A step of one micro-batch or, where steps have several, of two."""
+def training_step(optimizer: Optimizer, losses: list[Callable[[], Tensor]], ledger: Ledger) -> None:
+    """An optimizer step of some micro-batches, each a function that runs it forward, and a checkpoint."""
     memory = ledger.memory
     with ledger.phase("training") as own:
         start = memory.now
-        for _ in range(2 if several else 1):
+        for forward in losses:
             before = memory.now
             loss = forward()
             activations = memory.now - before
             loss.backward()
             del loss
         own["gradients"] = memory.now - start
-        name = "activations, gathered weights" if processes.world() > 1 else "activations"
-        # Alone, a micro-batch gives its activations up while the gradients come.
-        own[name] = min(activations, memory.peak - start - own["gradients"])
+        # In a step of one micro-batch activations go while gradients come: the two are never whole together.
+        activations = min(activations, memory.peak - start - own["gradients"])
+        own["activations, gathered weights" if processes.world() > 1 else "activations"] = activations
         optimizer.step(0.0)
-        shard = []  # a checkpoint collects one in main memory
-        for _, w in optimizer.whole_weights():
-            if not ledger.target.gpu:
-                shard.append(w)
-            if sum(x.nbytes for x in shard) > checkpoint.SHARD_BYTES:
-                shard = [w]
+        weights = optimizer.whole_weights()
+        for _ in weights if ledger.target.gpu else checkpoint.shards_of(weights):
+            pass
 
 
 # ---- sampling --------------------------------------------------------------------------------------
-def pretended_sampler(model: Transformer, tokenizer: Tokenizer, target: Target, *how) -> Sampler:
-    sampler = Sampler(model, tokenizer, *how)
-    sampler.graphed = target.gpu
-    return sampler
-
-
-class NoRoom(Exception):
-    """For the cache of the sampler."""
-
-
 def requests_of(prompts: list[list[int]], n: int) -> list[Request]:
     return [Request(prompt, list(range(n))) for prompt in prompts]
 
 
-def longest_part(prompts: list[list[int]], target: Target) -> list[list[int]]:
-    """As many as a process gets, the longest."""
+def of_a_process(prompts: list[list[int]], target: Target) -> list[list[int]]:
+    """As many prompts as a process gets: the longest ones."""
     return prompts[-math.ceil(len(prompts) / target.processes):]
 
 
-def sampling(
-    sampler: Sampler, requests: list[Request], params: Params, ledger: Ledger, later: Sequence[Request] = (),
+def sampling_step(
+    sampler: Sampler, requests: list[Request], params: Params, ledger: Ledger, later=(),
 ) -> str:
-    """The cache for the requests (shortest first), as many of them as fill it, and a step of all slots.
+    """The cache for the requests (shortest first), a step of all slots, and the prompts that fill them.
 
-    `later` are longer ones that come while those run. Returns a line about the cache.
+    `later` are longer requests that come while those run. Returns a line about the cache, which stays if
+    there are graphs.
     """
     memory = ledger.memory
     sampler.params = params
+    sampler.graphed = ledger.target.fused
     longest = max(map(sampler.room, [*requests, *later]))
     with ledger.phase("sampling") as own, torch.inference_mode():
-        before = memory.now
-        try:
-            sampler.fit_cache(requests)
-            if later:
-                requests = later
-                sampler.fit_cache(requests, growing=True)
-        except UserError as e:
-            raise NoRoom(str(e)) from e
-        cache_bytes = sampler.cache.nbytes
-        slots, capacity = sampler.cache.slots, sampler.cache.capacity
-        if memory.now > before:
-            own["cache of the sampler"] = memory.now - before
-        at_once = requests[-math.ceil(slots / len(requests[-1].indices)):]
-        sampler.run_prompts([(slot, request.prompt[:-1]) for slot, request in enumerate(at_once)])
-        of_prompts = memory.peak
+        sampler.graphs.pool = None
+        sampler.fit_cache(requests)
+        if later:
+            requests = later
+            sampler.fit_cache(requests, growing=True)
+        cache = sampler.cache
+        own["cache of the sampler"] = cache.nbytes
+        fitting = int(sampler.cache_budget // (cache.nbytes / cache.slots))
         memory.peak = before = memory.now
-        sampler.feed_and_choose(slots, (capacity if sampler.graphed else longest) - 1)
-        of_a_step = memory.peak - before
+        sampler.feed_and_choose(cache.slots, (cache.capacity if sampler.graphed else longest) - 1)
         if sampler.graphed:  # what a graph computes with stays its own
-            own["CUDA graphs"] = of_a_step
-            sampler.graphs.pool = torch.empty(of_a_step, dtype=torch.uint8)
-        memory.peak = max(memory.peak, of_prompts)
+            own["CUDA graphs"] = memory.peak - before
+            sampler.graphs.pool = torch.empty(own["CUDA graphs"], dtype=torch.uint8)
+        # As many groups as fill the slots; which slots their prompts are in makes no difference.
+        groups = requests[-math.ceil(cache.slots / len(requests[-1].indices)):]
+        sampler.run_prompts([(slot, request.prompt[:-1]) for slot, request in enumerate(groups)])
+    line = f"the sampler: {cache.slots} slots of {cache.capacity:,} tokens; {fitting:,} would fit"
+    del cache
     sampler.release()
     if sampler.graphed:
         ledger.held.update(own)
-    fitting = int(sampler.cache_budget // (cache_bytes / slots))
-    return f"{slots} slots of {capacity:,} tokens; {fitting:,} would fit"
+    return line
 
 
 # ---- a plan for each command -----------------------------------------------------------------------
+# Each names what is held in the ledger, lets its phases run, and returns lines to print above the table.
 def of_sft(args) -> None:
-    _, config, tokenizer = read_folder(args.model, args.chat_template_kwargs, weights=False)
+    folder = read_folder(args.model, args.chat_template_kwargs, weights=False)
+    _, config, tokenizer = folder
     sft.refuse_long_context(args, config)
     examples = sft.read_examples(args.data, tokenizer, args.context)
 
-    def run(args, target):
-        with pretending(target) as memory:
-            ledger = Ledger(memory, target)
-            model = build(config, tokenizer, target.dtype)
-            if target.processes == 1:
-                ledger.hold("weights")
-            batches = sft.all_batches(examples, args, model)
-            first, later = [], []  # micro-batches, of all processes and steps
-            for batch in batches:
-                for r in range(target.processes):
-                    part = micro_batches(batch[r::target.processes], len, args.micro_batch_tokens)
-                    first += part[:1]
-                    later += part[1:]
-            optimizer = add_optimizer(model, args, ledger)
-            first_step(optimizer, lambda: sft.loss_of(model, widest_of(first)), ledger)
-            later_step(optimizer, lambda: sft.loss_of(model, widest_of(first)), False, ledger)
-            if later:  # there are gradients already
-                later_step(optimizer, lambda: sft.loss_of(model, widest_of(later)), True, ledger)
-            widest = widest_of(first + later)
-            tokens = sum(len(example) for batch in batches for example in batch)
-            return ledger, [
-                about(model, args, target),
-                f"the largest micro-batch: {len(widest)} rows of up to {max(map(len, widest)):,} tokens",
-                f"{len(examples):,} rows; {len(batches):,} steps, {tokens:,} tokens in all",
-                on_disk(model, target),
-            ]
-    answer(args, run)
+    def measure(model: Transformer, flags, ledger: Ledger) -> list[str]:
+        n = ledger.target.processes
+        batches = sft.all_batches(examples, flags, model)
+        onto_nothing, onto_gradients = [], []  # micro-batches that are the first in a step, or are not
+        for batch in batches:
+            parts = [micro_batches(batch[r::n], len, flags.micro_batch_tokens) for r in range(n)]
+            for part in parts:
+                onto_nothing += part[:1]
+                onto_gradients += part[1:]
+            if min(map(len, parts)) < max(map(len, parts)):
+                onto_gradients.append(batch[:1])  # what a process runs that has no more
+        if n == 1:
+            ledger.hold("weights")
+        optimizer = make_optimizer(model, flags, ledger)
+        first = partial(sft.loss_of, model, widest(onto_nothing))
+        training_step(optimizer, [first], ledger)
+        ledger.hold("moments of AdamW")
+        training_step(optimizer, [first], ledger)
+        if onto_gradients:
+            later = partial(sft.loss_of, model, widest(onto_gradients))
+            training_step(optimizer, [later, later], ledger)
+        largest = widest(onto_nothing + onto_gradients)
+        tokens = sum(len(example) for batch in batches for example in batch)
+        return [
+            f"the largest micro-batch: {len(largest)} rows of up to {max(map(len, largest)):,} tokens",
+            f"{len(examples):,} rows; {len(batches):,} steps, {tokens:,} tokens in all",
+        ]
+    print_plan(args, folder, measure)
 
 
-def widest_of(micros: list) -> list:
+def widest(micros: list) -> list:
     """The micro-batch with most tokens, padding included."""
     return max(micros, key=lambda micro: len(micro) * max(map(len, micro)))
 
 
 def of_grpo(args) -> None:
     args.model, args.out = grpo.from_where_to_where(args.model, args.out)
-    _, config, tokenizer = read_folder(args.model, args.chat_template_kwargs, weights=False)
-    problems, held_out = grpo.read_problems(args)
+    folder = read_folder(args.model, args.chat_template_kwargs, weights=False)
+    _, config, tokenizer = folder
     context = config.max_position_embeddings
+    problems, held_out = grpo.read_problems(args)
     prompts = sorted(grpo.prompts_of(problems, tokenizer, context), key=len)
     to_validate = sorted(grpo.prompts_of(held_out, tokenizer, context), key=len)
     params = Params(args.max_new_tokens, args.temperature)
 
-    def run(args, target):
-        with pretending(target) as memory:
-            ledger = Ledger(memory, target)
-            model = build(config, tokenizer, target.dtype)
-            policy, reference = grpo.copies_of(model, torch.device("cpu"), args.kl)
-            with_reference = " and the reference's" if args.kl else ""
-            ledger.hold(("the sampler's weights" if target.processes > 1 else "weights") + with_reference)
-            optimizer = add_optimizer(model, args, ledger)
-            sampler = pretended_sampler(policy, tokenizer, target, args.slots, grpo.SAMPLER_CACHE_FRACTION)
-            parts = longest_parts(prompts[-1], context, args)
-            responses = [response.tokens for response in parts[0]]
+    def measure(model: Transformer, flags, ledger: Ledger) -> list[str]:
+        target = ledger.target
+        policy, reference = grpo.copies_of(model, torch.device("cpu"), flags.kl)
+        name = "weights of the sampler" if target.processes > 1 else "weights"
+        ledger.hold(f"{name} and the reference" if flags.kl else name)
+        optimizer = make_optimizer(model, flags, ledger)
+        sampler = Sampler(policy, tokenizer, flags.slots, grpo.SAMPLER_CACHE_FRACTION)
+        prompt = prompts[-1]
+        responses = largest_responses(prompt, context, flags)
 
-            def forward():
-                logp, _ = grpo.response_logprobs(model, prompts[-1], responses, args.temperature)
-                if reference is not None:
-                    with torch.no_grad():
-                        grpo.response_logprobs(reference, prompts[-1], responses, args.temperature)
-                return logp.sum()
-            asked = prompts[-args.questions_per_step:]
-            mine = requests_of(longest_part(asked, target), args.rollouts)
-            sampling(sampler, mine, params, ledger)  # as many slots as the first step finds
-            first_step(optimizer, forward, ledger)
-            of_cache = sampling(sampler, mine, params, ledger)
-            if to_validate:
-                sampling(sampler, requests_of(longest_part(to_validate, target), 1), params, ledger)
-            several = len(parts) * args.mini_batch > target.processes
-            later_step(optimizer, forward, several, ledger)
-            rollouts = args.questions_per_step * args.rollouts
-            updates = args.questions_per_step // args.mini_batch
-            return ledger, [
-                about(model, args, target),
-                f"the sampler: {of_cache}",
-                f"the largest micro-batch: {len(responses)} responses of {len(responses[0]):,} tokens to a "
-                f"prompt of {len(prompts[-1]):,}",
-                f"{args.steps:,} steps of {rollouts:,} rollouts and {updates:,} updates; at most "
-                f"{args.steps * rollouts * args.max_new_tokens:,} sampled tokens, and as many to train on",
-                on_disk(model, target),
-            ]
-    answer(args, run)
+        def forward():
+            logp, _ = grpo.response_logprobs(model, prompt, responses, flags.temperature)
+            if reference is not None:
+                with torch.no_grad():
+                    grpo.response_logprobs(reference, prompt, responses, flags.temperature)
+            return logp.sum()
+        asked = of_a_process(prompts[-flags.questions_per_step:], target)
+        sampling_step(sampler, requests_of(asked, flags.rollouts), params, ledger)  # this decides the slots
+        training_step(optimizer, [forward], ledger)
+        ledger.hold("moments of AdamW")
+        cache_line = sampling_step(sampler, requests_of(asked, flags.rollouts), params, ledger)
+        if to_validate:
+            sampling_step(sampler, requests_of(of_a_process(to_validate, target), 1), params, ledger)
+        alone = len(responses) == flags.rollouts and flags.mini_batch <= target.processes
+        training_step(optimizer, [forward] if alone else [forward, forward], ledger)
+        optimizer.refresh(policy)
+        rollouts = flags.questions_per_step * flags.rollouts
+        updates = flags.questions_per_step // flags.mini_batch
+        return [
+            cache_line,
+            f"the largest micro-batch: {len(responses)} responses of {len(responses[0]):,} tokens to a "
+            f"prompt of {len(prompt):,}",
+            f"{flags.steps:,} steps of {rollouts:,} rollouts and {updates:,} updates; at most "
+            f"{flags.steps * rollouts * flags.max_new_tokens:,} sampled tokens, and as many to train on",
+        ]
+    print_plan(args, folder, measure)
 
 
-def longest_parts(prompt: list[int], context: int, args) -> list:
-    """The micro-batches of a group whose responses all reach the budget."""
-    length = min(args.max_new_tokens, context - len(prompt))
-    completion = Completion(prompt, [0] * length, [0.0] * length, "stop")
-    group = grpo.Group(0, None, None, prompt, [completion] * args.rollouts, advantages=[1.0] * args.rollouts)
-    responses = grpo.responses_to_train(group, args, 1, 1, keep_all=True)
-    return micro_batches(responses, lambda response: response.cost, args.micro_batch_tokens)
+def largest_responses(prompt: list[int], context: int, flags) -> list[list[int]]:
+    """Responses that fill --micro-batch-tokens best, or one that is longer than that."""
+    share = len(prompt) // flags.rollouts  # of the prompt, in what a response costs
+    longest = min(flags.max_new_tokens, context - len(prompt))
+
+    def length(rows):
+        return max(1, min(longest, flags.micro_batch_tokens // rows - share)) if rows > 1 else longest
+    rows = max(range(1, flags.rollouts + 1), key=lambda rows: rows * (length(rows) + share))
+    return [[0] * length(rows)] * rows
 
 
 def of_sample(args) -> None:
     if args.prompt is not None:
         raise UserError("--plan is about the questions of --task; leave --prompt out")
-    _, config, tokenizer = read_folder(args.model, args.chat_template_kwargs, weights=False)
+    folder = read_folder(args.model, args.chat_template_kwargs, weights=False)
+    _, config, tokenizer = folder
     found = tasks.find_all(args.task, args.data_dir)
     problems = tasks.problems_of(found, args.split, args.questions, args.seed)
     queue = sample.attempt_requests(args, problems, set(), tokenizer)
     prompts = sorted((request.prompt for request in queue), key=len)
-    reflections = []
-    if args.reflections:  # on attempts that used their budget up
-        _, longest = max(problems, key=lambda pair: len(pair[1].question))
-        asked = tokenizer.chat(tasks.reflection_prompt(longest.question, ""))
-        prompt = (asked + [0] * args.max_new_tokens)[:config.max_position_embeddings - 1]
-        reflections = requests_of([prompt] * (len(prompts) * args.n), args.reflections)
+    _, longest = max(problems, key=lambda pair: len(pair[1].question))
+    reflection = tokenizer.chat(tasks.reflection_prompt(longest.question, "")) + [0] * args.max_new_tokens
+    reflection = reflection[:config.max_position_embeddings - 1]
 
-    def run(args, target):
-        with pretending(target) as memory:
-            ledger = Ledger(memory, target)
-            model = build(config, tokenizer, target.dtype)
-            ledger.hold("weights")
-            sampler = pretended_sampler(model, tokenizer, target, args.slots)
-            mine = requests_of(longest_part(prompts, target), args.n)
-            later = reflections[:len(mine) * args.n]
-            of_cache = sampling(sampler, mine, sample.choice_of(args, model), ledger, later)
-            attempts = len(queue) * args.n
-            texts = attempts * (1 + args.reflections)
-            return ledger, [
-                about(model, args, target),
-                f"the sampler: {of_cache}",
-                f"{len(problems):,} questions, {attempts:,} attempts and at most {texts - attempts:,} "
-                f"reflections: at most {texts * args.max_new_tokens:,} sampled tokens",
-            ]
-    answer(args, run)
+    def measure(model: Transformer, flags, ledger: Ledger) -> list[str]:
+        ledger.hold("weights")
+        sampler = Sampler(model, tokenizer, flags.slots)
+        mine = of_a_process(prompts, ledger.target)
+        later = []
+        if flags.reflections:
+            later = requests_of([reflection] * (len(mine) * flags.n), flags.reflections)
+        params = sample.choice_of(flags, model)
+        cache_line = sampling_step(sampler, requests_of(mine, flags.n), params, ledger, later)
+        attempts = len(queue) * flags.n
+        texts = attempts * (1 + flags.reflections)
+        return [
+            cache_line,
+            f"{len(problems):,} questions, {attempts:,} attempts and at most {texts - attempts:,} "
+            f"reflections: at most {texts * flags.max_new_tokens:,} sampled tokens",
+        ]
+    print_plan(args, folder, measure)
 
 
 # ---- what is said ----------------------------------------------------------------------------------
-def about(model: Transformer, args, target: Target) -> str:
-    n = sum(w.numel() for w in model.parameters())
-    count = f"{target.processes} processes, each" if target.processes > 1 else "one process"
-    place = "a GPU" if target.gpu else "a CPU"
-    dtype = str(target.dtype).removeprefix("torch.")
-    return (f"{args.model}: {n:,} parameters, {dtype}; {count} on {place} where tensors may take "
-            f"{in_units(target.memory)}")
-
-
-def on_disk(model: Transformer, target: Target) -> str:
-    n = sum(w.numel() for w in model.parameters())
-    return (f"on disk: {in_units(n * target.dtype.itemsize)} of weights and {in_units(n * 12)} of state, "
-            "twice that while a checkpoint is written")
-
-
-def answer(args, run: Callable) -> None:
+def print_plan(args, folder: tuple, measure: Callable) -> None:
     """Print the plan. Raises UserError if the run does not fit, with a change that would make it fit."""
     if os.environ.get("RANK", "0") != "0":
         return
     target = target_of(args)
-    ledger, lines = outcome(run, args, target)
+    if target.fused and not kernels.has_triton():
+        say("Triton is not installed here: this plan is of plain PyTorch's operations, which hold more")
+    ledger, lines = measured(folder, measure, args, target)
     say("\n".join(lines))
     if ledger:
         say(f"\n{ledger.table()}\n")
@@ -495,44 +465,54 @@ def answer(args, run: Callable) -> None:
         return
     say("it does not fit; trying what would")
     refusal = f"--plan: it does not fit into {in_units(target.memory)}"
-    words = ""
+    tried = ""
     for words, changed, other in changes(args, target):
-        ledger, _ = outcome(run, changed, other)
+        ledger, _ = measured(folder, measure, changed, other)
         if fits(ledger, other):
-            raise UserError(f"{refusal}; {words} it takes {in_units(max(ledger.peaks.values()))}")
-    raise UserError(f"{refusal}{f', nor {words}' if words else ''}; take a smaller model or larger devices")
+            raise UserError(f"{refusal}; {words} it takes {in_units(ledger.peak)}")
+        tried = f", nor {words}"
+    raise UserError(f"{refusal}{tried}; take a smaller model or larger devices")
 
 
-def outcome(run: Callable, args, target: Target) -> tuple[Ledger | None, list[str]]:
-    """What `run` returns; None instead of a table if the sampler finds no room for its cache."""
-    try:
-        return run(args, target)
-    except NoRoom as e:
-        return None, [str(e)]
+def measured(folder: tuple, measure: Callable, args, target: Target) -> tuple[Ledger | None, list[str]]:
+    """A ledger and lines about it; no ledger, but the reason, if the sampler finds no room for its cache."""
+    _, config, tokenizer = folder
+    with pretending(target) as memory:
+        ledger = Ledger(memory, target)
+        model = build(config, tokenizer, target.dtype)
+        n = sum(w.numel() for w in model.parameters())
+        try:
+            lines = measure(model, args, ledger)
+        except NoRoom as e:
+            return None, [str(e)]
+    count = f"{target.processes} processes, each" if target.processes > 1 else "one process"
+    dtype = str(target.dtype).removeprefix("torch.")
+    lines.insert(0, f"{args.model}: {n:,} parameters, {dtype}; {count} on a {'GPU' if target.gpu else 'CPU'} "
+                    f"where tensors may take {in_units(target.memory)}")
+    if "training" in ledger.phases:
+        lines.append(f"on disk: {in_units(n * target.dtype.itemsize)} of weights and {in_units(n * 12)} of "
+                     "state, up to twice that while a checkpoint is written")
+    return ledger, lines
 
 
 def fits(ledger: Ledger | None, target: Target) -> bool:
-    return ledger is not None and max(ledger.peaks.values()) <= target.memory
+    return ledger is not None and ledger.peak <= target.memory
+
+
+CHEAPER = {"recompute": True, "micro_batch_tokens": 512, "slots": 16}  # what to try, the cheapest first
 
 
 def changes(args, target: Target) -> Iterator[tuple[str, Namespace, Target]]:
-    """(words, flags, target): what to try, the cheapest first, each with those before it."""
-    flags = dict(vars(args))
+    """(words, flags, target): each with the changes before it."""
     given = []
-
-    def change(word, **changed):
-        flags.update(changed)
-        given.append(word)
-        return f"with {' '.join(given)}", Namespace(**flags), target
-
-    if not flags.get("recompute", True):
-        yield change("--recompute", recompute=True)
-    if flags.get("micro_batch_tokens", 0) > 512:
-        yield change("--micro-batch-tokens 512", micro_batch_tokens=512)
-    if "slots" in flags and not 0 < flags["slots"] <= 16:
-        yield change("--slots 16", slots=16)
-    # A sampler holds all weights, however many processes there are; those on CPUs share one memory.
-    if "recompute" in flags and target.gpu:
-        target = replace(target, processes=2 * target.processes)
-        words = f"with {' '.join(given)} and " if given else "with "
-        yield f"{words}{target.processes} processes", Namespace(**flags), target
+    for name, value in CHEAPER.items():
+        now = getattr(args, name, value)
+        if not now or now > value:
+            args = Namespace(**{**vars(args), name: value})
+            flag = f"--{name.replace('_', '-')}"
+            given.append(flag if value is True else f"{flag} {value}")
+            yield f"with {' '.join(given)}", args, target
+    # More processes divide what training holds; sampling has nothing to divide, and CPUs share one memory.
+    if hasattr(args, "recompute") and target.gpu:
+        given.append(f"{'and ' if given else ''}{2 * target.processes} processes")
+        yield f"with {' '.join(given)}", args, replace(target, processes=2 * target.processes)

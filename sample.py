@@ -124,6 +124,10 @@ def prefill_batches(prompts: list[tuple[int, list[int]]]) -> Iterator[list[tuple
         yield batch
 
 
+class NoRoom(UserError):
+    """Not even the wanted slots, or one, fit in memory."""
+
+
 class Sampler:
     """Generates completions.
 
@@ -217,8 +221,8 @@ class Sampler:
         current_slots = old.slots if old else 0
         slots = slot_count(waiting, current_slots, self.wanted_slots, fitting, MOST_SLOTS[device.type])
         if slots > fitting:
-            raise UserError(f"{slots} slots of {capacity} tokens need {slots * bytes_a_slot / 2**30:.1f} GiB "
-                            f"of cache, {fitting} fit in memory; lower --slots or --max-new-tokens")
+            raise NoRoom(f"{slots} slots of {capacity} tokens need {slots * bytes_a_slot / 2**30:.1f} GiB "
+                         f"of cache, {fitting} fit in memory; lower --slots or --max-new-tokens")
         if old is None or slots > old.slots or capacity != old.capacity:
             self.cache = self.slot_state = None
             self.graphs = Graphs()

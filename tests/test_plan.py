@@ -56,9 +56,9 @@ def planned(cmd, name, *flags):
     ("sft", ("--micro-batch-tokens", "64")),
     ("grpo", ()),
     ("grpo", ("--dtype", "bfloat16", "--kl", "0.1")),
-    ("grpo", ("--recompute", "--micro-batch-tokens", "64")),
+    ("grpo", ("--recompute", "--micro-batch-tokens", "90")),
     ("sft", ("--tokens-per-batch", "40", "--recompute")),
-    ("grpo", ("--eval-every", "1", "--eval-questions", "60", "--recompute", "--micro-batch-tokens", "64")),
+    ("grpo", ("--eval-every", "1", "--eval-questions", "60", "--recompute", "--micro-batch-tokens", "90")),
     ("sample", ()),
     ("sample", ("--n", "8", "--slots", "4")),
     ("sample", ("--dtype", "bfloat16", "--top-p", "0.9", "--repetition-penalty", "1.1", "--slots", "3")),
@@ -93,7 +93,7 @@ def test_a_plan_for_a_gpu_counts_what_the_kernels_hold(monkeypatch):
         loss = sft.loss_of(transformer, examples)
         held = real.now
         loss.backward()
-    with pretending(Target(gpu=True, dtype=torch.float32, memory=0, processes=1)) as pretended:
+    with pretending(Target(gpu=True, fused=True, dtype=torch.float32, memory=0, processes=1)) as pretended:
         twin = build(transformer.config, tokenizer, torch.float32)
         loss = sft.loss_of(twin, examples)
         assert pretended.now == pytest.approx(held, rel=0.02)
