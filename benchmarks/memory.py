@@ -64,7 +64,7 @@ def turn(name, flags, processes, out):
     if processes > 1:
         runner += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     text = output_of([*runner, __file__, "--measure", name, *flags, "--out", out])
-    found = [json.loads(line) for line in re.findall("MEASURED (.*)", text)]
+    found = [json.loads(line) for line in re.findall(r"MEASURED ({.*?})", text)]
     row = {"command": name, "processes": processes, "plan": round(max(peaks), 4)}
     for kind in ("tensors", "process"):
         row[kind] = round(max(figures[kind] for figures in found), 4)
