@@ -115,8 +115,9 @@ def slides(read: Reader) -> bool:
 
 # ---- finding and loading a folder ----------------------------------------------------------------
 def find_folder(model: str | Path, weights: bool = True) -> Path:
-    """The local folder of a model: itself, or the hub's, fetched with huggingface_hub (without `weights`, if
-    they are not asked for).
+    """The local folder of a model: itself, or the hub's, fetched with huggingface_hub.
+
+    `weights`: whether these are fetched too.
 
     The only code that uses the network.
     """
