@@ -13,7 +13,9 @@ Left out: other weight formats (pytorch_model.bin, GGUF), quantised weights, ada
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -142,37 +144,64 @@ def find_folder(model: str | Path, weights: bool = True) -> Path:
                         f"and it could not be fetched from the hub ({reason})") from e
 
 
-def read_weights(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a folder by name, from model.safetensors or from the shards that its index lists.
-
-    In `dtype`, but for those that are no floating-point numbers, which the caller refuses.
-    """
+def files_of_weights(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that the index lists."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
-        shards = ["model.safetensors"]
-    elif index.is_file():
-        shards = Reader(read_json(index), index)("weight_map", dict).values()
-        if not all(isinstance(shard, str) for shard in shards):
-            raise UserError(f"{index}: weight_map must give the file of each tensor")
-        shards = sorted(set(shards))
-    else:
+        return [folder / "model.safetensors"]
+    if not index.is_file():
         raise UserError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there "
                         "(weights in other formats are not read)")
-    weights = {}
+    shards = Reader(read_json(index), index)("weight_map", dict).values()
     for shard in shards:
+        if not isinstance(shard, str):
+            raise UserError(f"{index}: weight_map must give the file of each tensor")
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise UserError(f"{index}: the shard {shard!r} lies outside the folder; it is not read")
-        try:
-            with safe_open(folder / shard, "pt", device=str(device)) as f:
-                for name in f.keys():  # noqa: SIM118 (a safetensors file is not a dict)
-                    if not name.endswith("rotary_emb.inv_freq"):  # old folders hold these constants
-                        w = f.get_tensor(name)
-                        weights[name] = w.to(dtype) if w.is_floating_point() else w
-        except FileNotFoundError as e:
-            raise UserError(f"{folder / shard}: no such file, but the index lists it; "
-                            "fetch the folder again") from e
-        except SafetensorError as e:
-            raise UserError(f"{folder / shard}: truncated or damaged ({e}); fetch the file again") from e
+        if not (folder / shard).is_file():
+            raise UserError(f"{folder / shard}: no such file, but the index lists it; fetch the folder again")
+    return [folder / shard for shard in sorted(set(shards))]
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator:
+    """A safetensors file, its tensors in main memory, mapped from the file. Raises UserError if damaged."""
+    try:
+        with safe_open(path, "pt") as f:
+            yield f
+    except SafetensorError as e:
+        raise UserError(f"{path}: truncated or damaged ({e}); fetch the file again") from e
+
+
+CONSTANTS = "rotary_emb.inv_freq"  # old folders hold them; they follow from the config
+
+
+def read_shapes(files: list[Path]) -> dict[str, tuple]:
+    """The shape of each tensor by name, from the headers of the files, which match their sizes."""
+    shapes = {}
+    for path in files:
+        with open_tensors(path) as f:
+            for name in f.keys():  # noqa: SIM118 (a safetensors file is not a dict)
+                if not name.endswith(CONSTANTS):
+                    shapes[name] = tuple(f.get_slice(name).get_shape())
+    return shapes
+
+
+def read_weights(files: list[Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors by name, in `dtype`, but for those that are no floating-point numbers.
+
+    Of several processes each checks some of the files.
+    """
+    mine = range(int(os.environ.get("RANK", 0)), len(files), int(os.environ.get("WORLD_SIZE", 1)))
+    for i in mine:
+        check_tensors(files[i])
+    weights = {}
+    for path in files:
+        with open_tensors(path) as f:
+            for name in f.keys():  # noqa: SIM118
+                if not name.endswith(CONSTANTS):
+                    w = f.get_tensor(name)
+                    weights[name] = w.to(device, dtype) if w.is_floating_point() else w.to(device)
     return weights
 
 
@@ -235,12 +264,16 @@ def load(
         say(f"{folder}: its chat template does not look at {name!r} of --chat-template-kwargs")
     if tokenizer.ends_with_eos:
         say(f"{folder}: its chat template ends a turn with no token that the tokenizer has; eos_token does")
+    files = files_of_weights(folder)
+    check_shapes(folder, config, read_shapes(files))
+    weights = read_weights(files, torch.device("cpu") if on_host else device, dtype)
     with torch.device("meta"):
         transformer = Transformer(config)
-    weights = read_weights(folder, torch.device("cpu") if on_host else device, dtype)
     if config.tie_word_embeddings:
         drop_tied_head(folder, weights)
-    check_weights(folder, weights, transformer.state_dict())
+    for name, w in weights.items():
+        if not w.is_floating_point():
+            raise UserError(f"{folder}: {name} holds {w.dtype}, as quantised weights do, which are not read")
     transformer.load_state_dict(weights, strict=True, assign=True)
     transformer.frequencies = transformer.frequencies.to(device)
     transformer.vocab = min(tokenizer.size, config.vocab_size)
@@ -258,20 +291,29 @@ def drop_tied_head(folder: Path, weights: dict[str, Tensor]) -> None:
                         'lm_head.weight of its own; to use it, say "tie_word_embeddings": false')
 
 
-def check_weights(folder: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raises UserError that names the tensors which are missing, unexpected or of another shape."""
+def check_shapes(folder: Path, config: Config, found: dict[str, tuple]) -> None:
+    """Raises UserError that names the tensors which are missing, unexpected or of another shape.
+
+    Nothing has been allocated by then, so that a config.json cannot ask for more than its weights hold.
+    """
     embedding = "model.embed_tokens.weight"
     for prefix in {name.removesuffix(embedding) for name in found if name.endswith(embedding)} - {""}:
         if all(name.startswith(prefix) for name in found):
             raise UserError(f"{folder}: the name of every tensor begins with {prefix!r}, which a wrapper put "
                             "there (torch.compile, DataParallel, peft); save the model inside it")
+    widest = max((width for shape in found.values() for width in shape), default=0)
+    if config.num_hidden_layers > len(found) or config.head_dim > widest:
+        raise UserError(f"{folder}: the weights do not fit config.json: it has {config.num_hidden_layers} "
+                        f"layers and a head_dim of {config.head_dim}")
+    with torch.device("meta"):
+        expected = {name: tuple(w.shape) for name, w in Transformer(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        found = {name: shape for name, shape in found.items() if name != "lm_head.weight"}
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [f"{name} is unexpected" for name in found if name not in expected]
-    for name, w in expected.items():
-        if name in found and found[name].shape != w.shape:
-            wrong.append(f"{name} has shape {tuple(found[name].shape)}, the config says {tuple(w.shape)}")
-        elif name in found and not found[name].is_floating_point():
-            wrong.append(f"{name} holds {found[name].dtype}, as quantised weights do")
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            wrong.append(f"{name} has shape {found[name]}, the config says {shape}")
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:3])}{more}")
@@ -385,12 +427,48 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
+    """With a checksum of them in the file's metadata, which `check_tensors` compares."""
+    tensors = {name: w.detach().to("cpu").contiguous() for name, w in tensors.items()}
     try:
-        # The metadata tells transformers that the tensors are PyTorch's.
-        save_file(tensors, path, metadata={"format": "pt"})
+        # The format tells transformers that the tensors are PyTorch's.
+        save_file(tensors, path, metadata={"format": "pt", CHECKSUM: checksum(sorted(tensors.items()))})
     except SafetensorError as e:  # a full disk comes out as this
         Path(path).unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({e})") from e
+        raise UserError(f"{path}: could not be written ({e}); if the disk is full, free some space, then go "
+                        "on as after an interruption") from e
     os.chmod(path, 0o644)  # the library makes it readable by its owner only
-    with open(path, "rb") as f:
+    with open(path, "r+b") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # written in an order of chance
+        f.seek(8)
+        f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+        f.flush()
         os.fsync(f.fileno())
+
+
+CHECKSUM = "blake2b"  # its key in the metadata
+
+
+def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Of names, dtypes, shapes and all bytes of tensors in main memory, which come in the order of names."""
+    hasher = blake2b(digest_size=16)
+    for name, w in tensors:
+        hasher.update(f"{name} {w.dtype} {tuple(w.shape)}\n".encode())
+        if w.numel():
+            hasher.update(w.reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()
+
+
+def check_tensors(path: Path) -> None:
+    """Raises UserError if a file's tensors are not what it was written with, where it has a checksum, or hold
+    a number that is not finite."""
+    with open_tensors(path) as f:
+        written = (f.metadata() or {}).get(CHECKSUM)
+        names = sorted(f.keys())
+        if written and checksum((name, f.get_tensor(name)) for name in names) != written:
+            raise UserError(f"{path}: damaged (its checksum is another)")
+        for name in names:
+            w = f.get_tensor(name)
+            if w.is_floating_point() and not w.sum(dtype=torch.float32).isfinite():
+                raise UserError(f"{path}: {name} holds numbers that are not finite")

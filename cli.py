@@ -1,4 +1,4 @@
-"""What every command owes its user: one clear line on bad input, whole files, a record of the run.
+"""What every command owes its user: one clear line on bad input, streams that fail nobody, whole files.
 
 Imports nothing of ours at the top and no torch, so that `rearrange.py` and `tasks.py` stay light.
 """
@@ -8,13 +8,17 @@ import gzip
 import json
 import math
 import os
-import subprocess
+import signal
 import sys
+import time
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
-from importlib import metadata
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -25,38 +29,83 @@ class UserError(Exception):
 
 
 # ---- running a command ---------------------------------------------------------------------------
+# Each asks a command to stop: a person, a terminal that is closed, a scheduler whose time is up (Slurm's
+# --signal sends USR1 or USR2 if told so).
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody asked the command to stop."""
+
+    def __init__(self, number: int = signal.SIGINT):
+        super().__init__(number)
+        self.number = number
+
+
 INTERRUPTED = ("interrupted; what was written is whole. "
                "sample.py goes on when called again, the others with --resume")
 
 
 def command(main: Callable[[], None]) -> None:
-    """Run `main()` as a command: exit status 0 on success, 2 on a user's mistake, 130 on Ctrl-C.
+    """Run `main()` as a command: exit status 0 on success, 2 on a user's mistake, 128 + the signal's number
+    (130 on Ctrl-C) when it was asked to stop.
 
     A bug of ours keeps its traceback.
     """
+    with streams_that_never_fail(), handlers(_raise_stopped):
+        try:
+            main()
+        except KeyboardInterrupt as e:
+            _leave(128 + getattr(e, "number", signal.SIGINT), INTERRUPTED)
+        except Exception as e:
+            message = explanation(e)
+            if message is None:
+                raise
+            _leave(2, message)
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    ignore_further_signals()  # a Ctrl-C comes twice under torchrun: from the terminal and from its agent
+    raise Stopped(number)
+
+
+def ignore_further_signals() -> None:
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While it is on, the signals that ask to stop go to `handler`, but those that are ignored (nohup)."""
+    before = {}
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
     try:
-        main()
-    except KeyboardInterrupt:
-        _leave(130, INTERRUPTED if os.environ.get("RANK", "0") == "0" else "")
-    except BrokenPipeError:
-        # `... | head` closed our output: nothing more can be printed, and the work is not done.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except Exception as e:
-        message = explanation(e)
-        if message is None:
-            raise
-        _leave(2, message)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+OTHERS_WAIT = 5.0  # seconds
 
 
 def _leave(status, message):
-    if message:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.stdout.flush()
+    """Print the last line, once, though all processes that torchrun started may have the same to say.
+
+    The first of a host says it and ends, whereupon torchrun ends the others. One that still lives after some
+    seconds has a trouble of its own.
+    """
+    ignore_further_signals()
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        if status != 2:
+            sys.exit(status)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's
+        time.sleep(OTHERS_WAIT)
+        message = f"process {os.environ['RANK']}: {message}"
+    print(f"{Path(sys.argv[0]).name}: {printable(message, one_line=True)}", file=sys.stderr)
     sys.exit(status)
-
-
-PATH_ERRORS = (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.ENAMETOOLONG)
 
 
 def explanation(error: Exception) -> str | None:
@@ -64,10 +113,10 @@ def explanation(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = error.filename or "while writing"
             return f"the disk is full ({where}); free some space, then go on as after an interruption"
-        if error.filename and error.errno in PATH_ERRORS:
+        if error.filename and error.strerror:
             return f"{error.filename}: {error.strerror.lower()}"
         return None
     # torch's allocators: RuntimeError on CPU, OutOfMemoryError (a RuntimeError) on a GPU
@@ -78,10 +127,121 @@ def explanation(error: Exception) -> str | None:
     return None
 
 
+# ---- what is printed -----------------------------------------------------------------------------
+class NeverFailing:
+    """A stream that goes silent where another fails: its reader has ended, its terminal is gone, its disk is
+    full. What a run prints may never decide what becomes of it.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self.silent_on_failure():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.silent_on_failure():
+            self.stream.flush()
+
+    @contextmanager
+    def silent_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            nowhere = open(os.devnull, "w")  # noqa: SIM115 (it lives as long as the stream)
+            with suppress(OSError, ValueError):
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # for what it still holds
+            self.stream = nowhere
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def streams_that_never_fail() -> Iterator[None]:
+    """While it is on, printing raises nothing, on streams that were closed from the start neither."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next file opened would be "stderr"
+        pass
+    os.close(descriptor)
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know no more than ASCII
+    nowhere = open(os.devnull, "w")  # noqa: SIM115 (the interpreter closes it)
+    sys.stdout, sys.stderr = (NeverFailing(stream or nowhere) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = before
+
+
+# What would move the cursor, colour the screen or turn a line around: control characters, but the line feed
+# and the tab, and those of bidirectional text.
+CONTROL = [*range(9), *range(11, 32), *range(127, 160), 0x200E, 0x200F, *range(0x2028, 0x202F),
+           *range(0x2066, 0x206A)]
+SPELLED_OUT = {code: chr(code).encode("unicode_escape").decode() for code in CONTROL}
+
+
+def printable(text: str, one_line: bool = False) -> str:
+    """A text of users or models, for a terminal: control characters are spelled out."""
+    text = text.translate(SPELLED_OUT)
+    return text.replace("\n", "\\n") if one_line else text
+
+
 def say(text: str) -> None:
     """Print, from the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(printable(text), flush=True)
+
+
+class Progress:
+    """How far a command is, from the first process only: a bar on a terminal, else a line now and then.
+
+    `figures` of `update` are shown beside it.
+    """
+    MOST_SECONDS = 60.0  # between lines; in shorter work there are up to 20
+    LEAST_SECONDS = 3.0
+
+    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
+        self.name = printable(name, one_line=True)
+        self.total = total
+        self.done = self.first = self.said = done
+        self.unit = unit
+        self.started = self.last = time.monotonic()
+        hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: on a terminal only
+        self.bar = tqdm(total=total, initial=done, desc=self.name, unit=unit, disable=hidden, leave=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def update(self, **figures: str) -> None:
+        """One more is done."""
+        self.done += 1
+        self.bar.set_postfix(figures, refresh=False)
+        self.bar.update()
+        now = time.monotonic()
+        far = self.done - self.said >= self.total / 20 and now - self.last > self.LEAST_SECONDS
+        long_ago = now - self.last > self.MOST_SECONDS
+        if self.bar.disable and (far or long_ago or self.done == self.total):
+            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
+            shown = "".join(f", {name} {value}" for name, value in figures.items())
+            say(f"{self.name}: {self.unit} {self.done} of {self.total}{shown}, {duration(left)} left")
+            self.said = self.done
+            self.last = now
+
+
+def duration(seconds: float) -> str:
+    """duration(50) -> "50 s"      duration(200) -> "3 min"      duration(10000) -> "2.8 h" """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -89,12 +249,25 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     pass
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and whose flags know their defaults (`args.defaults`)."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help explains every flag)")
+
+    def parse_args(self):
+        class Flags(argparse.Namespace):
+            """The flags. The defaults are the class's, and so not among them."""
+            defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
+        return super().parse_args(namespace=Flags())
+
+
 def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.ArgumentParser:
     """An argparse parser with the flags that every command has.
 
     `model=None` leaves out those about a model, `model=""` only --model itself.
     """
-    p = argparse.ArgumentParser(description=doc, formatter_class=_Help)
+    p = Parser(description=doc, formatter_class=_Help)
     if model:
         p.add_argument("--model", default=model,
                        help="a folder in Hugging Face format, or a hub id; "
@@ -108,7 +281,8 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
         p.add_argument("--chat-template-kwargs", type=json_object, default=None, metavar="JSON",
                        help="for the model's chat template, such as '{\"enable_thinking\": false}'; "
                             "if not given, what the run that made the model was given")
-    p.add_argument("--out", default=out, help="where the output goes; nothing is overwritten in silence")
+    p.add_argument("--out", type=output, default=out,
+                   help="where the output goes; nothing is overwritten in silence")
     p.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0,
                    help="the same seed gives the same output")
     return p
@@ -146,6 +320,16 @@ def json_object(text: str) -> dict:
 json_object.__name__ = "JSON object"  # argparse names it, as above
 
 
+def output(text: str) -> str:
+    """An argparse type: a path that can be made."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("give a path that is not empty")
+    for parent in Path(text).absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} cannot be made: {parent} is a file")
+    return text
+
+
 def resume_flag(p: argparse.ArgumentParser) -> None:
     p.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"], default=None,
                    help="go on with the run in --out, to the same end as if it had not stopped; "
@@ -163,29 +347,6 @@ def plan_flags(p: argparse.ArgumentParser) -> None:
 
 def wants_plan(args) -> bool:
     return args.plan is not None or args.plan_memory is not None
-
-
-def goes_on(resume: str | None, out: Path) -> bool:
-    """Whether a run goes on in its folder. Raises UserError if it can neither go on nor start there."""
-    there = (out / "run.json").is_file()
-    if resume == "yes" and not there:
-        raise UserError(f"--resume: {out} holds no run (no run.json); "
-                        "start it without --resume, with an --out that does not exist")
-    begun = out.is_dir() and all(path.name == "run.json.tmp" for path in out.iterdir())  # and then killed
-    if out.exists() and not (there and resume) and not (begun and resume == "auto"):
-        raise UserError(f"--out {out} exists; go on with --resume, or give another --out")
-    return there
-
-
-def refuse_other_flags(args, out: Path, free: set[str]) -> None:
-    """A run goes on with the flags it was started with, but for the `free` ones."""
-    before = read_json(out / "run.json")["flags"]
-    now = json.loads(json.dumps(vars(args)))
-    for name in sorted((now.keys() | before.keys()) - free):
-        if now.get(name) != before.get(name):
-            raise UserError(f"--resume: {out} was started with --{name.replace('_', '-')} "
-                            f"{json.dumps(before.get(name))}, not {json.dumps(now.get(name))}; "
-                            "give the same flags")
 
 
 def split_list(text: str, flag: str) -> list[str]:
@@ -291,7 +452,8 @@ def read_json(path: str | Path, content: bytes | None = None) -> dict:
 
 
 def to_json(row: dict) -> str:
-    return json.dumps(row, ensure_ascii=False)
+    """Raises ValueError for a number that is not finite, which JSON does not know."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)
 
 
 def write_whole(path: str | Path, text: str | bytes) -> None:
@@ -309,20 +471,3 @@ def refuse_existing(path: str | Path) -> None:
     """Nothing is overwritten in silence."""
     if os.path.exists(path):
         raise UserError(f"--out {path} exists; give another --out, or move it away")
-
-
-def run_record(args) -> dict:
-    """The command, every flag, versions and git commit, as `run.json` keeps them."""
-    versions = {"python": sys.version.split()[0]}
-    for package in ("torch", "tokenizers", "safetensors", "numpy", "triton"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
-    here = Path(__file__).parent
-    commit = None
-    if (here / ".git").exists():
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-        commit = done.stdout.strip()
-    script = Path(sys.argv[0]).name
-    return {"command": [script, *sys.argv[1:]], "flags": vars(args), "versions": versions, "git": commit}

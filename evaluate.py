@@ -15,21 +15,21 @@ another model.
 import json
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 import tasks
 from checkpoint import device_and_dtype, load, read_folder
 from cli import (
-    UserError, command, goes_on, natural, number, parser, positive, read_jsonl, refuse_other_flags,
-    resume_flag, run_record, say, split_list, to_json, write_whole,
+    Progress, UserError, command, natural, number, parser, positive, read_jsonl, resume_flag, say, split_list,
+    to_json, write_whole,
 )
 from grading import last_boxed, verdict
 from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, world
+from record import begin, goes_on, of_model, of_questions, sweep
 from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
 from summary import pass_at, summarise
 from tokenizer import Tokenizer
@@ -130,10 +130,9 @@ def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args, done
     say_what_the_context_cuts([request.prompt for request in queue], sampler.model, params.max_new_tokens)
     forced = deque()
     work = sum(len(request.indices) for request in queue) * (2 if args.budget_forcing else 1)
-    hidden = None if rank() == 0 else True  # None: on a terminal only
-    with tqdm(total=work, desc=f"{name} {task.name}", unit="", leave=False, disable=hidden) as bar:
+    with Progress(f"{name} on {task.name}", work, unit="response") as progress:
         for request, j, completion in sampler.stream(queue, params, args.seed):
-            bar.update()
+            progress.update()
             problem = request.payload
             row = result_row(name, task, problem, j, completion, tokenizer)
             if args.budget_forcing:
@@ -144,7 +143,7 @@ def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args, done
                 row["forced"] = forced_result(task, problem, completion, tokenizer)
             yield row
         for request, _, completion in sampler.stream(forced, params, args.seed):
-            bar.update()
+            progress.update()
             problem, row, beginning = request.payload
             completion.tokens = beginning + completion.tokens
             row["forced"] = forced_result(task, problem, completion, tokenizer)
@@ -274,6 +273,14 @@ def make_plans(args) -> list[Plan]:
     return plans
 
 
+def inputs(args, plans: list[Plan]) -> dict:
+    """Fingerprints of all that is read."""
+    found = {f"--models {name}": of_model(folder) for name, folder in args.models}
+    for plan in plans:
+        found[f"--tasks {plan.task.name}"] = of_questions(plan.problems)
+    return found
+
+
 def main():
     args = arguments()
     device, _ = device_and_dtype(args.device)
@@ -284,14 +291,14 @@ def main():
     for name, folder in args.models:  # a name mistyped at the end of the list must not cost hours
         *_, tokenizers[name] = read_folder(folder, args.chat_template_kwargs)
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
-    resumed = goes_on(args.resume, out)
-    if resumed:
-        refuse_other_flags(args, out, {"out", "resume", "device", "slots"})
+    begun = goes_on(args.resume, out)
     barrier()  # all have looked
+    if begun:
+        begin(out / "run.json", args, lambda: inputs(args, plans))
 
     first, _ = args.models[0]  # its name
     cells = []
-    results = read_results(out) if resumed else {}
+    results = read_results(out) if begun else {}
     for name, folder in args.models:
         sampler = None  # while nothing is missing
         for plan in plans:
@@ -302,9 +309,9 @@ def main():
                     loaded = load(folder, args.device, args.dtype, args.chat_template_kwargs)
                     sampler = Sampler(*loaded, args.slots)
                     del loaded  # when the next model comes, this one must be gone
-                if rank() == 0 and not (out / "run.json").exists():  # not before a model could be loaded
-                    write_whole(out / "run.json", json.dumps(run_record(args), indent=2))
-                barrier()
+                if not begun:  # not before a model could be loaded
+                    begin(out / "run.json", args, lambda: inputs(args, plans))
+                    begun = True
                 with open(own_part(f"{out}/results.jsonl"), "a", encoding="utf-8") as f:
                     for row in run_cell(name, sampler, plan, params, args, rows.keys()):
                         f.write(to_json(row) + "\n")
@@ -328,6 +335,7 @@ def read_results(out: Path) -> dict:
     path = f"{out}/results.jsonl"
     barrier()  # all have written
     if rank() == 0:
+        sweep(out)
         join_parts(path)
     barrier()
     results = {}
@@ -345,7 +353,7 @@ def write_summary(out: Path, cells: list[dict], results: dict, args) -> str:
     """Make summary.json and the page anew. Returns the tables."""
     import report  # here, so that it is a leaf: it can be deleted with these lines
     write_whole(out / "summary.json", json.dumps(cells, indent=2))
-    command_line = " ".join(run_record(args)["command"])
+    command_line = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     rows = {key: list(of_cell.values()) for key, of_cell in results.items()}
     write_whole(out / "report.html", report.page(command_line, cells, rows))
     return report.tables(cells)

@@ -19,6 +19,7 @@ To try another reward, edit `rewards_of`. Left out: asynchronous rollouts, a val
 """
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,13 +29,14 @@ from torch import Tensor
 
 import tasks
 from checkpoint import device_and_dtype, load
-from cli import UserError, command, natural, number, parser, positive, say, wants_plan
+from cli import Progress, UserError, command, natural, number, parser, positive, say, wants_plan
 from model import Attend, Transformer
 from processes import evenly, largest, rank, shard, start_processes, summed, total, twin, world
+from record import goes_on, of_model, of_questions
 from sample import Completion, Params, Sampler, say_what_the_context_cuts
 from tokenizer import Tokenizer
 from train import (
-    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, training_flags,
+    Optimizer, Run, Stop, check_finite, interruptible, lr_or_default, micro_batches, training_flags,
 )
 
 MINIATURE_LR = 4e-4
@@ -208,7 +210,10 @@ def choose(problems: list, step: int, count: int, seed: int) -> list:
 
 
 def roll_out(sampler: Sampler, chosen: list, args, params: Params, step: int) -> list[Group]:
-    """This process's part of the step's questions [(task, problem)], answered, graded and compared."""
+    """This process's part of the step's questions [(task, problem)], answered, graded and compared.
+
+    If the sampler is stopped, without some or all of them.
+    """
     tokenizer = sampler.tokenizer
     groups = []
     for place, (task, problem) in list(enumerate(chosen))[rank()::world()]:
@@ -217,6 +222,8 @@ def roll_out(sampler: Sampler, chosen: list, args, params: Params, step: int) ->
     identities = [f"step {step}/{group.problem.id}" for group in groups]
     answered = sampler.generate(prompts, args.rollouts, params, args.seed, identities)
     sampler.release()
+    if sampler.stop():
+        return []
     for group, completions in zip(groups, answered, strict=True):
         group.completions = completions
         group.grades = [group.task.grade(group.problem, tokenizer.text(c.tokens)) for c in completions]
@@ -236,12 +243,17 @@ def rewards_of(group: Group, args, step: int) -> list[float]:
     return [float(grade.correct) for grade in group.grades]
 
 
-def validate(sampler: Sampler, problems: list, args, params: Params) -> float:
-    """The fraction of the validation questions answered correctly, one sample each, over all processes."""
+def validate(sampler: Sampler, problems: list, args, params: Params, stop: Stop) -> float | None:
+    """The fraction of the validation questions answered correctly, one sample each, over all processes.
+
+    None, if somebody asked to stop meanwhile.
+    """
     mine = problems[rank()::world()]
     prompts = [sampler.tokenizer.chat(task.prompt(problem)) for task, problem in mine]
     answered = sampler.generate(prompts, 1, params, args.seed)
     sampler.release()
+    if stop.anywhere():
+        return None
     right = 0
     for (task, problem), (completion,) in zip(mine, answered, strict=True):
         right += task.grade(problem, sampler.tokenizer.text(completion.tokens)).correct
@@ -400,24 +412,45 @@ def measure(groups: list[Group], update_results: list[tuple], device: torch.devi
     return row
 
 
-def warnings_of(row: dict, context_cuts: bool = False) -> list[str]:
-    """What in the figures of a step needs attention.
+def warnings_of(row: dict, context_cuts: bool = False, rewards: list[float] = ()) -> dict[str, str]:
+    """{what in the figures of a step needs attention: why, and what to try}
 
-    `context_cuts`: it is the model's context that ends responses, not their budget.
+    `context_cuts`: it is the model's context that ends responses, not their budget. `rewards` are those of
+    all steps so far.
     """
-    found = []
+    found = {}
     if row["truncated"] > 0.9:
         where, cure = "budget", "raise --max-new-tokens"
         if context_cuts:
             where, cure = "end of the model's context", "only a model with a longer one helps"
-        found.append(f"{row['truncated']:.0%} of the responses were cut off at the {where}; {cure}")
+        found["truncated"] = f"{row['truncated']:.0%} of the responses were cut off at the {where}; {cure}"
     if not row["groups_with_signal"]:
-        found.append("within every group all rewards are equal, so nothing was learned; "
-                     "the questions are too hard or too easy for this model")
-    if row["sampler_trainer_mean"] is not None and row["sampler_trainer_mean"] > 0.05:
-        found.append(f"sampler and trainer disagree by {row['sampler_trainer_mean']:.3f} nats a token; "
-                     "the rollouts are not the trained policy's")
+        found["no signal"] = (
+            "within every group all rewards are equal, so nothing was learned; the questions are too hard or "
+            "too easy for this model: try another --task, or more --rollouts")
+    difference = row["sampler_trainer_mean"]
+    if difference is not None and difference > 0.05:
+        found["apart"] = (
+            f"sampler and trainer disagree by {difference:.3f} nats a token; the rollouts are not the "
+            "trained policy's: try --dtype float32, or KERNELS=reference before the command")
+    best, now = collapse(rewards)
+    if now < best / 2:
+        found["collapsed"] = (
+            f"the mean reward of {WINDOW} steps has fallen from {best:.3f} to {now:.3f}; start another run "
+            "with a lower --lr, or from an earlier model (--keep, --eval-every)")
     return found
+
+
+WINDOW = 5  # steps
+
+
+def collapse(rewards: list[float]) -> tuple[float, float]:
+    """(the best mean of WINDOW steps in a row, that of the last ones): (0, 0) for too few steps.
+
+    collapse([0.2, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0, 0, 0, 0])  ->  (0.5, 0)
+    """
+    means = [sum(rewards[i:i + WINDOW]) / WINDOW for i in range(len(rewards) - WINDOW + 1)]
+    return (max(means), means[-1]) if means else (0.0, 0.0)
 
 
 def log_rollouts(run: Run, groups: list[Group], tokenizer: Tokenizer, step: int) -> None:
@@ -465,7 +498,8 @@ def arguments():
     g.add_argument("--split", default="rl",
                    help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
     g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/ and the like lie")
-    g.add_argument("--steps", type=positive, default=30, help="steps in all (the paper: 150)")
+    g.add_argument("--steps", type=positive, default=30,
+                   help="steps in all (the paper: 150); --resume with more goes on with a run that has ended")
     g.add_argument("--questions-per-step", type=positive, default=16,
                    help="over all processes (the paper: 256)")
     g.add_argument("--rollouts", type=positive, default=8,
@@ -518,7 +552,7 @@ def from_where_to_where(model: str | None, out: str | None) -> tuple[str, str]:
     """(--model, --out), where they are not given: RL goes on from what `sft.py` wrote, if that is there."""
     if model:
         return model, out or "out/grpo"
-    if Path("out/sft").is_dir():
+    if Path("out/sft/config.json").is_file():
         return "out/sft", out or "out/grpo"
     out = out or "out/rl"
     say(f"there is no out/sft to go on from, so this is RL only: from mini into {out}")
@@ -574,9 +608,10 @@ def main():
         import plan
         plan.of_grpo(args)
         return
+    args.model, args.out = from_where_to_where(args.model, args.out)
+    goes_on(args.resume, Path(args.out))
     device, _ = device_and_dtype(args.device)
     start_processes(device, args.timeout)
-    args.model, args.out = from_where_to_where(args.model, args.out)
     problems, held_out = read_problems(args)
     model, tokenizer = load(
         args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
@@ -585,7 +620,9 @@ def main():
     prompts = prompts_of(problems, tokenizer, context)
     prompts_of(held_out, tokenizer, context)
 
-    run = Run(args)
+    run = Run(args, lambda: {"--model": of_model(args.model),
+                             "--task": of_questions(problem for _, problem in problems)},
+              free={"steps", "eval_every"})
     policy, reference = copies_of(model, device, args.kl)  # before resuming: the reference is where it began
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     run.restore(optimizer, tokenizer)
@@ -598,17 +635,26 @@ def main():
     say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} "
         f"rollouts, learning rate {lr:g}")
     context_cuts = say_what_the_context_cuts(prompts, model, args.max_new_tokens) > len(prompts) / 2
-    if run.step >= args.steps:
-        say(f"{run.out} is finished already")
-        return
 
-    if held_out and run.step == 0:
-        run.log({"step": 0, "val": validate(sampler, held_out, args, params)})
-    with interruptible(device) as asked_to_stop, progress("grpo", run.step, args.steps) as bar:
+    with interruptible(device) as stop, Progress("grpo", args.steps, run.step) as progress:
+        sampler.stop = stop.here
+        if held_out and (run.step == 0 or run.pending):
+            row = run.pending or {"step": 0}
+            row["val"] = validate(sampler, held_out, args, params, stop)
+            run.leave_if_asked(optimizer, tokenizer, stop, step=run.step, updates=updates)
+            run.log(row)
+            if run.pending and run.step == run.best_step():
+                run.save(optimizer, tokenizer, run.step, updates)
+        if run.step >= args.steps:
+            say(f"{run.out} is finished already; more --steps go on with it")
+            return
+        warned = Counter()
         for step in range(run.step + 1, args.steps + 1):
             started = time.time()
             chosen = choose(problems, step, args.questions_per_step, args.seed)
             groups = roll_out(sampler, chosen, args, params, step)
+            # No weight has changed since the last step: a rollout that was cut short is made again.
+            run.leave_if_asked(optimizer, tokenizer, stop, step=step - 1, updates=updates)
             rolled_out = time.time()
 
             update_results = []
@@ -624,19 +670,26 @@ def main():
             row["rollout_seconds"] = round(rollout_seconds, 3)
             row["update_seconds"] = round(time.time() - rolled_out, 3)
             row["rollout_tokens_per_second"] = round(tokens / rollout_seconds, 1)
-            if held_out and (step % args.eval_every == 0 or step == args.steps):
-                row["val"] = validate(sampler, held_out, args, params)
-            run.log(row)
-            for text in warnings_of(row, context_cuts):
-                say(f"warning, step {step}: {text}")
+            rewards = [before["reward"] for before in run.history if "reward" in before] + [row["reward"]]
+            for name, text in warnings_of(row, context_cuts, rewards).items():
+                if not warned[name]:
+                    say(f"warning, step {step}: {text} (said once)")
+                warned[name] += 1
             if rank() == 0:
                 log_rollouts(run, groups, tokenizer, step)
                 if step == 1 or step % 20 == 0:
                     show_rollouts(groups[0], tokenizer, step)
-            bar.set_postfix(reward=f"{row['reward']:.3f}", tokens=f"{row['response_tokens']:.0f}")
-            bar.update()
-            run.end_of_step(
-                optimizer, tokenizer, step=step, last=args.steps, updates=updates, stop=asked_to_stop())
+            if held_out and (step % args.eval_every == 0 or step == args.steps):
+                row["val"] = validate(sampler, held_out, args, params, stop)
+                if row["val"] is None:  # cut short: measured again when the run goes on
+                    run.leave_if_asked(
+                        optimizer, tokenizer, stop, step=step, updates=updates, pending=row)
+            run.log(row)
+            progress.update(**{"reward": f"{row['reward']:.3f}", "tokens": f"{row['response_tokens']:.0f}",
+                               "tokens/s": f"{row['rollout_tokens_per_second']:,.0f}"})
+            run.end_of_step(optimizer, tokenizer, stop, step=step, last=args.steps, updates=updates)
+    for name, count in warned.items():
+        say(f"warned of in {count} of {args.steps - run.step} steps: {name}")
     say(f"wrote {run.out}")
 
 

@@ -320,7 +320,7 @@ def of_sft(args) -> None:
     folder = read_folder(args.model, args.chat_template_kwargs, weights=False)
     _, config, tokenizer = folder
     sft.refuse_long_context(args, config)
-    examples = sft.read_examples(args.data, tokenizer, args.context)
+    examples, _ = sft.hold_out(sft.read_examples(args.data, tokenizer, args.context), args)
 
     def measure(model: Transformer, flags, ledger: Ledger) -> list[str]:
         n = ledger.target.processes

@@ -20,21 +20,20 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-
 import tasks
 from cache import (
     GRAIN, MOST_SLOTS, Graphs, KVCache, SlotState, bucket, free_memory, slot_capacity, slot_count,
 )
 from checkpoint import device_and_dtype, load
 from cli import (
-    UserError, command, natural, number, parser, plan_flags, positive, read_json, read_jsonl, run_record, say,
-    split_list, to_json, wants_plan, write_whole,
+    Progress, UserError, command, natural, number, parser, plan_flags, positive, read_jsonl, resume_flag,
+    say, split_list, to_json, wants_plan,
 )
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
@@ -42,6 +41,7 @@ from model import Transformer
 from processes import (
     ALONE, barrier, join_parts, own_part, parts_of, rank, start_processes, summed, total, world,
 )
+from record import begin, is_written, of_model, of_questions
 from tokenizer import Tokenizer
 
 
@@ -148,6 +148,7 @@ class Sampler:
         self.cache_fraction = cache_fraction
         self.tokens_per_sync = TOKENS_PER_SYNC[model.device.type]
         self.graphed = model.device.type == "cuda" and uses_triton(model.device, model.dtype)
+        self.stop: Callable[[], bool] = lambda: False  # looked at between steps: what is not done is dropped
         # Of the present call of `stream`.
         self.params = Params()
         self.seed = 0
@@ -160,9 +161,9 @@ class Sampler:
         self.cache_budget: int | None = None
 
     def generate(
-        self, prompts: list[list[int]], n: int, params: Params, seed: int = 0, identities=None, bar=None,
-    ):
-        """n completions of each prompt (a list of ids): a list of lists of Completion, in order."""
+        self, prompts: list[list[int]], n: int, params: Params, seed: int = 0, identities=None,
+    ) -> list[list[Completion]]:
+        """n completions of each prompt (a list of ids), in order."""
         identities = identities or [None] * len(prompts)
         requests = deque()
         for i, (prompt, identity) in enumerate(zip(prompts, identities, strict=True)):
@@ -170,8 +171,6 @@ class Sampler:
         out = [[None] * n for _ in prompts]
         for request, index, completion in self.stream(requests, params, seed):
             out[request.payload][index] = completion
-            if bar is not None:
-                bar.update()
         return out
 
     def stream(
@@ -185,7 +184,7 @@ class Sampler:
         self.seed = seed
         self.live = []
         growing = False  # the first cache is made for what waits, a later one because longer requests came
-        while queue or self.live:
+        while (queue or self.live) and not self.stop():
             if queue and not self.live:
                 self.fit_cache(queue, growing)
                 growing = True
@@ -394,12 +393,6 @@ def say_what_the_context_cuts(prompts: list[list[int]], model: Transformer, max_
 
 
 # ---- the command ---------------------------------------------------------------------------------
-# What makes two runs one: these flags must agree to go on.
-SETTINGS = ("model", "task", "questions", "split", "styles", "n", "reflections", "hint", "seed",
-            "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens",
-            "chat_template_kwargs")
-
-
 # How tokens are chosen if no flag says so: (for a model of the miniature's size, else the paper's). On an
 # earlier miniature the paper's cuts made a chain repeat its attempts.
 CHOICE = {
@@ -457,6 +450,7 @@ def arguments():
     g.add_argument("--max-new-tokens", type=positive, default=512, help="budget of an attempt or reflection")
     g.add_argument("--slots", type=natural, default=0,
                    help="rows decoded at once; 0: as many as fit in memory")
+    resume_flag(p)
     plan_flags(g)
     args = p.parse_args()
     for style in split_list(args.styles, "--styles"):
@@ -526,30 +520,32 @@ def reflection_request(row: dict, n: int, tokenizer: Tokenizer) -> Request:
     return Request(prompt, list(range(n)), identity, payload=Reflections(row))
 
 
-def start_or_resume(args) -> set:
+def record_of(out: str) -> Path:
+    return Path(f"{out}.run.json")
+
+
+def refuse_other_files(args) -> None:
+    """What is at --out must be of a run, to go on with it."""
+    out, record = args.out, record_of(args.out)
+    there = os.path.exists(out)
+    if there and not (os.path.isfile(out) and is_written(record)):
+        raise UserError(f"--out {out} exists, but not {record} that says how it was made; give another --out")
+    if args.resume == "yes" and not there:
+        raise UserError(f"--resume: there is no {out}; start it without --resume")
+    if not is_written(record) and parts_of(out):
+        raise UserError(f"{parts_of(out)[0]} is left over from another run; remove it, or give another --out")
+
+
+def start_or_go_on(args, problems: list) -> set:
     """Start --out with its run.json, or go on with it. Returns the (id, style, index) already there.
 
-    Checks that the file was made with the same settings, and cuts off a last line that is not whole.
+    Cuts off a last line that is not whole.
     """
-    record = f"{args.out}.run.json"
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    refuse_other_files(args)
     there = os.path.exists(args.out)
-    if there and not os.path.exists(record):
-        raise UserError(f"--out {args.out} exists, but not {record} that says how it was made; "
-                        "give another --out")
-    if not there and parts_of(args.out):
-        raise UserError(f"{parts_of(args.out)[0]} is left over from another run; remove it, "
-                        "or give another --out")
-    if there:
-        before = read_json(record)["settings"]
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise UserError(f"--out {args.out} was made with --{name.replace('_', '-')} "
-                                f"{before.get(name)}, not {value}; give the same or another --out")
-    barrier()  # all have looked
+    begin(record_of(args.out), args, lambda: {"--model": of_model(args.model),
+                                              "--task": of_questions(problem for _, problem in problems)})
     if rank() == 0:
-        if not there:
-            write_whole(record, json.dumps({**run_record(args), "settings": settings}, indent=2))
         join_parts(args.out)
     barrier()
     rows = read_jsonl(args.out, ("id", "style", "index")) if os.path.getsize(args.out) else []
@@ -600,6 +596,7 @@ def main():
         answer_by_hand(args)
         return
 
+    refuse_other_files(args)
     device, _ = device_and_dtype(args.device)
     start_processes(device, minutes=ALONE)
     found = tasks.find_all(args.task, args.data_dir)
@@ -608,7 +605,7 @@ def main():
     args.chat_template_kwargs = tokenizer.template_kwargs
     params = choice_of(args, model)
     context = model.config.max_position_embeddings
-    done = start_or_resume(args)
+    done = start_or_go_on(args, problems)
     queue = attempt_requests(args, problems[rank()::world()], done, tokenizer)
     waiting = sum(len(request.indices) for request in queue)
     everywhere, = total([waiting], device)
@@ -619,8 +616,8 @@ def main():
     tally = Tally()
     too_long = 0
     sampler = Sampler(model, tokenizer, args.slots)
-    bar = tqdm(total=waiting, desc="attempts", unit="", disable=None if rank() == 0 else True)
-    with open(own_part(args.out), "a", encoding="utf-8") as f, bar:
+    with (open(own_part(args.out), "a", encoding="utf-8") as f,
+          Progress("sample", waiting, unit="attempt") as progress):
         for request, index, completion in sampler.stream(queue, params, args.seed):
             text = tokenizer.after_own_thought(completion.tokens)
             if isinstance(request.payload, Attempts):
@@ -641,7 +638,7 @@ def main():
             f.write(to_json(row) + "\n")
             f.flush()
             tally.add(row)
-            bar.update()
+            progress.update(correct=f"{tally.correct / tally.attempts:.1%}")
     tally = Tally(**summed(vars(tally), device))
     too_long, = total([too_long], device)  # and all have written their part
     if rank() == 0:

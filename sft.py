@@ -11,23 +11,28 @@ micro-batches or processes changes nothing but the rounding.
 Left out: packing several rows into one (a micro-batch holds rows of similar length instead), LoRA, loss on
 earlier turns.
 """
+import json
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from checkpoint import device_and_dtype, load
-from cli import UserError, command, number, parser, positive, read_jsonl, say, split_list, wants_plan
+from cli import (
+    Progress, UserError, command, natural, number, parser, positive, read_jsonl, say, split_list,
+    wants_plan,
+)
 from conversations import plain_messages
 from model import Config, Transformer
 from processes import evenly, rank, start_processes, total, world
+from record import goes_on, of_files, of_model
+from tasks import hundredth
 from tokenizer import Tokenizer
-from train import (
-    Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, progress, training_flags,
-)
+from train import Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, training_flags
 
 MINIATURE_LR = 1.5e-3
 MINIATURE_EPOCHS = 3
@@ -39,6 +44,8 @@ class Example:
     """A conversation as ids. The loss is on ids[start:], the last turn and its end token."""
     ids: list[int]
     start: int
+    # 0..99, by a hash of what comes before the last turn: `hold_out` divides there.
+    place: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,13 +70,29 @@ def read_examples(paths: str, tokenizer: Tokenizer, context: int) -> list[Exampl
             if len(prompt) + len(answer) > context:
                 left_out += 1
             else:
-                examples.append(Example(prompt + answer, start=len(prompt)))
+                place = hundredth(json.dumps(messages[:-1]))
+                examples.append(Example(prompt + answer, len(prompt), place))
     if left_out:
         say(f"left out {left_out} of {left_out + len(examples)} rows that are longer than --context "
             f"{context} tokens")
     if not examples:
         raise UserError(f"--data {paths}: every row is longer than --context {context} tokens; raise it")
     return examples
+
+
+def hold_out(examples: list[Example], args) -> tuple[list[Example], list[Example]]:
+    """(those to train on, those to measure the loss on).
+
+    Two answers to one question are on the same side.
+    """
+    if not args.eval_every:
+        return examples, []
+    trained = [example for example in examples if example.place >= args.held_out]
+    held_out = [example for example in examples if example.place < args.held_out]
+    if not trained or not held_out:
+        raise UserError(f"--held-out {args.held_out}: that is {len(held_out)} of the {len(examples)} rows; "
+                        "another share, or more rows, leaves some on both sides")
+    return trained, held_out
 
 
 def make_batches(
@@ -128,6 +151,17 @@ def loss_of(model: Transformer, examples: list[Example]) -> Tensor:
     return -logp.sum()
 
 
+@torch.no_grad()
+def held_out_loss(model: Transformer, examples: list[Example], args) -> float:
+    """The loss on examples that nothing is trained on, a mean over their trained tokens on all processes."""
+    mine = micro_batches(examples[rank()::world()], len, args.micro_batch_tokens)
+    loss = 0.0
+    for part in evenly(mine, model.device):
+        one = loss_of(model, part or examples[:1])  # sharded weights come only if all processes run
+        loss += one.item() if part else 0.0
+    return total([loss], model.device)[0] / sum(len(example.targets) for example in examples)
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:
     """Linear warm-up over the first 5% of the steps, then a cosine to 0. Steps count from 1."""
     rising = max(1, round(warmup * steps))
@@ -153,6 +187,12 @@ def arguments():
     p.add_argument("--context", type=positive, default=2048,
                    help="leave out rows longer than this many tokens (the paper: 4096)")
     training_flags(p)
+    p.add_argument("--eval-every", type=natural, default=0,
+                   help="steps between measurements of the loss on rows that are held out from training, the "
+                        "last after the last step; 0: never, and no row is held out")
+    p.add_argument("--held-out", type=number(int, 1, 50), default=5,
+                   help="with --eval-every: hundredths of the conversations that are held out, by a hash of "
+                        "their content")
     p.set_defaults(weight_decay=1e-4, save_every=200)
     return p.parse_args()
 
@@ -169,15 +209,17 @@ def main():
         import plan
         plan.of_sft(args)
         return
+    goes_on(args.resume, Path(args.out))
     device, _ = device_and_dtype(args.device)
     start_processes(device, args.timeout)
     model, tokenizer = load(
         args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
     args.chat_template_kwargs = tokenizer.template_kwargs
     refuse_long_context(args, model.config)
-    examples = read_examples(args.data, tokenizer, args.context)
+    examples, held_out = hold_out(read_examples(args.data, tokenizer, args.context), args)
 
-    run = Run(args)
+    run = Run(args, lambda: {"--model": of_model(args.model),
+                             "--data": of_files(split_list(args.data, "--data"))})
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     run.restore(optimizer, tokenizer)
     model.recompute = args.recompute
@@ -185,11 +227,13 @@ def main():
     batches = all_batches(examples, args, model)
     steps = len(batches)
     say(f"{len(examples)} rows, {sum(map(len, examples)):,} tokens; {steps} steps, learning rate {peak:g}")
+    if held_out:
+        say(f"{len(held_out)} more rows are held out")
     if run.step >= steps:
         say(f"{run.out} is finished already")
         return
 
-    with interruptible(device) as asked_to_stop, progress("sft", run.step, steps) as bar:
+    with interruptible(device) as stop, Progress("sft", steps, run.step) as progress:
         for step in range(run.step + 1, steps + 1):
             started = time.time()
             batch = batches[step - 1]
@@ -208,11 +252,15 @@ def main():
             check_finite(loss, "loss")
             norm = optimizer.step(lr)
             speed = sum(map(len, batch)) / (time.time() - started)
-            run.log({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": count,
-                     "tokens_per_second": round(speed, 1)})
-            bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.2f}")
-            bar.update()
-            run.end_of_step(optimizer, tokenizer, step=step, last=steps, updates=step, stop=asked_to_stop())
+            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": count,
+                   "tokens_per_second": round(speed, 1)}
+            shown = {"loss": f"{loss:.3f}", "norm": f"{norm:.2f}", "tokens/s": f"{speed:,.0f}"}
+            if held_out and (step % args.eval_every == 0 or step == steps):
+                row["val_loss"] = held_out_loss(model, held_out, args)
+                shown["val_loss"] = f"{row['val_loss']:.3f}"
+            run.log(row)
+            progress.update(**shown)
+            run.end_of_step(optimizer, tokenizer, stop, step=step, last=steps, updates=step)
     say(f"wrote {run.out}: loss {loss:.4f} at the last step")
 
 

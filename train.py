@@ -8,29 +8,30 @@ In several processes the engine is PyTorch's own FSDP2 (`shard`); only sums of a
 one process nothing is wrapped.
 """
 import argparse
-import json
 import math
 import os
 import shutil
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
+from checkpoint import Reader, check_tensors, save_tensors
 from checkpoint import save as save_model_folder
-from checkpoint import save_tensors
 from cli import (
-    UserError, goes_on, natural, number, plan_flags, positive, refuse_other_flags, resume_flag, run_record,
+    Stopped, UserError, handlers, natural, number, plan_flags, positive, read_json, read_jsonl, resume_flag,
     say, to_json, write_whole,
 )
 from model import Transformer
 from processes import barrier, local, naming_the_missing, rank, rows_of, shard, total, whole, world
+from record import begin, goes_on, sweep
 from tokenizer import Tokenizer
 
 
@@ -49,6 +50,9 @@ def training_flags(p: argparse.ArgumentParser) -> None:
                         "much less memory, a third more work")
     g.add_argument("--save-every", type=natural, default=20,
                    help="steps between checkpoints; 0: only at the end")
+    g.add_argument("--keep", type=positive, default=1,
+                   help="how many of the latest checkpoints stay; if more than 1, their models too, "
+                        "in OUT/checkpoints (each is as large as the first: see --plan)")
     resume_flag(g)
     plan_flags(g)
     g.add_argument("--timeout", type=number(float, 0, 10**6, open_low=True), default=60.0,
@@ -160,9 +164,18 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
+        self._check_masters()
         self._write_back()
         self.sums.clear()
         return norm
+
+    @torch.no_grad()
+    def _check_masters(self):
+        """A finite gradient too may end in masters that are not: in a rate far too high, say."""
+        sums = torch.stack([local(master).sum() for master in self.masters.values()])
+        finite = float(sums.isfinite().all().item())
+        if total([1 - finite], self.model.device)[0]:
+            check_finite(math.inf, "weights after the step")
 
     @torch.no_grad()
     def _write_back(self):
@@ -202,8 +215,12 @@ class Optimizer:
     def load(self, files: list[Path], updates: int) -> None:
         """Take weights, masters and moments from a checkpoint's files, of any number of processes.
 
-        `updates` is how many steps AdamW had made. A tensor is whole on each process while it is read.
+        `updates` is how many steps AdamW had made. A tensor is whole on each process while it is read. Raises
+        UserError for a damaged file, before anything is changed.
         """
+        for path in files[rank()::world()]:
+            check_tensors(path)
+        barrier()
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(path, "pt")) for path in files]
             stored = [set(f.keys()) for f in opened]
@@ -225,128 +242,222 @@ class Optimizer:
 
 
 # ---- the run folder ------------------------------------------------------------------------------
-# Flags that a resumed run may give anew: they change what is kept, or where and in how many pieces it is
-# computed, which only the rounding shows. (With --dtype auto another device may mean another dtype.)
-FREE_TO_CHANGE = {"out", "resume", "save_every", "eval_every", "device", "slots", "micro_batch_tokens",
-                  "recompute", "timeout"}
+# Flags that a run may give anew, beside those of `record.py`: they change only what is kept.
+FREE_TO_CHANGE = {"save_every", "keep"}
+WEIGHTS = "*.safetensors"
 
 
 class Run:
     """An output folder: a Hugging Face model folder, with run.json, metrics.jsonl, rollouts.jsonl and state/.
 
-    `state/step-N` appears by one rename when all of it is written, and only then is the step before it
-    removed. So a kill at any moment leaves a whole checkpoint, and `--resume` cuts the logs back to its step.
+    `state/step-N` appears by one rename when all of it is written, and only then is one before it removed. So
+    a kill at any moment leaves a whole checkpoint, and `--resume` cuts the logs back to its step. With
+    `--keep 3` there are three, and the three models in checkpoints/; `best` is a link to the one with the
+    best score on held-out data, if that is measured.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, inputs: Callable[[], dict], free: set[str] = frozenset()):
         self.out = Path(args.out)
         self.save_every = args.save_every
+        self.keep = args.keep
         resumed = goes_on(args.resume, self.out)
-        if resumed:
-            refuse_other_flags(args, self.out, FREE_TO_CHANGE)
-        barrier()  # no process may create the folder before all have looked
-        checkpoints = sorted((self.out / "state").glob("step-*[0-9]"))  # not the .tmp of a killed save
+        begin(self.out / "run.json", args, inputs, FREE_TO_CHANGE | free)
+        checkpoints = self._checkpoints()
         self.resume_from = checkpoints[-1] if checkpoints else None
         self.step = 0  # of the checkpoint that the run goes on from
         self.updates = 0  # optimizer steps until then; GRPO makes several in a step
+        self.pending = None  # the line of metrics.jsonl of that step, if a stop came before it was whole
         if self.resume_from:
-            counts = json.loads((self.resume_from / "state.json").read_text())
-            self.step, self.updates = counts["step"], counts["updates"]
+            path = self.resume_from / "state.json"
+            counts = Reader(read_json(path), path)
+            self.step = counts("step", int)
+            self.updates = counts("updates", int, 0)
+            self.pending = counts("pending", dict, {}) or None
+        self.saved = self.step
+        barrier()  # all have looked
         if rank() == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if not resumed:
-                write_whole(self.out / "run.json", json.dumps(run_record(args), indent=2))
+            sweep(self.out)
             self._cut(self.out / "metrics.jsonl")
             self._cut(self.out / "rollouts.jsonl")
         barrier()
+        log = self.out / "metrics.jsonl"
+        self.history = [row for _, row in read_jsonl(log)] if log.is_file() and log.stat().st_size else []
         if resumed:
             say(f"resuming {self.out} after step {self.step}")
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.out / "state").glob("step-*[0-9]"))  # not the .tmp of a killed save
 
     def _cut(self, path):
         """Drop the lines of steps after the checkpoint (without one, all), and one that a kill cut short."""
         if not path.is_file() or not path.stat().st_size:
             return
-        lines = path.read_bytes().split(b"\n")[:-1]  # not splitlines: a text may hold other line separators
-        kept = [line.decode() + "\n" for line in lines if json.loads(line)["step"] <= self.step]
-        write_whole(path, "".join(kept) if self.resume_from else "")
+        content = path.read_bytes()
+        whole_lines = content[:content.rfind(b"\n") + 1]
+        if whole_lines != content:
+            write_whole(path, whole_lines)
+        rows = [row for _, row in read_jsonl(path, ("step",))] if whole_lines else []
+        kept = [to_json(row) + "\n" for row in rows if self.resume_from and row["step"] <= self.step]
+        if len(kept) < len(rows):
+            write_whole(path, "".join(kept))
 
     def restore(self, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
         """Put the checkpoint, if there is one, into the optimizer and its model."""
         if not self.resume_from:
             return
-        optimizer.load(sorted(self.resume_from.glob("*.safetensors")), self.updates)
-        self._save_model(optimizer, tokenizer)  # a kill may have come between it and the checkpoint
+        try:
+            optimizer.load(sorted(self.resume_from.glob(WEIGHTS)), self.updates)
+        except UserError as e:
+            others = self._checkpoints()[:-1]
+            way = f"no other is kept, but its model is: start another run with --model {self.out}"
+            if others:
+                way = f"remove {self.resume_from}, and --resume goes on from {others[-1]}"
+            raise UserError(f"{e}; {way}") from e
+        self._publish(optimizer, tokenizer, self.step)  # a kill may have come between the two
 
     def end_of_step(
-        self, optimizer: Optimizer, tokenizer: Tokenizer, *, step: int, last: int, updates: int, stop: bool,
+        self, optimizer: Optimizer, tokenizer: Tokenizer, stop: "Stop", *, step: int, last: int, updates: int,
     ):
-        """Save if it is time to. If somebody asked the run to stop, save and leave it (KeyboardInterrupt)."""
+        """Save if it is time to, or the model is the best so far; leave if somebody asked for it."""
         due = self.save_every and step % self.save_every == 0
-        if due or stop or step == last:
+        if due or step == last or step == self.best_step():
             self.save(optimizer, tokenizer, step, updates)
-        if stop:
-            raise KeyboardInterrupt
+        self.leave_if_asked(optimizer, tokenizer, stop, step=step, updates=updates)
 
-    def save(self, optimizer: Optimizer, tokenizer: Tokenizer, step: int, updates: int) -> None:
-        """A checkpoint after `step`, in which the optimizer has made `updates` updates in all."""
+    def leave_if_asked(
+        self, optimizer: Optimizer, tokenizer: Tokenizer, stop: "Stop", *, step: int, updates: int,
+        pending: dict | None = None,
+    ):
+        """If somebody asked the run to stop, save what it has after `step` and leave it (raises Stopped)."""
+        if stop.anywhere():
+            if step > self.saved:
+                self.save(optimizer, tokenizer, step, updates, pending)
+            raise Stopped(stop.number)
+
+    def save(self, optimizer: Optimizer, tokenizer: Tokenizer, step: int, updates: int, pending=None) -> None:
+        """A checkpoint after `step`, in which the optimizer has made `updates` updates in all.
+
+        `pending` is the line of metrics.jsonl of that step, where something of it is still to be measured.
+        """
         final = self.out / "state" / f"step-{step:06d}"
         tmp = final.with_suffix(".tmp")
-        if rank() == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
-            tmp.mkdir(parents=True)
-        barrier()
-        save_tensors(tmp / f"rank{rank():03d}.safetensors", optimizer.tensors())
-        barrier()
-        if rank() == 0:
-            write_whole(tmp / "state.json", json.dumps({"step": step, "updates": updates}))
-            os.replace(tmp, final)
-        self._save_model(optimizer, tokenizer)
-        if rank() == 0:
-            for other in final.parent.iterdir():
-                if other != final:
-                    shutil.rmtree(other)
-        barrier()
+        if self.saved != step:
+            if rank() == 0:
+                tmp.mkdir(parents=True)
+            barrier()
+            save_tensors(tmp / f"rank{rank():03d}.safetensors", optimizer.tensors())
+            barrier()
+            if rank() == 0:
+                counts = {"step": step, "updates": updates}
+                if pending:
+                    counts["pending"] = pending
+                write_whole(tmp / "state.json", to_json(counts))
+                os.replace(tmp, final)
+            self.saved = step
+        self._publish(optimizer, tokenizer, step)
 
-    def _save_model(self, optimizer, tokenizer):
+    def _publish(self, optimizer, tokenizer, step):
+        """All that follows from a checkpoint: the model, the copies of it that are kept, what may go."""
         weights = optimizer.whole_weights()
         if rank() == 0:
             save_model_folder(self.out, optimizer.model, tokenizer, weights)
         for _ in weights:  # the other processes give their parts
             pass
+        if rank() == 0:
+            best = self.best_step()
+            models = self.out / "checkpoints"
+            if self.keep > 1 or best == step:
+                self._copy_model(models / f"step-{step:06d}")
+            best_model = models / f"step-{best or 0:06d}"
+            if best_model.is_dir():
+                link = self.out / "best.tmp"
+                link.symlink_to(best_model.relative_to(self.out))
+                os.replace(link, self.out / "best")
+            latest = [f"step-{step:06d}", *(path.name for path in reversed(self._checkpoints()))]
+            latest = sorted(set(latest))[-self.keep:]
+            for state in self._checkpoints():
+                if state.name not in latest:
+                    shutil.rmtree(state)
+            for model in models.glob("step-*"):
+                if model != best_model and (model.name not in latest or self.keep == 1):
+                    shutil.rmtree(model)
+        barrier()
 
+    def _copy_model(self, target):
+        """The model folder as it is now, whole or not at all; weights as another name of the same file."""
+        if target.is_dir():
+            return
+        tmp = target.with_suffix(".tmp")
+        tmp.mkdir(parents=True)
+        for path in self.out.iterdir():
+            if path.is_file() and path.suffix != ".jsonl":
+                try:
+                    (os.link if path.match(WEIGHTS) else shutil.copy2)(path, tmp / path.name)
+                except OSError:  # a file system without such names
+                    shutil.copy2(path, tmp / path.name)
+        os.replace(tmp, target)
+
+    # ---- the log -----------------------------------------------------------------------------------
     def log(self, row: dict, name: str = "metrics.jsonl") -> None:
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row = {**row, key: None}  # JSON knows no infinity
+        if name == "metrics.jsonl":
+            self.history.append(row)
         if rank() == 0:
             with open(self.out / name, "a", encoding="utf-8") as f:
                 f.write(to_json(row) + "\n")
 
+    def best_step(self) -> int | None:
+        """The step with the best score, the first of several; None without a score after a step."""
+        scores = [(score_of(row), -row["step"]) for row in self.history if row["step"]]
+        scores = [pair for pair in scores if pair[0] is not None]
+        return -max(scores)[1] if scores else None
+
+
+def score_of(row: dict) -> float | None:
+    """What a line of metrics.jsonl says of the held-out data, as a number to be high."""
+    if row.get("val") is not None:
+        return row["val"]
+    return -row["val_loss"] if row.get("val_loss") is not None else None
+
 
 # ---- around the loop -----------------------------------------------------------------------------
-def progress(name: str, done: int, steps: int) -> tqdm:
-    """A progress bar over steps, on the first process only, and only on a terminal."""
-    hidden = None if rank() == 0 else True  # None: tqdm shows it on a terminal only
-    return tqdm(total=steps, initial=done, desc=name, unit="step", disable=hidden)
+class Stop:
+    """Whether somebody asked the run to stop (`cli.STOPPING`)."""
+    AGAIN = 2.0  # seconds after which Ctrl-C is meant anew: torchrun's agent repeats the terminal's
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = device
+        self.asked_at: float | None = None
+        self.number = signal.SIGINT  # or what came first
+
+    def handler(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if self.asked_at is None:
+            self.asked_at = now
+            self.number = number
+            with suppress(OSError, ValueError, AttributeError):  # nothing said here may end the run
+                if os.isatty(sys.stderr.fileno()):
+                    os.write(sys.stderr.fileno(), b"\nstopping, once all is saved (again: at once)\n")
+        elif number == signal.SIGINT and now - self.asked_at > self.AGAIN:
+            raise Stopped(number)
+
+    def here(self) -> bool:
+        """What this process knows."""
+        return self.asked_at is not None
+
+    def anywhere(self) -> bool:
+        """What any process knows. All must call it."""
+        return total([float(self.here())], self.device)[0] > 0
 
 
 @contextmanager
-def interruptible(device: torch.device | str = "cpu") -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether somebody asked the run to stop (Ctrl-C, SIGTERM).
+def interruptible(device: torch.device | str = "cpu") -> Iterator[Stop]:
+    """Inside, a signal does not end the run but is kept, for the loop to save and leave.
 
-    It tells every process the same, so all must call it.
-
-    The loop then saves and leaves. A second Ctrl-C does not wait.
+    A second Ctrl-C does not wait.
     """
-    asked = []
-
-    def handler(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        print("\nstopping after this step (once more to stop now)", flush=True)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with naming_the_missing():
-            yield lambda: total([len(asked)], device)[0] > 0
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    stop = Stop(device)
+    with handlers(stop.handler), naming_the_missing():
+        yield stop

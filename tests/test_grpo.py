@@ -314,5 +314,5 @@ def test_a_budget_that_the_context_cuts_is_said_once(cmd, folder):
     assert out.count("the context of 256 tokens leaves 16 of 16 prompts less than --max-new-tokens 1000") == 1
     assert "raise --max-new-tokens" not in out
     row = {"truncated": 1.0, "groups_with_signal": 1, "sampler_trainer_mean": None}
-    warning, = grpo.warnings_of(row, context_cuts=True)
+    warning = grpo.warnings_of(row, context_cuts=True)["truncated"]
     assert "cut off at the end of the model's context; only a model with a longer one helps" in warning
