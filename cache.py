@@ -10,8 +10,11 @@ attends. When a row ends, the sampler copies the last live row into its slot (`S
 
 Left out: pages (a slot is one stretch of memory), quantised caches, moving slots to the host.
 """
+import math
 import os
+import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,16 +169,50 @@ def bucket(live: int) -> int:
     return round_up(live, 16 if live <= 128 else 64)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated."""
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process can still allocate."""
     if device.type == "cuda":
         unused_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused_by_torch
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this host
+    return min(host_memory() // sharers, own_limit())
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that all processes here together can still allocate: the least of what machine and cgroups have.
+
+    `root` is another for tests.
+    """
+    left = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]  # where it is not Linux
+    if (root / "proc/meminfo").is_file():
+        words = (root / "proc/meminfo").read_text().split()
+        left = [int(words[words.index("MemAvailable:") + 1]) * 1024]
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            mount, limit, used, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit, used, cache = ("sys/fs/cgroup/memory", "memory.limit_in_bytes",
+                                         "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = root / mount / path.strip("/")
+        for group in (folder, *folder.parents):  # a limit of any of them counts; a container sees only some
+            if (group / limit).is_file() and (group / limit).read_text().strip() != "max":
+                stat = (group / "memory.stat").read_text().split()
+                given_back = int(stat[stat.index(cache) + 1])  # files in memory: they make way
+                left.append(int((group / limit).read_text()) - int((group / used).read_text()) + given_back)
+    return max(0, min(left))
+
+
+def own_limit() -> float:
+    """Bytes that this process can still map before its RLIMIT_AS (ulimit -v)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    statm = Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY or not statm.is_file():
+        return math.inf
+    return max(0, limit - int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
 
 
 # ---- graphs --------------------------------------------------------------------------------------

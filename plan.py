@@ -39,7 +39,7 @@ import processes
 import sample
 import sft
 import tasks
-from cache import free_memory
+from cache import free_memory, host_memory
 from checkpoint import device_and_dtype, read_folder
 from cli import UserError, say
 from model import Config, Transformer
@@ -121,7 +121,7 @@ def target_of(args) -> Target:
     if args.plan_memory is None or not gpu:
         device, dtype = device_and_dtype(args.device, args.dtype)
         gpu = device.type == "cuda"
-        memory = free_memory(device)
+        memory = free_memory(device) if gpu else host_memory()
     else:
         dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.plan_memory is not None:

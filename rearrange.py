@@ -23,8 +23,8 @@ from pathlib import Path
 
 import tasks
 from cli import (
-    UserError, command, natural, parser, positive, read_jsonl, refuse_existing, split_list, to_json,
-    write_whole,
+    UserError, command, natural, parser, positive, printable, read_jsonl, refuse_existing, split_list,
+    to_json, write_whole,
 )
 from grading import TRACE_TAGS, malformed
 
@@ -274,6 +274,7 @@ COLOURS = {  # ANSI codes of the kinds of parts
 
 
 def colour(kind: str, text: str) -> str:
+    text = printable(text)
     return f"\033[{COLOURS[kind]}m{text}\033[0m" if sys.stdout.isatty() else text
 
 
@@ -287,7 +288,7 @@ def show(pairs: list[Pair], trace: Trace, parts: list[tuple[str, str]], question
     correct = colour("correct", f"{n_correct} correct")
     incorrect = colour("incorrect", f"{len(pairs) - n_correct} incorrect")
     print(colour("tag", "=" * 100))
-    print(f"question\n{question}\n")
+    print(f"question\n{printable(question)}\n")
     print(f"pool: {correct} and {incorrect} pairs")
     print(f"drawn, in order: {', '.join(drawn)}\n")
     print("".join(colour(kind, text) for kind, text in parts), "\n")

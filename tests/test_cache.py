@@ -1,7 +1,9 @@
 """How many slots there are, how long they are and which graphs run them: few, and never more than fit."""
 import pytest
+import torch
 
-from cache import Graphs, bucket, slot_capacity, slot_count
+import cache
+from cache import Graphs, bucket, host_memory, slot_capacity, slot_count
 
 
 @pytest.mark.parametrize("needed, current, growing, want", [
@@ -52,3 +54,48 @@ def test_a_step_is_captured_the_second_time(monkeypatch):
     for _ in range(3):
         graphs.run("kind", lambda: made.append("run"))
     assert made == ["run", "captured", "replayed", "replayed"]
+
+
+# ---- memory --------------------------------------------------------------------------------------
+MIB = 2**20
+MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8192 kB\n"}  # 8 MiB are free
+
+
+def group(version, limit, used, cache=0):
+    names = {2: ("max", "current", ""), 1: ("limit_in_bytes", "usage_in_bytes", "total_")}[version]
+    return {f"memory.{names[0]}": str(limit), f"memory.{names[1]}": str(used),
+            "memory.stat": f"anon 1\n{names[2]}inactive_file {cache}\nactive_file 7\n"}
+
+
+def under(folder, files):
+    return {f"{folder}/{name}": content for name, content in files.items()}
+
+
+@pytest.mark.parametrize("files, want", [
+    ({}, 8 * MIB),
+    ({"proc/self/cgroup": "0::/job", **under("sys/fs/cgroup/job", group(2, "max", MIB))}, 8 * MIB),
+    ({"proc/self/cgroup": "0::/job", **under("sys/fs/cgroup/job", group(2, 5 * MIB, 3 * MIB))}, 2 * MIB),
+    ({"proc/self/cgroup": "0::/a/job", **under("sys/fs/cgroup/a", group(2, 5 * MIB, 3 * MIB, MIB)),
+      **under("sys/fs/cgroup/a/job", group(2, "max", 1))}, 3 * MIB),  # its parent's; files in memory make way
+    ({"proc/self/cgroup": "0::/../host/path", **under("sys/fs/cgroup", group(2, 4 * MIB, 3 * MIB))}, MIB),
+    ({"proc/self/cgroup": "4:cpu,memory:/docker/1\n1:cpu:/",
+      **under("sys/fs/cgroup/memory/docker/1", group(1, 6 * MIB, 2 * MIB))}, 4 * MIB),
+    ({"proc/self/cgroup": "4:memory:/", **under("sys/fs/cgroup/memory", group(1, MIB, 2 * MIB))}, 0),
+], ids=["none", "no limit", "limit", "parent", "container", "version 1", "over"])
+def test_the_least_memory_counts(tmp_path, files, want):
+    for name, content in {**MACHINE, **files}.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert host_memory(tmp_path) == want
+
+
+def test_processes_of_a_host_share_its_memory(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(cache, "host_memory", lambda: 900)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert cache.free_memory(device) == 300
+    monkeypatch.setattr(cache.resource, "getrlimit", lambda _: (10**18, 10**18))
+    assert cache.free_memory(device) == 300
+    monkeypatch.setattr(cache.resource, "getrlimit", lambda _: (4096, 4096))  # long passed
+    assert cache.free_memory(device) == 0

@@ -64,6 +64,8 @@ def norm_backward(dy, ds, s, weight, eps):
     N = s.numel() // C
     dy = dy.contiguous()
     dx = torch.empty_like(s)
+    if N == 0:
+        return dx, torch.zeros_like(weight)
     programs = min(N, max(1024, 2**20 // C))  # their parts of dw stay under 4 MiB for short rows
     rows_each = triton.cdiv(N, programs)
     dw = torch.empty(triton.cdiv(N, rows_each), C, device=s.device)

@@ -37,7 +37,7 @@ def _read(logits, seen, at, V, temperature, penalty, PENALTY: tl.constexpr):
 
 @triton.jit
 def _sweep(logits, seen, V, temperature, penalty, PENALTY: tl.constexpr, BLOCK: tl.constexpr):
-    """(each lane's largest logit, the row's, sum of exp(z - largest), log-sum-exp of the own logits)."""
+    """(each lane's largest logit, the row's, sum of exp(z - largest); the same two of the own logits)."""
     lane = tl.arange(0, BLOCK)
     best = tl.full((BLOCK,), LOWEST, tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
@@ -56,10 +56,11 @@ def _sweep(logits, seen, V, temperature, penalty, PENALTY: tl.constexpr, BLOCK: 
     total = tl.sum(sums * tl.exp(best - top))
     if PENALTY:
         own_top = tl.max(own_best)
-        own_log_total = own_top + tl.log(tl.sum(own_sums * tl.exp(own_best - own_top)))
+        own_total = tl.sum(own_sums * tl.exp(own_best - own_top))
     else:
-        own_log_total = top + tl.log(total)
-    return best, top, total, own_log_total
+        own_top = top
+        own_total = total
+    return best, top, total, own_top, own_total
 
 
 @triton.jit
@@ -110,13 +111,15 @@ def _draw(p, ids, before, aim, first, last):
 
 @triton.jit
 def _write(
-    row, logits, seen, tokens, logprobs, first, last, V, temperature, own_log_total, PENALTY: tl.constexpr,
+    row, logits, seen, tokens, logprobs, first, last, V, temperature, own_top, own_total,
+    PENALTY: tl.constexpr,
 ):
     # Rounding may leave the aim just out of reach.
     token = tl.minimum(tl.where(first == NO_ID, last, first), V - 1)
     z, own = _read(logits, seen, token, V, temperature, 1.0, PENALTY=False)
     tl.store(tokens + row, token.to(tl.int64))
-    tl.store(logprobs + row, own - own_log_total)
+    # The difference first: logits of -30,000 leave no digits for a sum with the small logarithm.
+    tl.store(logprobs + row, (own - own_top) - tl.log(own_total))
     if PENALTY:
         tl.store(seen + token, 1)
 
@@ -132,7 +135,7 @@ def _choose(
     lane = tl.arange(0, BLOCK)
     logits += row * row_stride
     seen += row * V
-    best, top, total, own_log_total = _sweep(logits, seen, V, temperature, penalty, PENALTY, BLOCK)
+    best, top, total, own_top, own_total = _sweep(logits, seen, V, temperature, penalty, PENALTY, BLOCK)
 
     aim = tl.load(u + row) * total
     before, first, last = 0.0, NO_ID, 0
@@ -142,7 +145,7 @@ def _choose(
             first = tl.minimum(first, tl.min(tl.where(z == top, start + lane, NO_ID)))
         else:
             before, first, last = _draw(tl.exp(z - top), start + lane, before, aim, first, last)
-    _write(row, logits, seen, tokens, logprobs, first, last, V, temperature, own_log_total, PENALTY)
+    _write(row, logits, seen, tokens, logprobs, first, last, V, temperature, own_top, own_total, PENALTY)
 
 
 @triton.jit
@@ -159,7 +162,7 @@ def _choose_cut(
     maxima += row * BLOCK
     kept += row * V
     kept_ids += row * V
-    best, top, total, own_log_total = _sweep(logits, seen, V, temperature, penalty, PENALTY, BLOCK)
+    best, top, total, own_top, own_total = _sweep(logits, seen, V, temperature, penalty, PENALTY, BLOCK)
 
     # A lower bound of every survivor: what min-p leaves, raised by the lanes' maxima.
     lowest = tl.maximum(top + log_min_p, LOWEST)
@@ -202,7 +205,7 @@ def _choose_cut(
         ids = tl.load(kept_ids + at, at < n, 0)
         p = tl.where(z >= cut, tl.exp(z - top), 0.0)
         before, first, last = _draw(p, ids, before, aim, first, last)
-    _write(row, logits, seen, tokens, logprobs, first, last, V, temperature, own_log_total, PENALTY)
+    _write(row, logits, seen, tokens, logprobs, first, last, V, temperature, own_top, own_total, PENALTY)
 
 
 def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, seen=None):

@@ -286,6 +286,20 @@ def test_extreme_u_and_logits(kind, cuts):
 
 
 @both
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 7}, {"temperature": 0.01}, {"penalty": 1.0}])
+def test_logprobs_of_far_logits(kind, cuts):
+    """Logits of -30,000 once cost the log-probability a thousandth, at a low temperature four hundredths."""
+    spread = 0 if "temperature" in cuts else 0.01  # divided by 0.01, the logits themselves lose their digits
+    logits = (spread * random(6, 500).cpu().double() - 3e4).float()
+    seen = {"seen": torch.zeros(6, 500, dtype=torch.bool, device=DEVICE)} if "penalty" in cuts else {}
+    u = torch.rand(6, device=DEVICE)
+    tokens, logp = operation("next_tokens", kind)(logits.to(DEVICE), u, **cuts, **seen)
+    exact = (logits.double() / cuts.get("temperature", 1)).log_softmax(-1)
+    want = exact.gather(1, tokens.cpu()[:, None])[:, 0]
+    close(logp.cpu(), want, torch.float32, "log-probability")
+
+
+@both
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_repetition_penalty(kind, temperature):
     """vLLM's: positive logits of seen tokens are divided, negative ones multiplied.
@@ -384,3 +398,11 @@ def test_no_rows_no_gradient(kind):
     logp.sum().backward()
     assert logp.shape == entropy.shape == (0,)
     assert hidden.grad.shape == (0, 16) and not weight.grad.any()
+
+
+def test_no_rows_in_the_norm():
+    x = torch.zeros(0, 16, device=DEVICE, requires_grad=True)
+    weight = random(16).requires_grad_()
+    _, y = operation("add_norm", "triton")(x, None, weight, 1e-6)
+    y.sum().backward()
+    assert x.grad.shape == (0, 16) and not weight.grad.any()
