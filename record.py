@@ -77,7 +77,7 @@ def begin(path: Path, args, inputs: Callable[[], dict], free: set[str] = frozens
 
 def sweep(folder: Path) -> None:
     """Remove what a kill left half written."""
-    for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp")):
+    for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp"), *folder.glob(".tmp*")):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

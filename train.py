@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoint import Reader, check_tensors, save_tensors
+from checkpoint import CHECKSUM, check_tensors, save_tensors
 from checkpoint import save as save_model_folder
 from cli import (
     Stopped, UserError, handlers, natural, number, plan_flags, positive, read_json, read_jsonl, resume_flag,
@@ -268,11 +269,9 @@ class Run:
         self.updates = 0  # optimizer steps until then; GRPO makes several in a step
         self.pending = None  # the line of metrics.jsonl of that step, if a stop came before it was whole
         if self.resume_from:
-            path = self.resume_from / "state.json"
-            counts = Reader(read_json(path), path)
-            self.step = counts("step", int)
-            self.updates = counts("updates", int, 0)
-            self.pending = counts("pending", dict, {}) or None
+            counts = self._unsealed(self.resume_from / "state.json")
+            self.step, self.updates = counts["step"], counts["updates"]
+            self.pending = counts.get("pending")
         self.saved = self.step
         barrier()  # all have looked
         if rank() == 0:
@@ -301,6 +300,21 @@ class Run:
         if len(kept) < len(rows):
             write_whole(path, "".join(kept))
 
+    def _unsealed(self, path):
+        """The counts of a checkpoint, as they were written."""
+        counts = read_json(path)
+        seal = counts.pop(CHECKSUM, digest(counts))
+        if seal != digest(counts) or not {"step", "updates"} <= counts.keys():
+            raise UserError(f"{path}: damaged (its checksum is another){self._way_back()}")
+        return counts
+
+    def _way_back(self):
+        """What to do where the newest checkpoint is damaged."""
+        newest, *others = reversed(self._checkpoints())
+        if others:
+            return f"; remove {newest}, and --resume goes on from {others[0]}"
+        return f"; no other is kept (--keep), but its model is: start another run with --model {self.out}"
+
     def restore(self, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
         """Put the checkpoint, if there is one, into the optimizer and its model."""
         if not self.resume_from:
@@ -308,11 +322,7 @@ class Run:
         try:
             optimizer.load(sorted(self.resume_from.glob(WEIGHTS)), self.updates)
         except UserError as e:
-            others = self._checkpoints()[:-1]
-            way = f"no other is kept, but its model is: start another run with --model {self.out}"
-            if others:
-                way = f"remove {self.resume_from}, and --resume goes on from {others[-1]}"
-            raise UserError(f"{e}; {way}") from e
+            raise UserError(f"{e}{self._way_back()}") from e
         self._publish(optimizer, tokenizer, self.step)  # a kill may have come between the two
 
     def end_of_step(
@@ -351,7 +361,7 @@ class Run:
                 counts = {"step": step, "updates": updates}
                 if pending:
                     counts["pending"] = pending
-                write_whole(tmp / "state.json", to_json(counts))
+                write_whole(tmp / "state.json", to_json({**counts, CHECKSUM: digest(counts)}))
                 os.replace(tmp, final)
             self.saved = step
         self._publish(optimizer, tokenizer, step)
@@ -413,6 +423,10 @@ class Run:
         scores = [(score_of(row), -row["step"]) for row in self.history if row["step"]]
         scores = [pair for pair in scores if pair[0] is not None]
         return -max(scores)[1] if scores else None
+
+
+def digest(counts: dict) -> str:
+    return blake2b(to_json(counts).encode(), digest_size=16).hexdigest()
 
 
 def score_of(row: dict) -> float | None:
