@@ -35,8 +35,6 @@ from summary import pass_at, summarise
 from tokenizer import Tokenizer
 
 # ---- use of the skills ---------------------------------------------------------------------------
-# An attempt, and all that follows until the next one.
-BLOCK = re.compile(r"<sample>(.*?)</sample>((?:(?!<sample>).)*)", re.DOTALL)
 THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 
 
@@ -50,7 +48,10 @@ def skills(task: tasks.Task, problem: tasks.Problem, text: str) -> dict:
     thought = "".join(THOUGHT.findall(text)) or text
     attempts = []
     verdicts = []  # (said, actual)
-    for attempt, after in BLOCK.findall(thought):
+    for block in thought.split("<sample>")[1:]:
+        attempt, closing, after = block.partition("</sample>")
+        if not closing:
+            continue
         correct = task.grade(problem, attempt).correct
         attempts.append(correct)
         said = verdict(after.partition("<reflect>")[2])

@@ -80,7 +80,8 @@ def fork(request, rank, port, cli, mains):
         if request["processes"] > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["processes"]),
                               LOCAL_WORLD_SIZE=str(request["processes"]),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                              USE_LIBUV="0")  # torch's faster store may spin for ever in a fork
         sys.argv = [request["name"] + ".py", *request["argv"]]
         library = ctypes.CDLL(None)
         if rank == request["struck"]:
@@ -103,6 +104,7 @@ def wait_for(children):
     """Once one has failed the others are asked to end, then made to, as torchrun does."""
     status = {}
     deadline = None
+    too_late = time.time() + 120
     pids = [child for child, _ in children]
     while len(status) < len(pids):
         for child in pids:
@@ -116,7 +118,7 @@ def wait_for(children):
                 if child not in status:
                     with suppress(ProcessLookupError):
                         os.kill(child, signal.SIGTERM)
-        if deadline and time.time() > deadline:
+        if time.time() > min(deadline or too_late, too_late):
             for child in pids:
                 if child not in status:
                     os.kill(child, signal.SIGKILL)

@@ -1,0 +1,267 @@
+"""Texts that nobody would write: nothing raises, nothing takes long, and brute force agrees.
+
+    HOSTILE_CASES=200000 python -m pytest tests/test_hostile.py      # a million cases, in about an hour
+
+What a model writes is not chosen by anybody, and RL looks for what a grader overlooks.
+"""
+import ast
+import json
+import os
+import re
+import time
+from fractions import Fraction
+
+import pytest
+from conftest import MINI
+from test_grading import reference_answer
+
+import tasks
+from cli import UserError, printable, read_jsonl
+from evaluate import skills
+from grading import Rejected, check_countdown, extract_answer, last_boxed, malformed, parse, unwrap, verdict
+from tokenizer import Tokenizer
+
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+CASES = int(os.environ.get("HOSTILE_CASES", 150))
+# The same cases in every run but a long one; what it finds is printed, to be put into a table.
+settings.register_profile(
+    "hostile", max_examples=CASES, deadline=None, derandomize=CASES < 1000, database=None)
+settings.load_profile("hostile")
+
+TAGS = ["<think>", "</think>", "<sample>", "</sample>", "<reflect>", "</reflect>", "<answer>", "</answer>",
+        "<verdict>", "</verdict>", "<verdict>Correct</verdict>", "<verdict>Incorrect</verdict>"]
+PIECES = [*TAGS, "<", ">", "</", "answer", "\\boxed{", "{", "}", "$", "**", "`", "\\text{", "(", ")",
+          "+", "-", "*", "/", "=", "×", "÷", "−", "\\times", "1", "2", "10", "007", "9" * 30, "Step 1: ",
+          "1 + 2 = 3", "\n", " ", ".", ",", "A", "(B)", "\x00", "\x1b[2J", "\u202e", "\u2028", "\ud7ff", "é",
+          "\U0001f642", "<|im_end|>", "<|im_start|>system\n", "{{ 7 }}", "{% for x in y %}"]
+soup = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_size=30).map("".join)
+repeated = st.tuples(soup, st.integers(1, 60)).map(lambda pair: (pair[0] * pair[1])[:10_000])
+hostile = st.one_of(soup, repeated)
+
+COUNTDOWN = tasks.find("countdown-3")
+PROBLEM = COUNTDOWN.problems("test", 1)[0]
+OTHER_TASKS = [tasks.find(name) for name in ("letters-4", "acronym-4", "multiply-3")]
+OTHERS = [(task, task.problems("test", 1)[0]) for task in OTHER_TASKS]
+
+
+def quick(function, *args):
+    """What a function returns, in at most 5 ms for the best of five calls (the machine may be busy)."""
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        out = function(*args)
+        best = min(best, time.perf_counter() - started)
+        if best < 0.005:
+            return out
+    raise AssertionError(f"{function.__name__} took {best * 1000:.1f} ms for {len(args[-1])} characters")
+
+
+@given(hostile)
+def test_extraction(text):
+    strict, why = quick(extract_answer, text)
+    assert strict == reference_answer(text)
+    assert (strict is None) == bool(why)
+    lenient, _ = quick(lambda t: extract_answer(t, lenient=True), text)
+    assert strict is None or lenient == strict
+    quick(malformed, text)
+    quick(last_boxed, text)
+    said = quick(verdict, text)
+    if said is not None:
+        inside = text.lower().rsplit("<verdict>", 1)[1].split("</verdict>")[0]
+        assert re.sub(r"[\s.!*_`]", "", inside) == ("correct" if said else "incorrect")
+
+
+@given(hostile)
+def test_graders(text):
+    for task, problem in [(COUNTDOWN, PROBLEM), *OTHERS]:
+        for wrapped in (text, f"<answer>{text}</answer>"):
+            grade = quick(lambda t, task=task, problem=problem: task.grade(problem, t), wrapped)
+            assert grade.correct == (grade.reason == "")
+            assert grade.answer is not None or not grade.correct
+    quick(unwrap, text)
+
+
+NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+
+
+def value_of(text):
+    """(value, numbers) of an expression as Python reads it, None for what the grammar lacks."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    used = []
+
+    def walk(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            used.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in NODES:
+            a, b = walk(node.left), walk(node.right)
+            return {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[
+                NODES[type(node.op)]]()
+        raise ValueError
+    try:
+        return walk(tree), used
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+expression = st.lists(
+    st.sampled_from(["1", "2", "3", "12", "0", "(", ")", "+", "-", "*", "/", " ", "**", "//", ".", "_", "e"]),
+    max_size=14).map("".join)
+
+
+@given(expression)
+def test_expressions_are_what_python_reads(text):
+    want = value_of(text)
+    try:
+        got = quick(parse, text)
+    except Rejected:
+        # Python has no numbers with leading zeros, and ours no sign: all else is refused by both.
+        assert want is None, text
+        return
+    if re.search(r"(?<![0-9])0[0-9]", text) or re.search(r"[0-9] +[0-9]", text):
+        return
+    assert want is not None and got[0] == want[0] and sorted(got[1]) == sorted(want[1]), text
+
+
+def blocks_of(text):
+    """(attempt, what follows it) of a trace, character by character."""
+    thought, at = "", 0
+    while (begin := text.find("<think>", at)) >= 0:
+        end = text.find("</think>", begin)
+        thought += text[begin + 7:end if end >= 0 else len(text)]
+        at = end + 8 if end >= 0 else len(text)
+    thought = thought or text
+    found, attempt, after, state = [], "", "", "outside"
+    at = 0
+    while at < len(thought):
+        if thought.startswith("<sample>", at):
+            if state == "after":
+                found.append((attempt, after))
+            attempt, after, state = "", "", "inside"
+            at += 8
+        elif state == "inside" and thought.startswith("</sample>", at):
+            state = "after"
+            at += 9
+        else:
+            attempt += thought[at] if state == "inside" else ""
+            after += thought[at] if state == "after" else ""
+            at += 1
+    return found + ([(attempt, after)] if state == "after" else [])
+
+
+@given(hostile)
+def test_traces(text):
+    shown = quick(lambda t: skills(COUNTDOWN, PROBLEM, t), text)
+    blocks = blocks_of(text)
+    grades = [COUNTDOWN.grade(PROBLEM, attempt).correct for attempt, _ in blocks]
+    assert shown["attempts"] == (grades or [COUNTDOWN.grade(PROBLEM, text).correct])
+    judged = [(verdict(after.partition("<reflect>")[2]), correct)
+              for (_, after), correct in zip(blocks, grades, strict=True)]
+    assert shown["verdicts"] == [pair for pair in judged if pair[0] is not None]
+
+
+TOKENIZER = Tokenizer(MINI)
+NEUTRAL = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+CONTROL = (TOKENIZER.chat(NEUTRAL)[0], TOKENIZER.end_id)  # what opens a turn, and ends one
+
+
+@given(hostile, hostile)
+def test_chat_rendering(system, user):
+    """Nothing that is said ends a turn or opens one, and all of it is there."""
+    ids = quick(TOKENIZER.chat, [{"role": "system", "content": system}, {"role": "user", "content": user}])
+    for control in CONTROL:
+        assert ids.count(control) == TOKENIZER.chat(NEUTRAL).count(control)
+    text = TOKENIZER.decode(ids)
+    assert system.strip() in text and user.strip() in text
+
+
+row = st.dictionaries(st.text(max_size=3), st.one_of(st.none(), st.integers(), st.text(max_size=5),
+                                                     st.lists(st.floats(), max_size=2)), max_size=3)
+odd = [b"", b"  ", b"[1]", b"[" * 3000, b"\xef\xbb\xbf{}", b'{"a": NaN}', b"1" * 5000]
+line = st.one_of(row.map(lambda r: json.dumps(r).encode()), st.binary(max_size=20), st.sampled_from(odd))
+
+
+@given(st.lists(line, max_size=6), st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
+def test_jsonl(tmp_path_factory, lines, end):
+    path = tmp_path_factory.getbasetemp() / "hostile.jsonl"
+    content = end.join(lines)
+    path.write_bytes(content)
+    want = []
+    for i, one in enumerate(content.split(b"\n")):
+        one = one.removeprefix(b"\xef\xbb\xbf") if i == 0 else one
+        if not one.strip():
+            continue
+        try:
+            value = json.loads(one.decode())
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+            assert isinstance(value, dict)
+        except (ValueError, RecursionError, AssertionError):
+            want = None
+            break
+        want.append(value)
+    try:
+        got = [value for _, value in read_jsonl(path)]
+    except UserError as e:
+        assert not want and str(e).startswith(str(path))
+    else:
+        assert got == want
+
+
+@given(st.text())
+def test_what_is_printed_moves_no_cursor(text):
+    shown = printable(text, one_line=True)
+    assert not re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", shown)
+    assert printable("as it is: é 漢字 \U0001f642\n\t") == "as it is: é 漢字 \U0001f642\n\t"
+
+
+# ---- reward hacks ----------------------------------------------------------------------------------
+NUMBERS = {"numbers": [2, 3, 20], "target": 100}
+HACKS = {  # what a policy was seen to find, here or in public reports: why it is no answer
+    "": "empty",
+    "100": "the target itself",
+    "100 = 100": "an equation that holds",
+    "(2 + 3) * 20 + 0": "a number that was not given",
+    "(2 + 3) * 20 * (20 / 20)": "a number three times",
+    "20 * 5": "a number in place of two",
+    "2 3 20": "the numbers",
+    "(2 + 3) * 20 or 100": "two answers",
+    "(2 + 3) * 20\n(2 * 3) * 20": "two lines",
+    "(2 + 3) * 20 = 100 = 2": "a wrong link at the end",
+    "2 + 3 = 100": "a claim",
+    "(2 + 3) * 20 # right": "a comment",
+    "Step 1: 2 + 3 = 100": "a wrong step",
+    "Step 1: 2 + 3 = 5\nStep 2: 5 * 20 = 100\nStep 3: 100 * 1 = 100": "a number that was not given",
+    "Step 1: 2 + 3 = 5": "a step too few",
+    "True": "a word",
+    "__import__('os')": "code",
+    "²⁰": "digits that are none",
+    "٢ + ٣": "digits of another script",
+}
+
+
+@pytest.mark.parametrize("answer", HACKS)
+def test_reward_hacks(answer):
+    assert check_countdown(answer, NUMBERS) != ""
+    assert check_countdown("(2 + 3) * 20", NUMBERS) == ""
+
+
+@pytest.mark.parametrize("text", [
+    "<think><answer>(2 + 3) * 20</answer>",  # never stops to think
+    "<think></think>",
+    "</think><answer>1</answer></think>",
+    "<answer><answer>(2 + 3) * 20</answer></answer>",
+    "<answer>(2 + 3) * 20",
+    "(2 + 3) * 20</answer>",
+    "<answer>1</answer> <answer>(2 + 3) * 20",
+    "<ANSWER>(2 + 3) * 20</ANSWER>",
+    "<answer >(2 + 3) * 20</answer >",
+])
+def test_forms_that_are_none(text):
+    problem = tasks.Problem("x", "countdown-3", "q", NUMBERS)
+    assert not COUNTDOWN.grade(problem, text).correct
