@@ -441,6 +441,8 @@ def refuse_published_shape(row: dict, where: str, path: str | Path) -> None:
 def read_json(path: str | Path, content: bytes | None = None) -> dict:
     """The object that a JSON file holds, or this content of it. Raises UserError with the file."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # to read a pipe would wait for ever
+            raise UserError(f"{path}: not a file")
         value = json.loads(Path(path).read_bytes() if content is None else content)
     except FileNotFoundError as e:
         raise UserError(f"{path}: no such file; --model must be a folder in Hugging Face format") from e

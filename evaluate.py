@@ -355,7 +355,7 @@ def write_summary(out: Path, cells: list[dict], results: dict, args) -> str:
     import report  # here, so that it is a leaf: it can be deleted with these lines
     write_whole(out / "summary.json", json.dumps(cells, indent=2))
     command_line = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    rows = {key: list(of_cell.values()) for key, of_cell in results.items()}
+    rows = {key: [of_cell[name] for name in sorted(of_cell)] for key, of_cell in results.items()}
     write_whole(out / "report.html", report.page(command_line, cells, rows))
     return report.tables(cells)
 

@@ -81,16 +81,16 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-_held: dict[str, BinaryIO] = {}
+_held: dict[int, BinaryIO] = {}  # by inode: a folder may have moved
 
 
 def hold(path: Path) -> BinaryIO:
     """The file, locked. Raises UserError with the process that holds it."""
-    place = os.path.realpath(path)
-    if place in _held:
-        _held.pop(place).close()  # of a command of this process, which has ended
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")  # noqa: SIM115 (it lives as long as the process)
+    inode = os.fstat(file.fileno()).st_ino
+    if inode in _held:
+        _held.pop(inode).close()  # of a command of this process, which has ended
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -98,7 +98,7 @@ def hold(path: Path) -> BinaryIO:
                         "wait until it ends, or give another --out") from e
     except OSError as e:
         say(f"{path}: no lock on this file system ({e.strerror}); let nobody else work there")
-    _held[place] = file
+    _held[inode] = file
     return file
 
 
