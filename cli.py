@@ -85,7 +85,8 @@ def handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
         yield
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            if signal.getsignal(number) is handler:  # else they are ignored, to the end
+                signal.signal(number, old)
 
 
 OTHERS_WAIT = 5.0  # seconds

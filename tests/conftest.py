@@ -1,6 +1,7 @@
 """What the tests share: tiny models of every family, and a command run inside the test's own process."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,11 +94,15 @@ def cmd(monkeypatch, capsys, tmp_path):
 
     def run(module, *argv):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+        before = {number: signal.getsignal(number) for number in cli.STOPPING}
         status = 0
         try:
             cli.command(module.main)
         except SystemExit as e:
             status = e.code or 0
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         out = capsys.readouterr()
         return status, out.out, out.err
     return run

@@ -1,0 +1,190 @@
+"""Nothing that a terminal, a pipe or a scheduler does loses a run: it saves first, and prints if it can."""
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CHAT, MINI, ROOT, environment, finish, read_rows, start, write_jsonl
+
+import cli
+
+SFT = ("--model", MINI, "--data", "chat.jsonl", "--tokens-per-batch", "256", "--device", "cpu",
+       "--save-every", "0", "--out", "run")
+LONG = ("--epochs", "400")
+GRPO = ("--model", MINI, "--device", "cpu", "--questions", "16", "--questions-per-step", "4", "--mini-batch",
+        "2", "--rollouts", "4", "--reward", "random", "--save-every", "0", "--out", "run")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("chat.jsonl", CHAT)
+
+
+def default_signals():
+    """What a shell gives a command in the foreground, however this process was started."""
+    for number in cli.STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def shell(line, **kw):
+    line = line.replace("python", sys.executable).replace("ROOT", str(ROOT))
+    return subprocess.Popen(["sh", "-c", line], env=environment(), start_new_session=True,
+                            preexec_fn=default_signals, **kw)
+
+
+def command(script, *flags):
+    process = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return subprocess.Popen(process, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, preexec_fn=default_signals)
+
+
+def steps_done():
+    path = Path("run/metrics.jsonl")
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for_steps(process, n):
+    while steps_done() < n:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.002)
+
+
+def saved():
+    state, = Path("run/state").iterdir()
+    return json.loads((state / "state.json").read_text())["step"]
+
+
+def flags_as_text(*flags):
+    return " ".join(map(str, flags))
+
+
+@pytest.mark.parametrize("number", cli.STOPPING, ids=lambda number: number.name)
+def test_signals_that_ask_to_stop(number):
+    process = command("sft.py", *SFT, *LONG)
+    wait_for_steps(process, 3)
+    process.send_signal(number)
+    assert process.wait() == 128 + number
+    assert process.stdout.read().endswith("the others with --resume\n")
+    assert saved() == steps_done() >= 3
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    """nohup."""
+    process = shell(f"nohup python ROOT/sft.py {flags_as_text(*SFT, '--epochs', 30)} > log 2>&1 & "
+                    "echo $!; wait", stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    wait_for_steps(process, 3)
+    os.kill(pid, signal.SIGHUP)
+    process.wait()
+    assert "wrote run" in Path("log").read_text()
+
+
+def test_a_stop_in_a_rollout_drops_it():
+    """At once: no weight has changed since the last step. What comes after is as if it had not been."""
+    flags = (*GRPO, "--max-new-tokens", "60", "--steps", "4")
+    finish(start("grpo.py", *flags))
+    whole = {str(path): path.read_bytes() for path in Path("run/state").rglob("*") if path.is_file()}
+    losses = [row["loss"] for row in read_rows("run/metrics.jsonl")]
+    Path("run").rename("whole")
+    process = command("grpo.py", *flags)
+    wait_for_steps(process, 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert saved() == steps_done()
+    finish(start("grpo.py", *flags, "--resume"))
+    assert {str(path): path.read_bytes() for path in Path("run/state").rglob("*") if path.is_file()} == whole
+    assert [row["loss"] for row in read_rows("run/metrics.jsonl")] == losses
+
+
+def test_a_rollout_is_left_between_two_steps_of_the_sampler():
+    """A rollout of an hour is not waited for."""
+    process = command("grpo.py", *GRPO, "--max-new-tokens", "1900", "--questions", "64", "--steps", "1",
+                      "--questions-per-step", "64", "--mini-batch", "64", "--rollouts", "64")
+    while not Path("run/run.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)
+    asked = time.time()
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait() == 128 + signal.SIGUSR1 and time.time() - asked < 5
+    assert not Path("run/state").exists()  # no step was done
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_pipe_whose_reader_dies_first(number):
+    """Ctrl-C in `grpo.py ... | tee log` ends tee too."""
+    process = shell(f"python ROOT/sft.py {flags_as_text(*SFT, *LONG)} 2>&1 | tee log")
+    wait_for_steps(process, 3)
+    os.killpg(process.pid, number)
+    process.wait()
+    deadline = time.time() + 30
+    while not list(Path("run").glob("state/step-*[0-9]")) and time.time() < deadline:
+        time.sleep(0.01)  # the shell does not wait for all of the pipe
+    assert saved() == steps_done() >= 3
+
+
+@pytest.mark.parametrize("line", ["{} 2>&1 | head -1", "{} >&- 2>&-", "{} >&-", "{} 2>&-", "{} > /dev/full",
+                                  "PYTHONIOENCODING=ascii {}"])
+def test_nothing_printed_decides_the_run(line):
+    """A reader that has seen enough, closed streams, a full disk under them, a terminal without letters."""
+    before = f"python ROOT/grpo.py {flags_as_text(*GRPO, '--steps', 3, '--max-new-tokens', 30)}"
+    process = shell(line.format(before), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert process.wait() == 0
+    deadline = time.time() + 30
+    while steps_done() < 3 and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    assert saved() == 3 and json.loads(Path("run/run.json").read_text())["flags"]["steps"] == 3
+
+
+def test_a_terminal_that_vanishes():
+    """The window is closed: SIGHUP, and a stream whose every write fails."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))  # or there is no bar
+
+    def own_terminal():
+        default_signals()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sft.py"), *SFT, *LONG], env=environment(), stdin=slave, stdout=slave,
+        stderr=slave, start_new_session=True, preexec_fn=own_terminal)
+    os.close(slave)
+    while steps_done() < 3:
+        os.read(master, 10_000)  # the bar
+    os.close(master)
+    assert process.wait() == 128 + signal.SIGHUP
+    assert saved() == steps_done() >= 3
+
+
+def test_ctrl_c_under_torchrun_comes_twice():
+    """From the terminal and from torchrun's agent: it is still one wish."""
+    runner = f"{Path(sys.executable).parent}/torchrun --standalone --nproc-per-node 2"
+    process = shell(f"{runner} ROOT/sft.py {flags_as_text(*SFT, *LONG)} > log 2>&1")
+    wait_for_steps(process, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait()
+    assert saved() == steps_done() >= 3
+    assert Path("log").read_text().count("interrupted; what was written is whole") == 1
+
+
+def test_a_mistake_under_torchrun_is_one_line():
+    for flags in (("--lr", "much"), ("--data", "none.jsonl"), ("--context", "100000")):
+        process = start("sft.py", *SFT, *flags, processes=2)
+        assert process.wait() != 0
+        lines = [line for line in process.stdout.read().splitlines() if line.startswith("sft.py: ")]
+        assert len(lines) == 1, lines
+
+
+def test_progress_without_a_terminal():
+    process = command("sft.py", *SFT, "--epochs", "2")
+    assert process.wait() == 0
+    line = [line for line in process.stdout.read().splitlines() if line.startswith("sft: step ")][-1]
+    assert ", loss " in line and " tokens/s " in line and line.endswith(" left")
