@@ -26,12 +26,14 @@ from torch import Tensor
 from cli import UserError, read_json, say, write_whole
 from kernels import uses_triton
 from model import Config, Transformer
+from processes import all_or_none, rank, world
 from tokenizer import TOKENIZER_FILES, Tokenizer
 
 # ---- config.json ---------------------------------------------------------------------------------
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
+MOST_LAYERS = 10_000
 WANTED = {int: "a whole number above 0", float: "a number above 0", bool: "true or false", dict: "an object"}
 
 
@@ -49,7 +51,7 @@ class Reader:
         if value is None and key not in self.source:
             raise UserError(f"{self.name}: the key {key!r} is missing")
         numeric = kind in (int, float) and type(value) in (int, kind)
-        fits = 0 < value < 2**48 if numeric else type(value) is kind
+        fits = 0 < value < 2**28 if numeric else type(value) is kind  # a product of two fits 64 bits
         if not fits:
             raise UserError(f"{self.name}: {key} must be {WANTED[kind]}, not {value!r}")
         return kind(value)
@@ -78,6 +80,9 @@ def config_of(source: dict, name: str | Path = "config.json") -> Config:
     read_rope = Reader(rope, name)
     scaling = {key: read_rope(key, float) for key in LLAMA3_SCALING} if rope_type == "llama3" else None
 
+    layers = read("num_hidden_layers", int)
+    if layers > MOST_LAYERS:
+        raise UserError(f"{name}: num_hidden_layers {layers} is more than any model has")
     width = read("hidden_size", int)
     heads = read("num_attention_heads", int)
     kv_heads = read("num_key_value_heads", int, heads)
@@ -90,7 +95,7 @@ def config_of(source: dict, name: str | Path = "config.json") -> Config:
         vocab_size=read("vocab_size", int),
         hidden_size=width,
         intermediate_size=read("intermediate_size", int),
-        num_hidden_layers=read("num_hidden_layers", int),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -124,6 +129,8 @@ def find_folder(model: str | Path, weights: bool = True) -> Path:
     The only code that uses the network.
     """
     name = str(model)
+    if not name.strip():
+        raise UserError("--model is empty; give a folder, or a hub id")
     if name.rstrip("/") == "mini":  # the one that ships with the project, wherever the command is started
         return Path(__file__).parent / "mini"
     if Path(model).is_dir():
@@ -169,7 +176,7 @@ def open_tensors(path: Path) -> Iterator:
     try:
         with safe_open(path, "pt") as f:
             yield f
-    except SafetensorError as e:
+    except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: truncated or damaged ({e}); fetch the file again") from e
 
 
@@ -188,13 +195,8 @@ def read_shapes(files: list[Path]) -> dict[str, tuple]:
 
 
 def read_weights(files: list[Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors by name, in `dtype`, but for those that are no floating-point numbers.
-
-    Of several processes each checks some of the files.
-    """
-    mine = range(int(os.environ.get("RANK", 0)), len(files), int(os.environ.get("WORLD_SIZE", 1)))
-    for i in mine:
-        check_tensors(files[i])
+    """All tensors by name, in `dtype`, but for those that are no floating-point numbers."""
+    check_all(files)
     weights = {}
     for path in files:
         with open_tensors(path) as f:
@@ -302,9 +304,13 @@ def check_shapes(folder: Path, config: Config, found: dict[str, tuple]) -> None:
             raise UserError(f"{folder}: the name of every tensor begins with {prefix!r}, which a wrapper put "
                             "there (torch.compile, DataParallel, peft); save the model inside it")
     widest = max((width for shape in found.values() for width in shape), default=0)
-    if config.num_hidden_layers > len(found) or config.head_dim > widest:
-        raise UserError(f"{folder}: the weights do not fit config.json: it has {config.num_hidden_layers} "
-                        f"layers and a head_dim of {config.head_dim}")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):
+        if getattr(config, name) > widest:
+            raise UserError(f"{folder}: the weights do not fit config.json: {name} is "
+                            f"{getattr(config, name)}, but their longest side {widest}")
+    if config.num_hidden_layers > len(found):
+        raise UserError(f"{folder}: the weights do not fit config.json: num_hidden_layers is "
+                        f"{config.num_hidden_layers}, but there are {len(found)} tensors")
     with torch.device("meta"):
         expected = {name: tuple(w.shape) for name, w in Transformer(config).state_dict().items()}
     if config.tie_word_embeddings:
@@ -460,6 +466,13 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return hasher.hexdigest()
 
 
+def check_all(files: list[Path]) -> None:
+    """`check_tensors` of all files, some on each process. All processes must call it."""
+    with all_or_none():
+        for path in files[rank()::world()]:
+            check_tensors(path)
+
+
 def check_tensors(path: Path) -> None:
     """Raises UserError if a file's tensors are not what it was written with, where it has a checksum, or hold
     a number that is not finite."""
@@ -470,5 +483,5 @@ def check_tensors(path: Path) -> None:
             raise UserError(f"{path}: damaged (its checksum is another)")
         for name in names:
             w = f.get_tensor(name)
-            if w.is_floating_point() and not w.sum(dtype=torch.float32).isfinite():
+            if w.is_floating_point() and not w.isfinite().all():
                 raise UserError(f"{path}: {name} holds numbers that are not finite")

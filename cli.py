@@ -370,10 +370,11 @@ natural = number(int, 0)
 
 
 # ---- files ---------------------------------------------------------------------------------------
-def read_jsonl(path: str | Path, required: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) for each line of a JSON Lines file; each must have the `required` names.
+def read_jsonl(path: str | Path, required: tuple | dict[str, type] = ()) -> Iterator[tuple[str, dict]]:
+    """Yield ("file:line", object) for each line of a JSON Lines file.
 
-    It may be compressed (.gz); a .json file may be one array. Raises UserError with file and line.
+    Each must have the `required` names, with values of these types where they are given. The file may be
+    compressed (.gz); a .json file may be one array. Raises UserError with file and line.
     """
     path = str(path)
     if not os.path.isfile(path):
@@ -427,6 +428,8 @@ def _row(row, where, path, required):
         if name not in row:
             refuse_published_shape(row, where, path)
             raise UserError(f"{where}: the key {name!r} is missing (found: {', '.join(row) or 'none'})")
+        if isinstance(required, dict) and not isinstance(row[name], required[name]):
+            raise UserError(f"{where}: {name} is {str(row[name])[:40]!r}, which it cannot be")
     return row
 
 
@@ -470,7 +473,13 @@ def write_whole(path: str | Path, text: str | bytes) -> None:
     os.replace(tmp, path)
 
 
+def refuse_folder(path: str | Path) -> None:
+    if str(path).endswith("/"):
+        raise UserError(f"--out {path}: must be a file, not a folder")
+
+
 def refuse_existing(path: str | Path) -> None:
     """Nothing is overwritten in silence."""
+    refuse_folder(path)
     if os.path.exists(path):
         raise UserError(f"--out {path} exists; give another --out, or move it away")

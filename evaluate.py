@@ -24,8 +24,8 @@ from pathlib import Path
 import tasks
 from checkpoint import device_and_dtype, load, read_folder
 from cli import (
-    Progress, UserError, command, natural, number, parser, positive, read_jsonl, resume_flag, say, split_list,
-    to_json, write_whole,
+    Progress, UserError, command, natural, number, parser, positive, read_json, read_jsonl, resume_flag, say,
+    split_list, to_json, write_whole,
 )
 from grading import last_boxed, verdict
 from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, world
@@ -244,7 +244,7 @@ def arguments():
         args.models = [named_model(text) for text in split_list(args.models, "--models")]
     if len({name for name, _ in args.models}) < len(args.models):
         raise UserError("--models: two models have the same name; give them as name=folder")
-    args.k = whole_numbers(args.k) if args.k else []
+    args.k = whole_numbers(args.k) if args.k else None
     return args
 
 
@@ -276,10 +276,18 @@ def make_plans(args) -> list[Plan]:
 
 def inputs(args, plans: list[Plan]) -> dict:
     """Fingerprints of all that is read."""
-    found = {f"--models {name}": of_model(folder) for name, folder in args.models}
-    for plan in plans:
-        found[f"--tasks {plan.task.name}"] = of_questions(plan.problems)
-    return found
+    models = {}
+    for name, folder in args.models:
+        models |= {f"{name}: {file}": fingerprint for file, fingerprint in of_model(folder).items()}
+    asked = [of_questions((plan.task, problem) for problem in plan.problems) for plan in plans]
+    return {"--models": models, "--tasks": asked}
+
+
+def keep_names(plans: list[Plan], args, out: Path) -> None:
+    """Tasks are known in the files by the names that they had first, though a file may have moved since."""
+    before = read_json(out / "run.json")["flags"]["tasks"]
+    for plan, task in zip(plans, tasks.find_all(before, args.data_dir, "--tasks"), strict=True):
+        plan.task.name = task.name
 
 
 def main():
@@ -296,6 +304,7 @@ def main():
     barrier()  # all have looked
     if begun:
         begin(out / "run.json", args, lambda: inputs(args, plans))
+        keep_names(plans, args, out)
 
     first, _ = args.models[0]  # its name
     cells = []
@@ -331,6 +340,13 @@ def main():
         say(f"\n{tables}\n\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
+ROW = {  # what `result_row` makes, for a file that may have been damaged since
+    "model": str, "task": str, "id": str, "index": int, "question": str, "response": str, "tokens": int,
+    "finish": str, "answer": str | None, "correct": bool, "reason": str, "lenient": bool, "wrong_form": bool,
+    "answers": int, "reflections": int, "attempts": list, "verdicts": list,
+}
+
+
 def read_results(out: Path) -> dict:
     """{(model, task): {(id, index): row}} of results.jsonl, the parts of all processes joined."""
     path = f"{out}/results.jsonl"
@@ -340,7 +356,7 @@ def read_results(out: Path) -> dict:
         join_parts(path)
     barrier()
     results = {}
-    for _, row in read_jsonl(path) if os.path.getsize(path) else ():
+    for _, row in read_jsonl(path, ROW) if os.path.getsize(path) else ():
         results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
     return results
 

@@ -620,9 +620,11 @@ def main():
     prompts = prompts_of(problems, tokenizer, context)
     prompts_of(held_out, tokenizer, context)
 
-    run = Run(args, lambda: {"--model": of_model(args.model),
-                             "--task": of_questions(problem for _, problem in problems)},
-              free={"steps", "eval_every"})
+    def inputs():
+        found = {"--model": of_model(args.model), "--task": of_questions(problems)}
+        return {**found, "the held-out questions": of_questions(held_out)} if held_out else found
+
+    run = Run(args, inputs, free={"steps", "eval_every"})
     policy, reference = copies_of(model, device, args.kl)  # before resuming: the reference is where it began
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     run.restore(optimizer, tokenizer)
@@ -638,13 +640,14 @@ def main():
 
     with interruptible(device) as stop, Progress("grpo", args.steps, run.step) as progress:
         sampler.stop = stop.here
-        if held_out and (run.step == 0 or run.pending):
+        if run.pending or (held_out and run.step == 0):
             row = run.pending or {"step": 0}
-            row["val"] = validate(sampler, held_out, args, params, stop)
-            run.leave_if_asked(optimizer, tokenizer, stop, step=run.step, updates=updates)
+            if held_out:
+                row["val"] = validate(sampler, held_out, args, params, stop)
+                run.leave_if_asked(optimizer, tokenizer, stop, step=run.step, updates=updates)
             run.log(row)
-            if run.pending and run.step == run.best_step():
-                run.save(optimizer, tokenizer, run.step, updates)
+            if run.pending:
+                run.settle(optimizer, tokenizer)
         if run.step >= args.steps:
             say(f"{run.out} is finished already; more --steps go on with it")
             return
@@ -670,7 +673,8 @@ def main():
             row["rollout_seconds"] = round(rollout_seconds, 3)
             row["update_seconds"] = round(time.time() - rolled_out, 3)
             row["rollout_tokens_per_second"] = round(tokens / rollout_seconds, 1)
-            rewards = [before["reward"] for before in run.history if "reward" in before] + [row["reward"]]
+            rewards = [before["reward"] for before in run.history if before.get("reward") is not None]
+            rewards.append(row["reward"])
             for name, text in warnings_of(row, context_cuts, rewards).items():
                 if not warned[name]:
                     say(f"warning, step {step}: {text} (said once)")

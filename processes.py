@@ -7,6 +7,7 @@ import glob
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -52,8 +53,9 @@ def call_the_roll(minutes: float | None = None) -> None:
         # The first process hears of all others; these hear of the first only.
         named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(e))
         who = named.group(1).strip(" ,") if named else "0 (or what its message names)"
-        raise UserError(f"process {who} of {world()} is dead or stuck: it did not come within {minutes:g} "
-                        "minutes (--timeout); the last checkpoint is good, go on with --resume") from e
+        raise UserError(f"process {who} of {world()} is dead or stuck: its connection is lost, or it did not "
+                        f"come within {minutes:g} minutes (--timeout); the last checkpoint is good, go on "
+                        "with --resume") from e
 
 
 @contextmanager
@@ -65,6 +67,23 @@ def naming_the_missing() -> Iterator[None]:
         if world() > 1 and ("gloo" in str(e) or isinstance(e, dist.DistError)):
             call_the_roll(min(_minutes, 1 / 6))
         raise
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """If what is inside fails on one process, all leave, and only that one says why. All must come here."""
+    error = None
+    try:
+        yield
+    except UserError as e:
+        error = e
+    if world() > 1:
+        failed = torch.tensor([float(error is not None)])
+        dist.all_reduce(failed, group=_messengers)
+        if failed.item() and error is None:
+            sys.exit(2)
+    if error:
+        raise error
 
 
 def rank() -> int:

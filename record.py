@@ -19,14 +19,14 @@ from typing import BinaryIO
 
 import torch
 
-from checkpoint import device_and_dtype, find_folder
+from checkpoint import device_and_dtype, files_of_weights, find_folder
 from cli import UserError, read_json, say
 from processes import barrier, rank, world
-from tasks import Problem
+from tasks import Problem, Task
 from tokenizer import TOKENIZER_FILES
 
 # Flags that say where something is; it is compared by its content.
-PLACES = {"out", "model", "models", "data", "data_dir", "task"}
+PLACES = {"out", "model", "models", "data", "data_dir", "task", "tasks"}
 # Flags that a run may give anew: how it goes on, and where and in how many pieces it is computed, which only
 # the rounding shows. (With --dtype auto another device may mean another dtype.)
 FREE = {"resume", "plan", "plan_memory", "device", "slots", "micro_batch_tokens", "recompute", "timeout"}
@@ -42,7 +42,9 @@ def goes_on(resume: str | None, out: Path) -> bool:
     if there and not resume:
         raise UserError(f"--out {out} exists; go on with --resume, or give another --out")
     if not there and os.path.lexists(out):  # a run that was killed before it had written anything may start
-        others = [path for path in out.iterdir() if path.name != "run.json"] if out.is_dir() else [out]
+        others = [out]
+        if out.is_dir():
+            others = [path for path in out.iterdir() if path.name != "run.json" or not path.is_file()]
         if others:
             raise UserError(f"--out {out} exists and holds no run; give another --out, or move it away")
     return there
@@ -114,8 +116,17 @@ def holder_of(file: BinaryIO) -> str:
 
 
 # ---- what must be the same -------------------------------------------------------------------------
+def read_record(path: Path) -> dict:
+    """Raises UserError if it is not what `begin` writes."""
+    record = read_json(path)
+    for name in ("flags", "versions"):
+        if not isinstance(record.get(name), dict):
+            raise UserError(f"{path}: damaged (no {name}); put back what was there, or give another --out")
+    return record
+
+
 def refuse_other_flags(args, path: Path, free: set[str]) -> None:
-    before = read_json(path)["flags"]
+    before = read_record(path)["flags"]
     now = json.loads(json.dumps(vars(args)))
     changed = []
     for name in sorted((now.keys() | before.keys()) - PLACES - FREE - free):
@@ -129,36 +140,35 @@ def refuse_other_flags(args, path: Path, free: set[str]) -> None:
 
 def spelled(value) -> str:
     """The value of a flag as it is typed."""
-    if value is None or isinstance(value, bool) or value == []:
+    if value is None or isinstance(value, bool):
         return "given" if value else "not given"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def refuse_other_inputs(args, path: Path, now: dict) -> None:
-    record = read_json(path)
+    record = read_record(path)
     before = record.get("inputs")
-    if before is None:
+    if not isinstance(before, dict):
         say(f"{path} is from before inputs had fingerprints: whether they have changed is not known")
         return
     changed = []
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
+    for name in sorted(before.keys() & now.keys()):
+        old, new = before[name], now[name]
+        if old != new:
             parts = []
-            if isinstance(before.get(name), dict) and isinstance(now.get(name), dict):
-                parts = [part for part in sorted(before[name].keys() | now[name].keys())
-                         if before[name].get(part) != now[name].get(part)]
+            if isinstance(old, dict) and isinstance(new, dict):
+                parts = [part for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part)]
             changed.append(f"{name} ({', '.join(parts)})" if parts else name)
     if changed:
-        command = " ".join(record["command"])
+        command = " ".join(map(str, record.get("command", [])))
         raise UserError(f"{path}: what it read has changed since it began: {'; '.join(changed)}; "
                         f"put it back (it began as: {command}), or start another run with another --out")
 
 
 def tell_what_changed(args, path: Path) -> None:
-    record = read_json(path)
-    before = {**record["versions"], **record.get("machine", {})}
-    after = run_record(args)
-    now = {**after["versions"], **after["machine"]}
+    def facts(record):
+        return {**record["versions"], **record.get("machine", {})}
+    before, now = facts(read_record(path)), facts(run_record(args))
     changed = [f"{name} was {before[name]}, is {now.get(name)}"
                for name in before if before[name] != now.get(name)]
     if changed:
@@ -179,15 +189,18 @@ def of_files(paths: Iterable[str | Path]) -> list[str]:
 def of_model(model: str | Path) -> dict[str, str]:
     """Of each file of a model folder that says what the model computes."""
     folder = find_folder(model)
-    found = [folder / name for name in ("config.json", *TOKENIZER_FILES)]
-    found += sorted(folder.glob("*.safetensors"))
-    return {path.name: of_file(path) for path in found if path.is_file()}
+    names = ("config.json", *TOKENIZER_FILES, "model.safetensors.index.json")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    return {path.name: of_file(path) for path in [*found, *files_of_weights(folder)]}
 
 
-def of_questions(problems: Iterable[Problem]) -> str:
-    """Of the set of them, in any order."""
-    rows = sorted(json.dumps([p.id, p.question, p.truth]) for p in problems)
-    return blake2b("\n".join(rows).encode(), digest_size=16).hexdigest()
+def of_questions(problems: Iterable[tuple[Task, Problem]]) -> str:
+    """Of questions, how each is graded, and their order."""
+    hasher = blake2b(digest_size=16)
+    for task, problem in problems:
+        grading = getattr(task, "checker", type(task)).__name__
+        hasher.update(json.dumps([grading, problem.id, problem.question, problem.truth]).encode())
+    return hasher.hexdigest()
 
 
 # ---- what the record says --------------------------------------------------------------------------

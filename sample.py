@@ -32,8 +32,8 @@ from cache import (
 )
 from checkpoint import device_and_dtype, load
 from cli import (
-    Progress, UserError, command, natural, number, parser, plan_flags, positive, read_jsonl, resume_flag,
-    say, split_list, to_json, wants_plan,
+    Progress, UserError, command, natural, number, parser, plan_flags, positive, read_jsonl, refuse_folder,
+    resume_flag, say, split_list, to_json, wants_plan,
 )
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
@@ -412,7 +412,8 @@ def choice_of(args, model: Transformer) -> Params:
     """How tokens are chosen; what no flag said is put into `args`, for run.json and for going on."""
     for name, (miniature, paper) in CHOICE.items():
         if getattr(args, name) is None:
-            setattr(args, name, miniature if model.is_miniature else paper)
+            args.defaults[name] = miniature if model.is_miniature else paper
+            setattr(args, name, args.defaults[name])
     return Params(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
 
@@ -528,6 +529,7 @@ def refuse_other_files(args) -> None:
     """What is at --out must be of a run, to go on with it."""
     out, record = args.out, record_of(args.out)
     there = os.path.exists(out)
+    refuse_folder(out)
     if there and not (os.path.isfile(out) and is_written(record)):
         raise UserError(f"--out {out} exists, but not {record} that says how it was made; give another --out")
     if args.resume == "yes" and not there:
@@ -544,11 +546,12 @@ def start_or_go_on(args, problems: list) -> set:
     refuse_other_files(args)
     there = os.path.exists(args.out)
     begin(record_of(args.out), args, lambda: {"--model": of_model(args.model),
-                                              "--task": of_questions(problem for _, problem in problems)})
+                                              "--task": of_questions(problems)})
     if rank() == 0:
         join_parts(args.out)
     barrier()
-    rows = read_jsonl(args.out, ("id", "style", "index")) if os.path.getsize(args.out) else []
+    kinds = {"id": str, "style": str, "index": int}
+    rows = read_jsonl(args.out, kinds) if os.path.getsize(args.out) else []
     done = {(row["id"], row["style"], row["index"]) for _, row in rows}
     if there:
         say(f"{args.out} has {len(done)} attempts already; going on")

@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoint import CHECKSUM, check_tensors, save_tensors
+from checkpoint import CHECKSUM, check_all, save_tensors
 from checkpoint import save as save_model_folder
 from cli import (
     Stopped, UserError, handlers, natural, number, plan_flags, positive, read_json, read_jsonl, resume_flag,
@@ -173,9 +173,10 @@ class Optimizer:
     @torch.no_grad()
     def _check_masters(self):
         """A finite gradient too may end in masters that are not: in a rate far too high, say."""
-        sums = torch.stack([local(master).sum() for master in self.masters.values()])
-        finite = float(sums.isfinite().all().item())
-        if total([1 - finite], self.model.device)[0]:
+        def finite(tensor):
+            return bool(tensor.sum().isfinite() or tensor.isfinite().all())  # large sums may overflow
+        bad = sum(not finite(local(master)) for master in self.masters.values())
+        if total([bad], self.model.device)[0]:
             check_finite(math.inf, "weights after the step")
 
     @torch.no_grad()
@@ -219,9 +220,7 @@ class Optimizer:
         `updates` is how many steps AdamW had made. A tensor is whole on each process while it is read. Raises
         UserError for a damaged file, before anything is changed.
         """
-        for path in files[rank()::world()]:
-            check_tensors(path)
-        barrier()
+        check_all(files)
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(path, "pt")) for path in files]
             stored = [set(f.keys()) for f in opened]
@@ -269,7 +268,7 @@ class Run:
         self.updates = 0  # optimizer steps until then; GRPO makes several in a step
         self.pending = None  # the line of metrics.jsonl of that step, if a stop came before it was whole
         if self.resume_from:
-            counts = self._unsealed(self.resume_from / "state.json")
+            counts = self._counts(self.resume_from)
             self.step, self.updates = counts["step"], counts["updates"]
             self.pending = counts.get("pending")
         self.saved = self.step
@@ -285,27 +284,41 @@ class Run:
             say(f"resuming {self.out} after step {self.step}")
 
     def _checkpoints(self) -> list[Path]:
-        return sorted((self.out / "state").glob("step-*[0-9]"))  # not the .tmp of a killed save
+        found = sorted((self.out / "state").glob("step-*[0-9]"))  # not the .tmp of a killed save
+        return [path for path in found if path.is_dir()]
 
     def _cut(self, path):
         """Drop the lines of steps after the checkpoint (without one, all), and one that a kill cut short."""
-        if not path.is_file() or not path.stat().st_size:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file")
+        if not path.exists() or not path.stat().st_size:
             return
         content = path.read_bytes()
         whole_lines = content[:content.rfind(b"\n") + 1]
         if whole_lines != content:
             write_whole(path, whole_lines)
-        rows = [row for _, row in read_jsonl(path, ("step",))] if whole_lines else []
-        kept = [to_json(row) + "\n" for row in rows if self.resume_from and row["step"] <= self.step]
+        rows = [row for _, row in read_jsonl(path, {"step": int})] if whole_lines else []
+        last = self.step if self.resume_from else -1
+        if self.pending and path.name == "metrics.jsonl":
+            last -= 1
+        kept = [to_json(row) + "\n" for row in rows if row["step"] <= last]
         if len(kept) < len(rows):
             write_whole(path, "".join(kept))
 
-    def _unsealed(self, path):
-        """The counts of a checkpoint, as they were written."""
-        counts = read_json(path)
-        seal = counts.pop(CHECKSUM, digest(counts))
-        if seal != digest(counts) or not {"step", "updates"} <= counts.keys():
-            raise UserError(f"{path}: damaged (its checksum is another){self._way_back()}")
+    def _counts(self, folder):
+        """What a checkpoint's state.json says. Raises UserError if it is damaged, or another file missing."""
+        path = folder / "state.json"
+        try:
+            counts = read_json(path)
+            seal = counts.pop(CHECKSUM, None)
+            right = seal in (None, digest(counts)) and {"step", "updates"} <= counts.keys()
+        except (UserError, ValueError):  # ValueError: a number that is none
+            right = False
+        if not right:
+            raise UserError(f"{path}: missing or damaged{self._way_back()}")
+        found = len(list(folder.glob(WEIGHTS)))
+        if found < counts.get("files", 1):
+            raise UserError(f"{folder}: {counts['files'] - found} of its files are missing{self._way_back()}")
         return counts
 
     def _way_back(self):
@@ -358,13 +371,26 @@ class Run:
             save_tensors(tmp / f"rank{rank():03d}.safetensors", optimizer.tensors())
             barrier()
             if rank() == 0:
-                counts = {"step": step, "updates": updates}
-                if pending:
-                    counts["pending"] = pending
-                write_whole(tmp / "state.json", to_json({**counts, CHECKSUM: digest(counts)}))
+                self._write_counts(tmp, step, updates, pending)
                 os.replace(tmp, final)
             self.saved = step
         self._publish(optimizer, tokenizer, step)
+
+    def _write_counts(self, folder, step, updates, pending=None):
+        counts = {"step": step, "updates": updates, "files": len(list(folder.glob(WEIGHTS)))}
+        on_time = self.save_every and step % self.save_every == 0
+        if not on_time and step != self.best_step():
+            counts["unplanned"] = True  # a stop, or the end: it goes before those that --save-every made
+        if pending:
+            counts["pending"] = pending
+        write_whole(folder / "state.json", to_json({**counts, CHECKSUM: digest(counts)}))
+
+    def settle(self, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
+        """What was pending is in the log now: so says the checkpoint."""
+        if rank() == 0:
+            self._write_counts(self.resume_from, self.step, self.updates)
+        self.pending = None
+        self._publish(optimizer, tokenizer, self.step)
 
     def _publish(self, optimizer, tokenizer, step):
         """All that follows from a checkpoint: the model, the copies of it that are kept, what may go."""
@@ -383,8 +409,11 @@ class Run:
                 link = self.out / "best.tmp"
                 link.symlink_to(best_model.relative_to(self.out))
                 os.replace(link, self.out / "best")
-            latest = [f"step-{step:06d}", *(path.name for path in reversed(self._checkpoints()))]
-            latest = sorted(set(latest))[-self.keep:]
+            planned = [path.name for path in self._checkpoints()
+                       if not read_json(path / "state.json").get("unplanned")]
+            newest = f"step-{step:06d}"
+            kept = self.keep - (newest not in planned)
+            latest = [newest, *planned[len(planned) - kept:]] if kept else [newest]
             for state in self._checkpoints():
                 if state.name not in latest:
                     shutil.rmtree(state)

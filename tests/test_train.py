@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,135 @@ def test_logs_with_odd_line_separators_are_cut_back(cmd):
     lines = log.read_text() + odd + "\n"
     log.write_text(lines + '{"step": 99999}\n{"st')
     assert cmd(sft, *SFT, "--out", "run", "--resume")[0] == 0 and log.read_text() == lines
+
+
+# ---- stops, checkpoints that are kept, longer runs -------------------------------------------------
+VAL = (*GRPO, "--reward", "random", "--lr", "1e-3", "--eval-every", "2", "--eval-questions", "4")
+
+
+def everything(out="run"):
+    """All files of a run: bytes, links, and logs without their timings."""
+    found = {}
+    for path in sorted(Path(out).rglob("*")):
+        name = str(path.relative_to(out))
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        elif path.suffix == ".jsonl":
+            found[name] = [{k: v for k, v in row.items() if "second" not in k} for row in read_rows(path)]
+        elif path.is_file() and path.name != "run.json":
+            found[name] = path.read_bytes()
+    return found
+
+
+def stop_at(monkeypatch, owner, function, call, number=signal.SIGTERM):
+    """The process gets a signal as it calls a function for the n-th time."""
+    real, calls = getattr(owner, function), []
+
+    def stopped(*args, **kw):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return real(*args, **kw)
+    monkeypatch.setattr(owner, function, stopped)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("function", ["validate", "roll_out", "update"])
+def test_a_stop_anywhere_changes_nothing(cmd, monkeypatch, function, call):
+    """In a measurement, a rollout, an update: the same bytes and files in the end, and gone on with twice."""
+    flags = (*VAL, "--steps", "5", "--save-every", "2", "--keep", "2", "--out", "run")
+    assert cmd(grpo, *flags)[0] == 0
+    whole = everything()
+    shutil.rmtree("run")
+    with monkeypatch.context() as m:
+        stop_at(m, grpo, function, call)
+        assert cmd(grpo, *flags)[0] == 128 + signal.SIGTERM
+    status, _, err = cmd(grpo, *flags, "--resume")
+    assert status == 0, err
+    assert everything() == whole
+    assert cmd(grpo, *flags, "--resume")[0] == 0 and everything() == whole
+
+
+def test_a_measurement_that_is_given_up_costs_no_figures(cmd, monkeypatch):
+    flags = (*VAL, "--steps", "3", "--out", "run")
+    with monkeypatch.context() as m:
+        stop_at(m, grpo, "validate", 2)
+        assert cmd(grpo, *flags)[0] == 128 + signal.SIGTERM
+    assert cmd(grpo, *flags, "--eval-every", "0", "--resume")[0] == 0
+    assert [row["step"] for row in read_rows("run/metrics.jsonl")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("module, flags", [
+    (sft, (*SFT, "--epochs", "3", "--eval-every", "2", "--held-out", "20", "--lr", "3e-2")),
+    (grpo, (*VAL, "--steps", "8", "--eval-questions", "16", "--max-new-tokens", "100")),
+], ids=["sft", "grpo"])
+def test_checkpoints_that_stay(cmd, module, flags):
+    """The latest, each with its model, and the best by what was measured on held-out data."""
+    assert cmd(module, *flags, "--save-every", "3", "--keep", "2", "--out", "run")[0] == 0
+    rows = [row for row in read_rows("run/metrics.jsonl") if row["step"]]
+    last = rows[-1]["step"]
+    scores = {row["step"]: train.score_of(row) for row in rows if train.score_of(row) is not None}
+    best = min(step for step in scores if scores[step] == max(scores.values()))
+    assert os.readlink("run/best") == f"checkpoints/step-{best:06d}"
+    states = {path.name for path in Path("run/state").iterdir()}
+    assert len(states) == 2 and f"step-{last:06d}" in states
+    assert {path.name for path in Path("run/checkpoints").iterdir()} == states | {f"step-{best:06d}"}
+    load("run/best", "cpu")
+    newest = Path(f"run/checkpoints/step-{last:06d}/model.safetensors")
+    assert newest.read_bytes() == Path("run/model.safetensors").read_bytes()
+
+
+def test_a_finished_run_goes_on_with_more_steps(cmd):
+    """GRPO's rate is constant; SFT's was laid out for its end."""
+    flags = (*GRPO, "--reward", "random", "--lr", "1e-3", "--save-every", "2")
+    assert cmd(grpo, *flags, "--steps", "5", "--out", "whole")[0] == 0
+    assert cmd(grpo, *flags, "--steps", "3", "--out", "run")[0] == 0
+    assert cmd(grpo, *flags, "--steps", "5", "--out", "run", "--resume")[0] == 0
+    assert everything("run") == everything("whole")
+    assert cmd(sft, *SFT, "--epochs", "1", "--out", "sft")[0] == 0
+    refused(cmd, sft, (*SFT, "--epochs", "2", "--out", "sft", "--resume"), "--epochs 1, not 2")
+
+
+def test_no_question_is_trained_on_and_held_out(cmd):
+    answers = [{"messages": [row["messages"][0], {"role": "assistant", "content": text}]}
+               for row in CHAT for text in ("one answer", "another")]
+    write_jsonl("twice.jsonl", answers)
+    _, tokenizer = load(MINI, "cpu")
+    examples = sft.read_examples("twice.jsonl", tokenizer, 512)
+    args = Namespace(eval_every=1, held_out=20)
+    trained, held_out = sft.hold_out(examples, args)
+    assert len(trained) + len(held_out) == len(examples) and 4 <= len(held_out) <= 20
+    assert not {tuple(e.ids[:e.start]) for e in trained} & {tuple(e.ids[:e.start]) for e in held_out}
+    args.eval_every = 0
+    assert sft.hold_out(examples, args) == (examples, [])
+    flags = (*SFT, "--epochs", "1", "--eval-every", "3", "--held-out", "20", "--out", "run")
+    status, out, _ = cmd(sft, *flags)
+    assert status == 0 and "more rows are held out" in out
+    assert any("val_loss" in row for row in read_rows("run/metrics.jsonl"))
+    refused(cmd, sft, (*SFT, "--data", "chat.jsonl", "--eval-every", "1", "--held-out", "1", "--out", "other"),
+            "leaves some on both sides")
+
+
+def test_masters_that_are_not_finite_are_refused(cmd):
+    """A finite gradient with a rate far too high: nothing of it is saved."""
+    model, _ = tiny()
+    optimizer = Optimizer(model, 0.0)
+    model(torch.tensor([[1, 2]])).sum().backward()
+    with pytest.raises(UserError, match="weights after the step is not finite"):
+        optimizer.step(3e38)
+    refused(cmd, sft, (*SFT, "--lr", "3e38", "--save-every", "1", "--out", "run"), "not finite")
+    refused(cmd, sft, (*SFT, "--lr", "inf", "--out", "other"), "inf must be a finite number")
+    if list(Path("run").glob("state/*")):
+        model, _ = load("run", "cpu")
+        assert all(w.isfinite().all() for w in model.parameters())
+
+
+def test_a_log_knows_no_infinity(cmd, monkeypatch):
+    real = grpo.measure
+    monkeypatch.setattr(grpo, "measure", lambda *args: {**real(*args), "approx_kl": float("inf")})
+    assert cmd(grpo, *GRPO, "--steps", "1", "--out", "run")[0] == 0
+    row, = read_rows("run/metrics.jsonl")
+    assert row["approx_kl"] is None and "Infinity" not in Path("run/metrics.jsonl").read_text()
 
 
 # ---- processes -----------------------------------------------------------------------------------
