@@ -116,6 +116,16 @@ class Plan:
     ks: list[int]  # of pass@k
 
 
+def requests_of(plans: list[Plan], tokenizer: Tokenizer, args) -> list[Request]:
+    """What this process asks: a request for each question."""
+    requests = []
+    for plan in plans:
+        for problem in plan.problems[rank()::world()]:
+            prompt = tokenizer.chat(plan.task.prompt(problem, args.style))
+            requests.append(Request(prompt, list(range(plan.samples)), problem.id, payload=problem))
+    return requests
+
+
 def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args, done: set) -> Iterator[dict]:
     """The rows of results.jsonl for one model and task, one per sample, as they come.
 
@@ -123,11 +133,10 @@ def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args, done
     """
     tokenizer, task = sampler.tokenizer, plan.task
     queue = deque()
-    for problem in plan.problems[rank()::world()]:
-        indices = [j for j in range(plan.samples) if (problem.id, j) not in done]
-        if indices:
-            prompt = tokenizer.chat(task.prompt(problem, args.style))
-            queue.append(Request(prompt, indices, problem.id, payload=problem))
+    for request in requests_of([plan], tokenizer, args):
+        request.indices = [j for j in request.indices if (request.payload.id, j) not in done]
+        if request.indices:
+            queue.append(request)
     say_what_the_context_cuts([request.prompt for request in queue], sampler.model, params.max_new_tokens)
     forced = deque()
     work = sum(len(request.indices) for request in queue) * (2 if args.budget_forcing else 1)
@@ -319,7 +328,9 @@ def main():
                     loaded = load(folder, args.device, args.dtype, args.chat_template_kwargs)
                     sampler = Sampler(*loaded, args.slots)
                     del loaded  # when the next model comes, this one must be gone
-                if not begun:  # not before a model could be loaded
+                if not begun:  # not before a model could be loaded, and its prompts fit
+                    for request in requests_of(plans, sampler.tokenizer, args):
+                        sampler.room(request)
                     begin(out / "run.json", args, lambda: inputs(args, plans))
                     begun = True
                 with open(own_part(f"{out}/results.jsonl"), "a", encoding="utf-8") as f:

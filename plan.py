@@ -423,7 +423,7 @@ def of_sample(args) -> None:
     _, config, tokenizer = folder
     found = tasks.find_all(args.task, args.data_dir)
     problems = tasks.problems_of(found, args.split, args.questions, args.seed)
-    queue = sample.attempt_requests(args, problems, set(), tokenizer)
+    queue = sample.attempt_requests(args, problems, tokenizer)
     prompts = sorted((request.prompt for request in queue), key=len)
     _, longest = max(problems, key=lambda pair: len(pair[1].question))
     reflection = tokenizer.chat(tasks.reflection_prompt(longest.question, "")) + [0] * args.max_new_tokens

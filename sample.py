@@ -476,9 +476,9 @@ class Reflections:
     found: dict[int, dict] = field(default_factory=dict)
 
 
-def attempt_requests(args, problems: list, done: set, tokenizer: Tokenizer) -> deque[Request]:
-    """A request for each question and style, for the attempts that are not `done`."""
-    queue = deque()
+def attempt_requests(args, problems: list, tokenizer: Tokenizer) -> list[Request]:
+    """A request for each question and style."""
+    requests = []
     styles = split_list(args.styles, "--styles")
     for task, problem in problems:
         for hint in (False, True) if args.hint else (False,):
@@ -486,11 +486,20 @@ def attempt_requests(args, problems: list, done: set, tokenizer: Tokenizer) -> d
                 messages = task.prompt(problem, style, hint)
                 system = messages[0]["content"] if messages[0]["role"] == "system" else None
                 name = style + ("-hint" if hint else "")
-                indices = [i for i in range(args.n) if (problem.id, name, i) not in done]
-                if indices:
-                    asked = Attempts(task, problem, name, system)
-                    identity = f"{problem.id}/{name}"
-                    queue.append(Request(tokenizer.chat(messages), indices, identity, payload=asked))
+                requests.append(Request(
+                    tokenizer.chat(messages), list(range(args.n)), identity=f"{problem.id}/{name}",
+                    payload=Attempts(task, problem, name, system)))
+    return requests
+
+
+def still_to_do(requests: list[Request], done: set) -> deque[Request]:
+    """The requests without the attempts that are `done`: (id, style, index)."""
+    queue = deque()
+    for request in requests:
+        asked = request.payload
+        request.indices = [i for i in request.indices if (asked.problem.id, asked.style, i) not in done]
+        if request.indices:
+            queue.append(request)
     return queue
 
 
@@ -608,8 +617,11 @@ def main():
     args.chat_template_kwargs = tokenizer.template_kwargs
     params = choice_of(args, model)
     context = model.config.max_position_embeddings
-    done = start_or_go_on(args, problems)
-    queue = attempt_requests(args, problems[rank()::world()], done, tokenizer)
+    sampler = Sampler(model, tokenizer, args.slots)
+    requests = attempt_requests(args, problems[rank()::world()], tokenizer)
+    for request in requests:
+        sampler.room(request)  # refuses a prompt that is too long, before anything is written
+    queue = still_to_do(requests, start_or_go_on(args, problems))
     waiting = sum(len(request.indices) for request in queue)
     everywhere, = total([waiting], device)
     say(f"sampling {everywhere:.0f} attempts on {len(problems)} questions, {args.reflections} reflections "
@@ -618,7 +630,6 @@ def main():
 
     tally = Tally()
     too_long = 0
-    sampler = Sampler(model, tokenizer, args.slots)
     with (open(own_part(args.out), "a", encoding="utf-8") as f,
           Progress("sample", waiting, unit="attempt") as progress):
         for request, index, completion in sampler.stream(queue, params, args.seed):

@@ -339,7 +339,7 @@ def test_no_question_is_trained_on_and_held_out(cmd):
     status, out, _ = cmd(sft, *flags)
     assert status == 0 and "more rows are held out" in out
     assert any("val_loss" in row for row in read_rows("run/metrics.jsonl"))
-    refused(cmd, sft, (*SFT, "--data", "chat.jsonl", "--eval-every", "1", "--held-out", "1", "--out", "other"),
+    refused(cmd, sft, (*SFT, "--eval-every", "1", "--held-out", "1", "--out", "other"),
             "leaves some on both sides")
 
 
