@@ -164,12 +164,18 @@ def test_a_terminal_that_vanishes():
     assert saved() == steps_done() >= 3
 
 
-def test_ctrl_c_under_torchrun_comes_twice():
-    """From the terminal and from torchrun's agent: it is still one wish."""
-    runner = f"{Path(sys.executable).parent}/torchrun --standalone --nproc-per-node 2"
-    process = shell(f"{runner} ROOT/sft.py {flags_as_text(*SFT, *LONG)} > log 2>&1")
+TORCHRUN = f"{Path(sys.executable).parent}/torchrun --standalone --nproc-per-node 2"
+HANDLED = "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2"  # as docs/paper.md has it
+
+
+@pytest.mark.parametrize("number, to, before", [
+    (signal.SIGINT, "all", ""),  # Ctrl-C comes twice, from the terminal and from torchrun's agent: one wish
+    (signal.SIGUSR1, "agent", HANDLED),  # Slurm's warning
+])
+def test_stops_under_torchrun(number, to, before):
+    process = shell(f"{before} exec {TORCHRUN} ROOT/sft.py {flags_as_text(*SFT, *LONG)} > log 2>&1")
     wait_for_steps(process, 3)
-    os.killpg(process.pid, signal.SIGINT)
+    (os.killpg if to == "all" else os.kill)(process.pid, number)
     process.wait()
     assert saved() == steps_done() >= 3
     assert Path("log").read_text().count("interrupted; what was written is whole") == 1
