@@ -12,21 +12,18 @@ Left out: other weight formats (pytorch_model.bin, GGUF), quantised weights, ada
 """
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import UserError, read_json, say, write_whole
+from cli import UserError, read_json, write_whole
 from kernels import uses_triton
 from model import Config, Transformer
-from processes import all_or_none, rank, world
+from screen import say
+from tensors import check_all, open_tensors, save_weights
 from tokenizer import TOKENIZER_FILES, Tokenizer
 
 # ---- config.json ---------------------------------------------------------------------------------
@@ -170,16 +167,6 @@ def files_of_weights(folder: Path) -> list[Path]:
     return [folder / shard for shard in sorted(set(shards))]
 
 
-@contextmanager
-def open_tensors(path: Path) -> Iterator:
-    """A safetensors file, its tensors in main memory, mapped from the file. Raises UserError if damaged."""
-    try:
-        with safe_open(path, "pt") as f:
-            yield f
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: truncated or damaged ({e}); fetch the file again") from e
-
-
 CONSTANTS = "rotary_emb.inv_freq"  # old folders hold them; they follow from the config
 
 
@@ -222,6 +209,8 @@ def read_config(folder: Path) -> Config:
         if (folder / name).is_file() and not (safe and name.startswith("pytorch_model")):
             raise UserError(f"{folder}: {name} means {reason}")
     path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; --model must be a folder in Hugging Face format")
     source = read_json(path)
     if source.get("quantization_config") is not None:
         raise UserError(f"{path}: quantization_config means quantised weights; take the model that is not "
@@ -352,9 +341,6 @@ def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[torch.d
 
 
 # ---- saving a folder -----------------------------------------------------------------------------
-SHARD_BYTES = 5 * 10**9  # of the weights in one file: what the hub and other engines expect
-
-
 def save(
     path: str | Path, model: Transformer, tokenizer: Tokenizer,
     weights: Iterable[tuple[str, Tensor]] | None = None,
@@ -381,107 +367,3 @@ def save(
     # transformers 5's name for torch_dtype goes, or the two could disagree.
     config.pop("dtype", None)
     write_whole(path / "config.json", json.dumps(config, indent=2))
-
-
-def save_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> torch.dtype:
-    """model.safetensors, or shards of at most SHARD_BYTES (or of one tensor) with an index.
-
-    All shards are written before the first gets its name, and the index comes last, so that nobody reads a
-    mixture of old and new ones. Returns the dtype.
-    """
-    shards = []  # the names of the tensors in each
-    size = 0
-    for shard in shards_of(weights):
-        shards.append(list(shard))
-        write_tensors(folder / f"model-{len(shards):05d}.safetensors.tmp", shard)
-        size += sum(w.nbytes for w in shard.values())
-        dtype = next(iter(shard.values())).dtype
-        del shard  # only one at a time is in main memory
-    index = folder / "model.safetensors.index.json"
-    index.unlink(missing_ok=True)
-    for old in folder.glob("model-*-of-*.safetensors"):
-        old.unlink()
-    if len(shards) > 1:
-        (folder / "model.safetensors").unlink(missing_ok=True)
-    file_of = {}
-    for i, names in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        os.replace(folder / f"model-{i:05d}.safetensors.tmp", folder / name)
-        file_of.update(dict.fromkeys(names, name))
-    if len(shards) > 1:
-        content = {"metadata": {"total_size": size}, "weight_map": file_of}
-        write_whole(index, json.dumps(content, indent=2))
-    return dtype
-
-
-def shards_of(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The weights in main memory, as many together as go into one file."""
-    shard = {}
-    for name, w in weights:
-        w = w.detach().to("cpu").contiguous()
-        if shard and sum(x.nbytes for x in shard.values()) + w.nbytes > SHARD_BYTES:
-            yield shard
-            shard = {}
-        shard[name] = w
-    yield shard
-
-
-def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that is there whole or not at all."""
-    write_tensors(f"{path}.tmp", tensors)
-    os.replace(f"{path}.tmp", path)
-
-
-def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """With a checksum of them in the file's metadata, which `check_tensors` compares."""
-    tensors = {name: w.detach().to("cpu").contiguous() for name, w in tensors.items()}
-    try:
-        # The format tells transformers that the tensors are PyTorch's.
-        save_file(tensors, path, metadata={"format": "pt", CHECKSUM: checksum(sorted(tensors.items()))})
-    except SafetensorError as e:  # a full disk comes out as this
-        Path(path).unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({e}); if the disk is full, free some space, then go "
-                        "on as after an interruption") from e
-    os.chmod(path, 0o644)  # the library makes it readable by its owner only
-    with open(path, "r+b") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # written in an order of chance
-        f.seek(8)
-        f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
-        f.flush()
-        os.fsync(f.fileno())
-
-
-CHECKSUM = "blake2b"  # its key in the metadata
-
-
-def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of names, dtypes, shapes and all bytes of tensors in main memory, which come in the order of names."""
-    hasher = blake2b(digest_size=16)
-    for name, w in tensors:
-        hasher.update(f"{name} {w.dtype} {tuple(w.shape)}\n".encode())
-        if w.numel():
-            hasher.update(w.reshape(-1).view(torch.uint8).numpy())
-    return hasher.hexdigest()
-
-
-def check_all(files: list[Path]) -> None:
-    """`check_tensors` of all files, some on each process. All processes must call it."""
-    with all_or_none():
-        for path in files[rank()::world()]:
-            check_tensors(path)
-
-
-def check_tensors(path: Path) -> None:
-    """Raises UserError if a file's tensors are not what it was written with, where it has a checksum, or hold
-    a number that is not finite."""
-    with open_tensors(path) as f:
-        written = (f.metadata() or {}).get(CHECKSUM)
-        names = sorted(f.keys())
-        if written and checksum((name, f.get_tensor(name)) for name in names) != written:
-            raise UserError(f"{path}: damaged (its checksum is another)")
-        for name in names:
-            w = f.get_tensor(name)
-            if w.is_floating_point() and not w.isfinite().all():
-                raise UserError(f"{path}: {name} holds numbers that are not finite")

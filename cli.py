@@ -1,4 +1,4 @@
-"""What every command owes its user: one clear line on bad input, streams that fail nobody, whole files.
+"""What every command owes its user: one clear line on bad input, an end when asked to stop, whole files.
 
 Imports nothing of ours at the top and no torch, so that `rearrange.py` and `tasks.py` stay light.
 """
@@ -14,11 +14,11 @@ import time
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from tqdm import tqdm
+from screen import printable, streams_that_never_fail
 
 
 class UserError(Exception):
@@ -36,14 +36,11 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 
 class Stopped(KeyboardInterrupt):
     """Somebody asked the command to stop."""
+    way_on = ""  # how to go on, once there is something to go on with (`record.start_or_check` says so)
 
     def __init__(self, number: int = signal.SIGINT):
         super().__init__(number)
         self.number = number
-
-
-INTERRUPTED = ("interrupted; what was written is whole. "
-               "sample.py goes on when called again, the others with --resume")
 
 
 def command(main: Callable[[], None]) -> None:
@@ -56,7 +53,8 @@ def command(main: Callable[[], None]) -> None:
         try:
             main()
         except KeyboardInterrupt as e:
-            _leave(128 + getattr(e, "number", signal.SIGINT), INTERRUPTED)
+            number = e.number if isinstance(e, Stopped) else signal.SIGINT
+            _leave(128 + number, f"interrupted{Stopped.way_on}")
         except Exception as e:
             message = explanation(e)
             if message is None:
@@ -76,7 +74,7 @@ def ignore_further_signals() -> None:
 
 @contextmanager
 def handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While it is on, the signals that ask to stop go to `handler`, but those that are ignored (nohup)."""
+    """While it is on, the signals that ask to stop go to `handler`, except those already ignored (nohup)."""
     before = {}
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -96,7 +94,7 @@ def _leave(status, message):
     """Print the last line, once, though all processes that torchrun started may have the same to say.
 
     The first of a host says it and ends, whereupon torchrun ends the others. One that still lives after some
-    seconds has a trouble of its own.
+    seconds has failed for a reason of its own.
     """
     ignore_further_signals()
     if int(os.environ.get("LOCAL_RANK", 0)):
@@ -126,123 +124,6 @@ def explanation(error: Exception) -> str | None:
         return ("out of memory; "
                 "lower --slots, --micro-batch-tokens or --max-new-tokens (whichever this command has)")
     return None
-
-
-# ---- what is printed -----------------------------------------------------------------------------
-class NeverFailing:
-    """A stream that goes silent where another fails: its reader has ended, its terminal is gone, its disk is
-    full. What a run prints may never decide what becomes of it.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        with self.silent_on_failure():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self.silent_on_failure():
-            self.stream.flush()
-
-    @contextmanager
-    def silent_on_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError):  # ValueError: the stream is closed
-            nowhere = open(os.devnull, "w")  # noqa: SIM115 (it lives as long as the stream)
-            with suppress(OSError, ValueError):
-                os.dup2(nowhere.fileno(), self.stream.fileno())  # for what it still holds
-            self.stream = nowhere
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
-@contextmanager
-def streams_that_never_fail() -> Iterator[None]:
-    """While it is on, printing raises nothing, on streams that were closed from the start neither."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next file opened would be "stderr"
-        pass
-    os.close(descriptor)
-    before = sys.stdout, sys.stderr
-    for stream in before:
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may know no more than ASCII
-    nowhere = open(os.devnull, "w")  # noqa: SIM115 (the interpreter closes it)
-    sys.stdout, sys.stderr = (NeverFailing(stream or nowhere) for stream in before)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        sys.stdout, sys.stderr = before
-
-
-# What would move the cursor, colour the screen or turn a line around: control characters, but the line feed
-# and the tab, and those of bidirectional text.
-CONTROL = [*range(9), *range(11, 32), *range(127, 160), 0x200E, 0x200F, *range(0x2028, 0x202F),
-           *range(0x2066, 0x206A)]
-SPELLED_OUT = {code: chr(code).encode("unicode_escape").decode() for code in CONTROL}
-
-
-def printable(text: str, one_line: bool = False) -> str:
-    """A text of users or models, for a terminal: control characters are spelled out."""
-    text = text.translate(SPELLED_OUT)
-    return text.replace("\n", "\\n") if one_line else text
-
-
-def say(text: str) -> None:
-    """Print, from the first of several processes only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(printable(text), flush=True)
-
-
-class Progress:
-    """How far a command is, from the first process only: a bar on a terminal, else a line now and then.
-
-    `figures` of `update` are shown beside it.
-    """
-    MOST_SECONDS = 60.0  # between lines; in shorter work there are up to 20
-    LEAST_SECONDS = 3.0
-
-    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
-        self.name = printable(name, one_line=True)
-        self.total = total
-        self.done = self.first = self.said = done
-        self.unit = unit
-        self.started = self.last = time.monotonic()
-        hidden = None if os.environ.get("RANK", "0") == "0" else True  # None: on a terminal only
-        self.bar = tqdm(total=total, initial=done, desc=self.name, unit=unit, disable=hidden, leave=False)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.bar.close()
-
-    def update(self, **figures: str) -> None:
-        """One more is done."""
-        self.done += 1
-        self.bar.set_postfix(figures, refresh=False)
-        self.bar.update()
-        now = time.monotonic()
-        far = self.done - self.said >= self.total / 20 and now - self.last > self.LEAST_SECONDS
-        long_ago = now - self.last > self.MOST_SECONDS
-        if self.bar.disable and (far or long_ago or self.done == self.total):
-            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
-            shown = "".join(f", {name} {value}" for name, value in figures.items())
-            say(f"{self.name}: {self.unit} {self.done} of {self.total}{shown}, {duration(left)} left")
-            self.said = self.done
-            self.last = now
-
-
-def duration(seconds: float) -> str:
-    """duration(50) -> "50 s"      duration(200) -> "3 min"      duration(10000) -> "2.8 h" """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -389,6 +270,13 @@ def read_jsonl(path: str | Path, required: tuple | dict[str, type] = ()) -> Iter
         raise UserError(f"{path}: the file holds no rows")
 
 
+def read_rows_so_far(path: str | Path, required: tuple | dict[str, type] = ()) -> list[dict]:
+    """The rows of a file that a run writes, which may not be there yet, or be empty."""
+    if not os.path.exists(path) or (os.path.isfile(path) and not os.path.getsize(path)):
+        return []
+    return [row for _, row in read_jsonl(path, required)]
+
+
 def _values(path):
     """("file:line", what the line holds)"""
     opened = gzip.open if path.endswith(".gz") else open
@@ -449,7 +337,7 @@ def read_json(path: str | Path, content: bytes | None = None) -> dict:
             raise UserError(f"{path}: not a file")
         value = json.loads(Path(path).read_bytes() if content is None else content)
     except FileNotFoundError as e:
-        raise UserError(f"{path}: no such file; --model must be a folder in Hugging Face format") from e
+        raise UserError(f"{path}: no such file") from e
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON") from e
     if not isinstance(value, dict):

@@ -24,13 +24,16 @@ from pathlib import Path
 import tasks
 from checkpoint import device_and_dtype, load, read_folder
 from cli import (
-    Progress, UserError, command, natural, number, parser, positive, read_json, read_jsonl, resume_flag, say,
+    UserError, command, natural, number, parser, positive, read_json, read_rows_so_far, resume_flag,
     split_list, to_json, write_whole,
 )
 from grading import last_boxed, verdict
 from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, world
-from record import begin, goes_on, of_model, of_questions, sweep
+from record import (
+    is_written, model_fingerprint, questions_fingerprint, refuse_wrong_out, start_or_check, sweep,
+)
 from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
+from screen import Progress, say
 from summary import pass_at, summarise
 from tokenizer import Tokenizer
 
@@ -283,13 +286,15 @@ def make_plans(args) -> list[Plan]:
     return plans
 
 
-def inputs(args, plans: list[Plan]) -> dict:
+def inputs(args, plans: list[Plan], template_kwargs: dict) -> dict:
     """Fingerprints of all that is read."""
     models = {}
     for name, folder in args.models:
-        models |= {f"{name}: {file}": fingerprint for file, fingerprint in of_model(folder).items()}
-    asked = [of_questions((plan.task, problem) for problem in plan.problems) for plan in plans]
-    return {"--models": models, "--tasks": asked}
+        models |= {f"{name}: {file}": fingerprint for file, fingerprint in model_fingerprint(folder).items()}
+    asked = [questions_fingerprint((plan.task, problem) for problem in plan.problems) for plan in plans]
+    names = [name for name, _ in args.models]
+    return {"--models": models, "the names in --models and their order": names, "--tasks": asked,
+            "--chat-template-kwargs": template_kwargs}
 
 
 def keep_names(plans: list[Plan], args, out: Path) -> None:
@@ -301,23 +306,28 @@ def keep_names(plans: list[Plan], args, out: Path) -> None:
 
 def main():
     args = arguments()
+    refuse_wrong_out(args.resume, Path(args.out))
     device, _ = device_and_dtype(args.device)
     start_processes(device, minutes=ALONE)
     plans = make_plans(args)
     out = Path(args.out)
-    tokenizers = {}
+    template_kwargs = {}
     for name, folder in args.models:  # a name mistyped at the end of the list must not cost hours
-        *_, tokenizers[name] = read_folder(folder, args.chat_template_kwargs)
+        _, _, tokenizer = read_folder(folder, args.chat_template_kwargs)
+        template_kwargs[name] = tokenizer.template_kwargs
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
-    begun = goes_on(args.resume, out)
-    barrier()  # all have looked
-    if begun:
-        begin(out / "run.json", args, lambda: inputs(args, plans))
-        keep_names(plans, args, out)
 
+    def start():
+        start_or_check(out / "run.json", args, lambda: inputs(args, plans, template_kwargs))
+
+    started = is_written(out / "run.json")
+    results = {}
+    if started:
+        start()
+        keep_names(plans, args, out)
+        results = read_results(out)
     first, _ = args.models[0]  # its name
     cells = []
-    results = read_results(out) if begun else {}
     for name, folder in args.models:
         sampler = None  # while nothing is missing
         for plan in plans:
@@ -325,14 +335,13 @@ def main():
             rows = results.setdefault((name, task), {})
             if len(rows) < len(plan.problems) * plan.samples:
                 if sampler is None:
-                    loaded = load(folder, args.device, args.dtype, args.chat_template_kwargs)
-                    sampler = Sampler(*loaded, args.slots)
-                    del loaded  # when the next model comes, this one must be gone
-                if not begun:  # not before a model could be loaded, and its prompts fit
+                    sampler = Sampler(*load(folder, args.device, args.dtype, args.chat_template_kwargs),
+                                      args.slots)
+                if not started:  # not before a model could be loaded, and its prompts fit
                     for request in requests_of(plans, sampler.tokenizer, args):
                         sampler.room(request)
-                    begin(out / "run.json", args, lambda: inputs(args, plans))
-                    begun = True
+                    start()
+                    started = True
                 with open(own_part(f"{out}/results.jsonl"), "a", encoding="utf-8") as f:
                     for row in run_cell(name, sampler, plan, params, args, rows.keys()):
                         f.write(to_json(row) + "\n")
@@ -343,7 +352,7 @@ def main():
             if rank() == 0:
                 cell = summarise(
                     in_order(results, name, plan), in_order(results, first, plan), plan.samples, plan.ks)
-                cell["chat_template_kwargs"] = tokenizers[name].template_kwargs
+                cell["chat_template_kwargs"] = template_kwargs[name]
                 cells.append(cell)
                 tables = write_summary(out, cells, results, args)
                 say(f"{name} on {task}: {cell['accuracy']:.1%}")
@@ -367,7 +376,7 @@ def read_results(out: Path) -> dict:
         join_parts(path)
     barrier()
     results = {}
-    for _, row in read_jsonl(path, ROW) if os.path.getsize(path) else ():
+    for row in read_rows_so_far(path, ROW):
         results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
     return results
 

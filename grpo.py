@@ -29,15 +29,16 @@ from torch import Tensor
 
 import tasks
 from checkpoint import device_and_dtype, load
-from cli import Progress, UserError, command, natural, number, parser, positive, say, wants_plan
+from cli import UserError, command, natural, number, parser, positive, wants_plan
+from diagnostics import SUMMED, log_rollouts, measure, show_rollouts, warnings_of
 from model import Attend, Transformer
 from processes import evenly, largest, rank, shard, start_processes, summed, total, twin, world
-from record import goes_on, of_model, of_questions
+from record import model_fingerprint, questions_fingerprint, refuse_wrong_out
+from run import Run, StopRequest, interruptible
 from sample import Completion, Params, Sampler, say_what_the_context_cuts
+from screen import Progress, say
 from tokenizer import Tokenizer
-from train import (
-    Optimizer, Run, Stop, check_finite, interruptible, lr_or_default, micro_batches, training_flags,
-)
+from train import Optimizer, check_finite, lr_or_default, micro_batches, training_flags
 
 MINIATURE_LR = 4e-4
 # Of the memory that is free before the first step: on a GPU the cache stays while the model trains.
@@ -212,7 +213,7 @@ def choose(problems: list, step: int, count: int, seed: int) -> list:
 def roll_out(sampler: Sampler, chosen: list, args, params: Params, step: int) -> list[Group]:
     """This process's part of the step's questions [(task, problem)], answered, graded and compared.
 
-    If the sampler is stopped, without some or all of them.
+    None of them, if the sampler was stopped.
     """
     tokenizer = sampler.tokenizer
     groups = []
@@ -243,7 +244,7 @@ def rewards_of(group: Group, args, step: int) -> list[float]:
     return [float(grade.correct) for grade in group.grades]
 
 
-def validate(sampler: Sampler, problems: list, args, params: Params, stop: Stop) -> float | None:
+def validate(sampler: Sampler, problems: list, args, params: Params, asked: StopRequest) -> float | None:
     """The fraction of the validation questions answered correctly, one sample each, over all processes.
 
     None, if somebody asked to stop meanwhile.
@@ -252,7 +253,7 @@ def validate(sampler: Sampler, problems: list, args, params: Params, stop: Stop)
     prompts = [sampler.tokenizer.chat(task.prompt(problem)) for task, problem in mine]
     answered = sampler.generate(prompts, 1, params, args.seed)
     sampler.release()
-    if stop.anywhere():
+    if asked.anywhere():
         return None
     right = 0
     for (task, problem), (completion,) in zip(mine, answered, strict=True):
@@ -273,8 +274,6 @@ class Response:
 
 # A prompt and a response to it that weighs nothing: what a process runs where only others have something to.
 NOTHING = ([0], [Response(tokens=[0], old_logprobs=[0.0], advantage=0.0, weight=0.0, cost=1)])
-SUMMED = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "reference_kl", "reference_tokens",
-          "entropy", "difference")
 
 
 def update(
@@ -365,124 +364,6 @@ def backward(
         "difference": difference[trained].sum().item(),
         "largest_difference": difference.max().item(),
     }
-
-
-# ---- what a step tells ---------------------------------------------------------------------------
-def measure(groups: list[Group], update_results: list[tuple], device: torch.device) -> dict:
-    """The figures of a step over all processes: means per rollout or per trained token.
-
-    `update_results`: the (gradient norm, sums) of each mini-batch. `loss`, without a KL term, is the sum of
-    theirs, `grad_norm` the mean. A trained token is one of a response in the loss that has an advantage.
-    """
-    completions = [c for group in groups for c in group.completions]
-    counts = summed({
-        "groups": len(groups),
-        "mixed": sum(len(set(group.rewards)) > 1 for group in groups),
-        "rollouts": len(completions),
-        "reward": sum(sum(group.rewards) for group in groups),
-        "correct": sum(grade.correct for group in groups for grade in group.grades),
-        "tokens": sum(len(c.tokens) for c in completions),
-        "truncated": sum(c.finish == "length" for c in completions),
-    }, device)
-    n = counts["rollouts"]
-    norms = [norm for norm, _ in update_results if norm is not None]
-    sums = {name: sum(s[name] for _, s in update_results) for name in SUMMED}
-    trained = max(1, sums["trained_tokens"])
-    row = {
-        "reward": counts["reward"] / n,
-        "correct": counts["correct"] / n,
-        "groups_with_signal": counts["mixed"] / counts["groups"],
-        "response_tokens": counts["tokens"] / n,
-        "truncated": counts["truncated"] / n,
-        "loss": sums["loss"],
-        "grad_norm": sum(norms) / len(norms) if norms else None,
-        "updates": len(norms),
-        "entropy": sums["entropy"] / trained,
-        "clip_fraction": sums["clip_fraction"] / trained,
-        "approx_kl": sums["approx_kl"] / trained,
-        "reference_kl": sums["reference_kl"] / max(1, sums["reference_tokens"]),
-        "sampler_trainer_mean": None,
-        "sampler_trainer_max": None,
-    }
-    # At the first update the weights are still those that sampled: here sampler and trainer must agree.
-    first = next((s for _, s in update_results if s["trained_tokens"]), None)
-    if first:
-        row["sampler_trainer_mean"] = first["difference"] / first["trained_tokens"]
-        row["sampler_trainer_max"] = first["largest_difference"]
-    return row
-
-
-def warnings_of(row: dict, context_cuts: bool = False, rewards: list[float] = ()) -> dict[str, str]:
-    """{what in the figures of a step needs attention: why, and what to try}
-
-    `context_cuts`: it is the model's context that ends responses, not their budget. `rewards` are those of
-    all steps so far.
-    """
-    found = {}
-    if row["truncated"] > 0.9:
-        where, cure = "budget", "raise --max-new-tokens"
-        if context_cuts:
-            where, cure = "end of the model's context", "only a model with a longer one helps"
-        found["truncated"] = f"{row['truncated']:.0%} of the responses were cut off at the {where}; {cure}"
-    if not row["groups_with_signal"]:
-        found["no signal"] = (
-            "within every group all rewards are equal, so nothing was learned; the questions are too hard or "
-            "too easy for this model: try another --task, or more --rollouts")
-    difference = row["sampler_trainer_mean"]
-    if difference is not None and difference > 0.05:
-        found["apart"] = (
-            f"sampler and trainer disagree by {difference:.3f} nats a token; the rollouts are not the "
-            "trained policy's: try --dtype float32, or KERNELS=reference before the command")
-    best, now = collapse(rewards)
-    if now < best / 2:
-        found["collapsed"] = (
-            f"the mean reward of {WINDOW} steps has fallen from {best:.3f} to {now:.3f}; start another run "
-            "with a lower --lr, or from an earlier model (--keep, --eval-every)")
-    return found
-
-
-WINDOW = 5  # steps
-
-
-def collapse(rewards: list[float]) -> tuple[float, float]:
-    """(the best mean of WINDOW steps in a row, that of the last ones): (0, 0) for too few steps.
-
-    collapse([0.2, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0, 0, 0, 0])  ->  (0.5, 0)
-    """
-    means = [sum(rewards[i:i + WINDOW]) / WINDOW for i in range(len(rewards) - WINDOW + 1)]
-    return (max(means), means[-1]) if means else (0.0, 0.0)
-
-
-def log_rollouts(run: Run, groups: list[Group], tokenizer: Tokenizer, step: int) -> None:
-    """Up to four rollouts a step for rollouts.jsonl: a right and a wrong one of each of two questions."""
-    for group in groups[:2]:
-        for wanted in (True, False):
-            for completion, grade in zip(group.completions, group.grades, strict=True):
-                if grade.correct == wanted:
-                    run.log(rollout_row(step, group.problem, completion, grade, tokenizer), "rollouts.jsonl")
-                    break
-
-
-def rollout_row(step, problem, completion, grade, tokenizer):
-    return {
-        "step": step,
-        "id": problem.id,
-        "question": problem.question,
-        "response": tokenizer.text(completion.tokens),
-        "correct": grade.correct,
-        "reason": grade.reason,
-        "tokens": len(completion.tokens),
-        "finish": completion.finish,
-    }
-
-
-def show_rollouts(group: Group, tokenizer: Tokenizer, step: int) -> None:
-    """Two rollouts on the screen that a person can read."""
-    for completion, grade in list(zip(group.completions, group.grades, strict=True))[:2]:
-        text = tokenizer.text(completion.tokens)
-        if len(text) >= 800:
-            text = f"{text[:400]} [...] {text[-400:]}"
-        say(f"\n--- step {step}, {group.problem.id}: {'correct' if grade.correct else grade.reason}\n{text}")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -609,7 +490,7 @@ def main():
         plan.of_grpo(args)
         return
     args.model, args.out = from_where_to_where(args.model, args.out)
-    goes_on(args.resume, Path(args.out))
+    refuse_wrong_out(args.resume, Path(args.out))
     device, _ = device_and_dtype(args.device)
     start_processes(device, args.timeout)
     problems, held_out = read_problems(args)
@@ -621,10 +502,10 @@ def main():
     prompts_of(held_out, tokenizer, context)
 
     def inputs():
-        found = {"--model": of_model(args.model), "--task": of_questions(problems)}
-        return {**found, "the held-out questions": of_questions(held_out)} if held_out else found
+        found = {"--model": model_fingerprint(args.model), "--task": questions_fingerprint(problems)}
+        return {**found, "the held-out questions": questions_fingerprint(held_out)} if held_out else found
 
-    run = Run(args, inputs, free={"steps", "eval_every"})
+    run = Run(args, inputs, free=frozenset({"steps", "eval_every"}))
     policy, reference = copies_of(model, device, args.kl)  # before resuming: the reference is where it began
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     run.restore(optimizer, tokenizer)
@@ -638,16 +519,17 @@ def main():
         f"rollouts, learning rate {lr:g}")
     context_cuts = say_what_the_context_cuts(prompts, model, args.max_new_tokens) > len(prompts) / 2
 
-    with interruptible(device) as stop, Progress("grpo", args.steps, run.step) as progress:
-        sampler.stop = stop.here
-        if run.pending or (held_out and run.step == 0):
-            row = run.pending or {"step": 0}
+    with interruptible(device) as asked, Progress("grpo", args.steps, run.step) as progress:
+        sampler.stop = asked.here
+        if held_out and run.step == 0:
+            val = validate(sampler, held_out, args, params, asked)
+            run.leave_if_asked(optimizer, tokenizer, asked, step=0, updates=0)
+            run.log({"step": 0, "val": val})
+        if run.pending:  # a stop came while the model of the last checkpoint was measured
             if held_out:
-                row["val"] = validate(sampler, held_out, args, params, stop)
-                run.leave_if_asked(optimizer, tokenizer, stop, step=run.step, updates=updates)
-            run.log(row)
-            if run.pending:
-                run.settle(optimizer, tokenizer)
+                run.pending["val"] = validate(sampler, held_out, args, params, asked)
+                run.leave_if_asked(optimizer, tokenizer, asked, step=run.step, updates=updates)
+            run.settle(optimizer, tokenizer, run.pending)
         if run.step >= args.steps:
             say(f"{run.out} is finished already; more --steps go on with it")
             return
@@ -657,7 +539,7 @@ def main():
             chosen = choose(problems, step, args.questions_per_step, args.seed)
             groups = roll_out(sampler, chosen, args, params, step)
             # No weight has changed since the last step: a rollout that was cut short is made again.
-            run.leave_if_asked(optimizer, tokenizer, stop, step=step - 1, updates=updates)
+            run.leave_if_asked(optimizer, tokenizer, asked, step=step - 1, updates=updates)
             rolled_out = time.time()
 
             update_results = []
@@ -684,14 +566,14 @@ def main():
                 if step == 1 or step % 20 == 0:
                     show_rollouts(groups[0], tokenizer, step)
             if held_out and (step % args.eval_every == 0 or step == args.steps):
-                row["val"] = validate(sampler, held_out, args, params, stop)
-                if row["val"] is None:  # cut short: measured again when the run goes on
+                row["val"] = validate(sampler, held_out, args, params, asked)
+                if row["val"] is None:  # cut short by a stop, so this leaves; --resume measures again
                     run.leave_if_asked(
-                        optimizer, tokenizer, stop, step=step, updates=updates, pending=row)
+                        optimizer, tokenizer, asked, step=step, updates=updates, pending=row)
             run.log(row)
             progress.update(**{"reward": f"{row['reward']:.3f}", "tokens": f"{row['response_tokens']:.0f}",
                                "tokens/s": f"{row['rollout_tokens_per_second']:,.0f}"})
-            run.end_of_step(optimizer, tokenizer, stop, step=step, last=args.steps, updates=updates)
+            run.end_of_step(optimizer, tokenizer, asked, step=step, last=args.steps, updates=updates)
     for name, count in warned.items():
         say(f"warned of in {count} of {args.steps - run.step} steps: {name}")
     say(f"wrote {run.out}")

@@ -31,7 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cache
-import checkpoint
 import grpo
 import kernels
 import model as model_module
@@ -39,11 +38,13 @@ import processes
 import sample
 import sft
 import tasks
+import tensors
 from cache import free_memory, host_memory
 from checkpoint import device_and_dtype, read_folder
-from cli import UserError, say
+from cli import UserError
 from model import Config, Transformer
 from sample import NoRoom, Params, Request, Sampler
+from screen import say
 from tokenizer import Tokenizer
 from train import Optimizer, micro_batches
 
@@ -263,7 +264,7 @@ def training_step(optimizer: Optimizer, losses: list[Callable[[], Tensor]], ledg
         own["activations, gathered weights" if processes.world() > 1 else "activations"] = activations
         optimizer.step(0.0)
         weights = optimizer.whole_weights()
-        for _ in weights if ledger.target.gpu else checkpoint.shards_of(weights):
+        for _ in weights if ledger.target.gpu else tensors.shards_of(weights):
             pass
 
 

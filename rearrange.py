@@ -23,10 +23,11 @@ from pathlib import Path
 
 import tasks
 from cli import (
-    UserError, command, natural, parser, positive, printable, read_jsonl, refuse_existing, split_list,
-    to_json, write_whole,
+    UserError, command, natural, parser, positive, read_jsonl, refuse_existing, split_list, to_json,
+    write_whole,
 )
 from grading import TRACE_TAGS, malformed
+from screen import printable
 
 
 @dataclass(frozen=True)

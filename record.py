@@ -1,8 +1,9 @@
-"""A run's own record, run.json: who holds it, how the run was started, what it read; and how a run goes on.
+"""A run's own record, run.json: who works there, how it was started, what it read; and whether it goes on.
 
-`begin` is the door. A run goes on with the flags it was started with, from the same inputs. What it reads is
-known by content, not by path: a model may move, but not change. So may the folder of the run itself. While a
-command works it holds a lock on its run.json (flock), which ends with the process, however that ends.
+`start_or_check` writes the record of a new run, or compares it with that of a run which goes on: the flags
+must be the same, and so must what it reads. That is known by content, not by path: models, data and the run's
+own folder may be moved, but not changed. While a command works it holds a lock on the record (flock), which
+ends with the process, however that ends.
 """
 import fcntl
 import json
@@ -20,79 +21,90 @@ from typing import BinaryIO
 import torch
 
 from checkpoint import device_and_dtype, files_of_weights, find_folder
-from cli import UserError, read_json, say
+from cli import Stopped, UserError, read_json
 from processes import barrier, rank, world
+from screen import say
 from tasks import Problem, Task
 from tokenizer import TOKENIZER_FILES
 
 # Flags that say where something is; it is compared by its content.
 PLACES = {"out", "model", "models", "data", "data_dir", "task", "tasks"}
-# Flags that a run may give anew: how it goes on, and where and in how many pieces it is computed, which only
-# the rounding shows. (With --dtype auto another device may mean another dtype.)
-FREE = {"resume", "plan", "plan_memory", "device", "slots", "micro_batch_tokens", "recompute", "timeout"}
+# Flags that may change: how a run goes on, what is kept, and where and in how many pieces it is computed,
+# which changes the result by rounding at most. (With --dtype auto another device may mean another dtype.)
+FREE = {"resume", "plan", "plan_memory", "save_every", "keep", "device", "slots", "micro_batch_tokens",
+        "recompute", "timeout"}
 
 
 # ---- going on, or not ------------------------------------------------------------------------------
-def goes_on(resume: str | None, out: Path) -> bool:
-    """Whether a run goes on in its folder. Raises UserError if it can neither go on nor start there."""
-    there = is_written(out / "run.json")
-    if resume == "yes" and not there:
-        raise UserError(f"--resume: {out} holds no run (no run.json); "
-                        "start it without --resume, with an --out that does not exist")
+def refuse_wrong_out(resume: str | None, out: Path) -> None:
+    """Raises UserError if a run can neither go on nor start in this folder.
+
+    One that was killed before its record was written may start.
+    """
+    record = out / "run.json"
+    there = is_written(record)
     if there and not resume:
         raise UserError(f"--out {out} exists; go on with --resume, or give another --out")
-    if not there and os.path.lexists(out):  # a run that was killed before it had written anything may start
-        others = [out]
-        if out.is_dir():
-            others = [path for path in out.iterdir() if path.name != "run.json" or not path.is_file()]
-        if others:
-            raise UserError(f"--out {out} exists and holds no run; give another --out, or move it away")
-    return there
+    if there:
+        return
+    if os.path.lexists(out) and not (out.is_dir() and all(path == record for path in out.iterdir())):
+        if record.is_file():
+            raise UserError(f"{record}: not whole; put back what was there, or give another --out")
+        raise UserError(f"--out {out} exists and holds no run; give another --out, or move it away")
+    if resume == "yes":
+        raise UserError(f"--resume: {out} holds no run (no run.json); start it without --resume")
 
 
 def is_written(path: Path) -> bool:
-    """Whether a record is there and whole. It is written before all else, so a part of one is of no run."""
-    return path.is_file() and path.read_bytes().endswith(b"\n}")
+    """Whether a record is there, and whole. It is written before all else: half of one belongs to no run."""
+    try:
+        return path.is_file() and isinstance(json.loads(path.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
-def begin(path: Path, args, inputs: Callable[[], dict], free: set[str] = frozenset()) -> None:
+def start_or_check(path: Path, args, inputs: Callable[[], dict], free: frozenset[str] = frozenset()) -> None:
     """Hold the record at `path` until the process ends: write it, or compare it with how it was started.
 
-    `inputs` gives a fingerprint of what is read, by flag; `free` are flags that may change, beside FREE. For
-    all processes to call. Raises UserError that names what differs, or who holds the record.
+    `inputs` gives a fingerprint of what is read, by flag; `free` are flags that may change, beside FREE. All
+    processes must call it. Raises UserError that names what differs, or who holds the record.
     """
     barrier()  # all have looked whether there is one
     if rank() == 0:
         file = hold(path)
         if is_written(path):
-            refuse_other_flags(args, path, free)
-            refuse_other_inputs(args, path, inputs())
-            tell_what_changed(args, path)
+            record = read_record(path)
+            refuse_other_flags(args, record, path, free)
+            refuse_other_inputs(inputs(), record, path)
+            tell_what_changed(run_record(args), record, path)
         else:
             content = {**run_record(args), "inputs": inputs()}
-            file.truncate(0)  # in place: the lock is the file's
+            file.truncate(0)
             file.write(json.dumps(content, indent=2).encode())
             file.flush()
             os.fsync(file.fileno())
+    Stopped.way_on = "; what was written is whole, go on with --resume"
     barrier()
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a kill left half written."""
+    """Remove what a kill left half written: `write_whole`'s and `save`'s *.tmp, and safetensors' .tmp*."""
     for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp"), *folder.glob(".tmp*")):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
-_held: dict[int, BinaryIO] = {}  # by inode: a folder may have moved
+_held: list[BinaryIO] = []  # the record that this process holds
 
 
 def hold(path: Path) -> BinaryIO:
     """The file, locked. Raises UserError with the process that holds it."""
+    while _held:
+        _held.pop().close()  # of a command of this process, which has ended
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "ab")  # noqa: SIM115 (it lives as long as the process)
-    inode = os.fstat(file.fileno()).st_ino
-    if inode in _held:
-        _held.pop(inode).close()  # of a command of this process, which has ended
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -100,7 +112,7 @@ def hold(path: Path) -> BinaryIO:
                         "wait until it ends, or give another --out") from e
     except OSError as e:
         say(f"{path}: no lock on this file system ({e.strerror}); let nobody else work there")
-    _held[inode] = file
+    _held.append(file)
     return file
 
 
@@ -125,28 +137,38 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def refuse_other_flags(args, path: Path, free: set[str]) -> None:
-    before = read_record(path)["flags"]
+def refuse_other_flags(args, record: dict, path: Path, free: frozenset[str]) -> None:
+    before = record["flags"]
     now = json.loads(json.dumps(vars(args)))
+    gone = sorted(before.keys() - now.keys())
+    if gone:
+        say(f"{path}: this version has no flag for {', '.join(gone)}, which the run was started with")
     changed = []
-    for name in sorted((now.keys() | before.keys()) - PLACES - FREE - free):
+    for name in sorted(now.keys() - PLACES - FREE - free):
         then = before.get(name, args.defaults.get(name))  # the flag may be younger than the run
-        if now.get(name) != then:
-            changed.append(f"--{name.replace('_', '-')} {spelled(then)}, not {spelled(now.get(name))}")
+        if now[name] != then:
+            changed.append(difference("--" + name.replace("_", "-"), then, now[name]))
     if changed:
         raise UserError(f"{path} was started with {'; '.join(changed)}: give the same flags, or start "
                         "another run in another --out (from this one's model with --model)")
 
 
+def difference(flag: str, then, now) -> str:
+    """How a flag was typed and is typed.
+
+    difference("--lr", 0.1, None)  ->  "--lr 0.1, not without it"
+    """
+    if then is None or then is False:
+        return f"no {flag}"
+    typed = flag if then is True else f"{flag} {spelled(then)}"
+    return f"{typed}, not {'without it' if now is None or now is False else spelled(now)}"
+
+
 def spelled(value) -> str:
-    """The value of a flag as it is typed."""
-    if value is None or isinstance(value, bool):
-        return "given" if value else "not given"
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def refuse_other_inputs(args, path: Path, now: dict) -> None:
-    record = read_record(path)
+def refuse_other_inputs(now: dict, record: dict, path: Path) -> None:
     before = record.get("inputs")
     if not isinstance(before, dict):
         say(f"{path} is from before inputs had fingerprints: whether they have changed is not known")
@@ -165,10 +187,10 @@ def refuse_other_inputs(args, path: Path, now: dict) -> None:
                         f"put it back (it began as: {command}), or start another run with another --out")
 
 
-def tell_what_changed(args, path: Path) -> None:
-    def facts(record):
-        return {**record["versions"], **record.get("machine", {})}
-    before, now = facts(read_record(path)), facts(run_record(args))
+def tell_what_changed(now: dict, record: dict, path: Path) -> None:
+    """Where another torch, code or machine computes, the same bytes are not promised."""
+    before = {**record["versions"], **record.get("machine", {})}
+    now = {**now["versions"], **now["machine"]}
     changed = [f"{name} was {before[name]}, is {now.get(name)}"
                for name in before if before[name] != now.get(name)]
     if changed:
@@ -177,24 +199,24 @@ def tell_what_changed(args, path: Path) -> None:
 
 
 # ---- fingerprints ----------------------------------------------------------------------------------
-def of_file(path: str | Path) -> str:
+def file_fingerprint(path: str | Path) -> str:
     with open(path, "rb") as f:
         return file_digest(f, "blake2b").hexdigest()[:32]
 
 
-def of_files(paths: Iterable[str | Path]) -> list[str]:
-    return [of_file(path) for path in paths]
+def file_fingerprints(paths: Iterable[str | Path]) -> list[str]:
+    return [file_fingerprint(path) for path in paths]
 
 
-def of_model(model: str | Path) -> dict[str, str]:
+def model_fingerprint(model: str | Path) -> dict[str, str]:
     """Of each file of a model folder that says what the model computes."""
     folder = find_folder(model)
     names = ("config.json", *TOKENIZER_FILES, "model.safetensors.index.json")
     found = [folder / name for name in names if (folder / name).is_file()]
-    return {path.name: of_file(path) for path in [*found, *files_of_weights(folder)]}
+    return {path.name: file_fingerprint(path) for path in [*found, *files_of_weights(folder)]}
 
 
-def of_questions(problems: Iterable[tuple[Task, Problem]]) -> str:
+def questions_fingerprint(problems: Iterable[tuple[Task, Problem]]) -> str:
     """Of questions, how each is graded, and their order."""
     hasher = blake2b(digest_size=16)
     for task, problem in problems:
@@ -214,7 +236,7 @@ def run_record(args) -> dict:
             pass
     here = Path(__file__).parent
     code = sorted([*here.glob("*.py"), *here.glob("kernels/**/*.py")])
-    versions["code"] = blake2b("".join(of_files(code)).encode(), digest_size=8).hexdigest()
+    versions["code"] = blake2b("".join(file_fingerprints(code)).encode(), digest_size=8).hexdigest()
     commit = None
     if (here / ".git").exists():
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)

@@ -32,8 +32,8 @@ from cache import (
 )
 from checkpoint import device_and_dtype, load
 from cli import (
-    Progress, UserError, command, natural, number, parser, plan_flags, positive, read_jsonl, refuse_folder,
-    resume_flag, say, split_list, to_json, wants_plan,
+    UserError, command, natural, number, parser, plan_flags, positive, read_rows_so_far, refuse_folder,
+    resume_flag, split_list, to_json, wants_plan,
 )
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
@@ -41,7 +41,8 @@ from model import Transformer
 from processes import (
     ALONE, barrier, join_parts, own_part, parts_of, rank, start_processes, summed, total, world,
 )
-from record import begin, is_written, of_model, of_questions
+from record import is_written, model_fingerprint, questions_fingerprint, start_or_check
+from screen import Progress, say
 from tokenizer import Tokenizer
 
 
@@ -554,14 +555,13 @@ def start_or_go_on(args, problems: list) -> set:
     """
     refuse_other_files(args)
     there = os.path.exists(args.out)
-    begin(record_of(args.out), args, lambda: {"--model": of_model(args.model),
-                                              "--task": of_questions(problems)})
+    start_or_check(record_of(args.out), args, lambda: {"--model": model_fingerprint(args.model),
+                                                       "--task": questions_fingerprint(problems)})
     if rank() == 0:
         join_parts(args.out)
     barrier()
-    kinds = {"id": str, "style": str, "index": int}
-    rows = read_jsonl(args.out, kinds) if os.path.getsize(args.out) else []
-    done = {(row["id"], row["style"], row["index"]) for _, row in rows}
+    rows = read_rows_so_far(args.out, {"id": str, "style": str, "index": int})
+    done = {(row["id"], row["style"], row["index"]) for row in rows}
     if there:
         say(f"{args.out} has {len(done)} attempts already; going on")
     return done

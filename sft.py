@@ -22,17 +22,16 @@ import torch
 from torch import Tensor
 
 from checkpoint import device_and_dtype, load
-from cli import (
-    Progress, UserError, command, natural, number, parser, positive, read_jsonl, say, split_list,
-    wants_plan,
-)
+from cli import UserError, command, natural, number, parser, positive, read_jsonl, split_list, wants_plan
 from conversations import plain_messages
 from model import Config, Transformer
 from processes import evenly, rank, start_processes, total, world
-from record import goes_on, of_files, of_model
+from record import file_fingerprints, model_fingerprint, refuse_wrong_out
+from run import Run, interruptible
+from screen import Progress, say
 from tasks import hundredth
 from tokenizer import Tokenizer
-from train import Optimizer, Run, check_finite, interruptible, lr_or_default, micro_batches, training_flags
+from train import Optimizer, check_finite, lr_or_default, micro_batches, training_flags
 
 MINIATURE_LR = 1.5e-3
 MINIATURE_EPOCHS = 3
@@ -209,7 +208,7 @@ def main():
         import plan
         plan.of_sft(args)
         return
-    goes_on(args.resume, Path(args.out))
+    refuse_wrong_out(args.resume, Path(args.out))
     device, _ = device_and_dtype(args.device)
     start_processes(device, args.timeout)
     model, tokenizer = load(
@@ -218,8 +217,8 @@ def main():
     refuse_long_context(args, model.config)
     examples, held_out = hold_out(read_examples(args.data, tokenizer, args.context), args)
 
-    run = Run(args, lambda: {"--model": of_model(args.model),
-                             "--data": of_files(split_list(args.data, "--data"))})
+    run = Run(args, lambda: {"--model": model_fingerprint(args.model),
+                             "--data": file_fingerprints(split_list(args.data, "--data"))})
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     run.restore(optimizer, tokenizer)
     model.recompute = args.recompute
@@ -233,7 +232,7 @@ def main():
         say(f"{run.out} is finished already")
         return
 
-    with interruptible(device) as stop, Progress("sft", steps, run.step) as progress:
+    with interruptible(device) as asked, Progress("sft", steps, run.step) as progress:
         for step in range(run.step + 1, steps + 1):
             started = time.time()
             batch = batches[step - 1]
@@ -242,7 +241,7 @@ def main():
             mine = batch[rank()::world()]
             my_loss = 0.0
             for part in evenly(micro_batches(mine, len, args.micro_batch_tokens), device):
-                if part is None:
+                if part is None:  # only for the sake of the others, who need this process's weights
                     (0 * loss_of(model, batch[:1])).backward()
                     continue
                 micro = loss_of(model, part) / count
@@ -260,7 +259,7 @@ def main():
                 shown["val_loss"] = f"{row['val_loss']:.3f}"
             run.log(row)
             progress.update(**shown)
-            run.end_of_step(optimizer, tokenizer, stop, step=step, last=steps, updates=step)
+            run.end_of_step(optimizer, tokenizer, asked, step=step, last=steps, updates=step)
     say(f"wrote {run.out}: loss {loss:.4f} at the last step")
 
 

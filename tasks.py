@@ -19,13 +19,14 @@ from functools import lru_cache
 from pathlib import Path
 from string import ascii_lowercase
 
-from cli import UserError, read_jsonl, refuse_repeated, say, split_list
+from cli import UserError, read_jsonl, refuse_repeated, split_list
 from equivalence import check_math, load_math_verify
 from grading import (
     OPERATORS, Check, check_choice, check_countdown, check_exact, check_integer, check_word, dictionary,
     extract_answer,
 )
 from questions import identity_of, read_question, same_answer
+from screen import say
 
 
 @dataclass(frozen=True)

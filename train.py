@@ -1,4 +1,4 @@
-"""What both trainers share: flags, processes, batches, the optimizer, the run folder and how to resume it.
+"""What both trainers share: flags, batches, the optimizer. (`run.py` has the folder and how to resume.)
 
 Exact resuming needs no saved random state, because nothing here or in the loops draws from a running
 generator: the order of the data and every sampled token are functions of (seed, step, ...). A checkpoint of a
@@ -9,31 +9,19 @@ one process nothing is wrapped.
 """
 import argparse
 import math
-import os
-import shutil
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoint import CHECKSUM, check_all, save_tensors
-from checkpoint import save as save_model_folder
-from cli import (
-    Stopped, UserError, handlers, natural, number, plan_flags, positive, read_json, read_jsonl, resume_flag,
-    say, to_json, write_whole,
-)
+from cli import UserError, natural, number, plan_flags, positive, resume_flag
 from model import Transformer
-from processes import barrier, local, naming_the_missing, rank, rows_of, shard, total, whole, world
-from record import begin, goes_on, sweep
-from tokenizer import Tokenizer
+from processes import local, rows_of, shard, total, whole, world
+from tensors import check_all
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -52,8 +40,8 @@ def training_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--save-every", type=natural, default=20,
                    help="steps between checkpoints; 0: only at the end")
     g.add_argument("--keep", type=positive, default=1,
-                   help="how many of the latest checkpoints stay; if more than 1, their models too, "
-                        "in OUT/checkpoints (each is as large as the first: see --plan)")
+                   help="how many of the latest checkpoints stay, all of the same size (--plan tells it); if "
+                        "more than 1, their models too, in OUT/checkpoints")
     resume_flag(g)
     plan_flags(g)
     g.add_argument("--timeout", type=number(float, 0, 10**6, open_low=True), default=60.0,
@@ -175,9 +163,10 @@ class Optimizer:
         """A finite gradient too may end in masters that are not: in a rate far too high, say."""
         def finite(tensor):
             return bool(tensor.sum().isfinite() or tensor.isfinite().all())  # large sums may overflow
-        bad = sum(not finite(local(master)) for master in self.masters.values())
-        if total([bad], self.model.device)[0]:
-            check_finite(math.inf, "weights after the step")
+        spoilt = sum(not finite(local(master)) for master in self.masters.values())
+        if total([spoilt], self.model.device)[0]:
+            raise UserError("the step has made weights that are not finite, so the run stopped; the last "
+                            "checkpoint in --out, if one was made, is good. Start another with a lower --lr")
 
     @torch.no_grad()
     def _write_back(self):
@@ -239,268 +228,3 @@ class Optimizer:
                         "exp_avg_sq": read(f"second.{name}", torch.zeros_like(master)),
                     }
         self._write_back()
-
-
-# ---- the run folder ------------------------------------------------------------------------------
-# Flags that a run may give anew, beside those of `record.py`: they change only what is kept.
-FREE_TO_CHANGE = {"save_every", "keep"}
-WEIGHTS = "*.safetensors"
-
-
-class Run:
-    """An output folder: a Hugging Face model folder, with run.json, metrics.jsonl, rollouts.jsonl and state/.
-
-    `state/step-N` appears by one rename when all of it is written, and only then is one before it removed. So
-    a kill at any moment leaves a whole checkpoint, and `--resume` cuts the logs back to its step. With
-    `--keep 3` there are three, and the three models in checkpoints/; `best` is a link to the one with the
-    best score on held-out data, if that is measured.
-    """
-
-    def __init__(self, args, inputs: Callable[[], dict], free: set[str] = frozenset()):
-        self.out = Path(args.out)
-        self.save_every = args.save_every
-        self.keep = args.keep
-        resumed = goes_on(args.resume, self.out)
-        begin(self.out / "run.json", args, inputs, FREE_TO_CHANGE | free)
-        checkpoints = self._checkpoints()
-        self.resume_from = checkpoints[-1] if checkpoints else None
-        self.step = 0  # of the checkpoint that the run goes on from
-        self.updates = 0  # optimizer steps until then; GRPO makes several in a step
-        self.pending = None  # the line of metrics.jsonl of that step, if a stop came before it was whole
-        if self.resume_from:
-            counts = self._counts(self.resume_from)
-            self.step, self.updates = counts["step"], counts["updates"]
-            self.pending = counts.get("pending")
-        self.saved = self.step
-        barrier()  # all have looked
-        if rank() == 0:
-            sweep(self.out)
-            self._cut(self.out / "metrics.jsonl")
-            self._cut(self.out / "rollouts.jsonl")
-        barrier()
-        log = self.out / "metrics.jsonl"
-        self.history = [row for _, row in read_jsonl(log)] if log.is_file() and log.stat().st_size else []
-        if resumed:
-            say(f"resuming {self.out} after step {self.step}")
-
-    def _checkpoints(self) -> list[Path]:
-        found = sorted((self.out / "state").glob("step-*[0-9]"))  # not the .tmp of a killed save
-        return [path for path in found if path.is_dir()]
-
-    def _cut(self, path):
-        """Drop the lines of steps after the checkpoint (without one, all), and one that a kill cut short."""
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: not a file")
-        if not path.exists() or not path.stat().st_size:
-            return
-        content = path.read_bytes()
-        whole_lines = content[:content.rfind(b"\n") + 1]
-        if whole_lines != content:
-            write_whole(path, whole_lines)
-        rows = [row for _, row in read_jsonl(path, {"step": int})] if whole_lines else []
-        last = self.step if self.resume_from else -1
-        if self.pending and path.name == "metrics.jsonl":
-            last -= 1
-        kept = [to_json(row) + "\n" for row in rows if row["step"] <= last]
-        if len(kept) < len(rows):
-            write_whole(path, "".join(kept))
-
-    def _counts(self, folder):
-        """What a checkpoint's state.json says. Raises UserError if it is damaged, or another file missing."""
-        path = folder / "state.json"
-        try:
-            counts = read_json(path)
-            seal = counts.pop(CHECKSUM, None)
-            right = seal in (None, digest(counts)) and {"step", "updates"} <= counts.keys()
-        except (UserError, ValueError):  # ValueError: a number that is none
-            right = False
-        if not right:
-            raise UserError(f"{path}: missing or damaged{self._way_back()}")
-        found = len(list(folder.glob(WEIGHTS)))
-        if found < counts.get("files", 1):
-            raise UserError(f"{folder}: {counts['files'] - found} of its files are missing{self._way_back()}")
-        return counts
-
-    def _way_back(self):
-        """What to do where the newest checkpoint is damaged."""
-        newest, *others = reversed(self._checkpoints())
-        if others:
-            return f"; remove {newest}, and --resume goes on from {others[0]}"
-        return f"; no other is kept (--keep), but its model is: start another run with --model {self.out}"
-
-    def restore(self, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
-        """Put the checkpoint, if there is one, into the optimizer and its model."""
-        if not self.resume_from:
-            return
-        try:
-            optimizer.load(sorted(self.resume_from.glob(WEIGHTS)), self.updates)
-        except UserError as e:
-            raise UserError(f"{e}{self._way_back()}") from e
-        self._publish(optimizer, tokenizer, self.step)  # a kill may have come between the two
-
-    def end_of_step(
-        self, optimizer: Optimizer, tokenizer: Tokenizer, stop: "Stop", *, step: int, last: int, updates: int,
-    ):
-        """Save if it is time to, or the model is the best so far; leave if somebody asked for it."""
-        due = self.save_every and step % self.save_every == 0
-        if due or step == last or step == self.best_step():
-            self.save(optimizer, tokenizer, step, updates)
-        self.leave_if_asked(optimizer, tokenizer, stop, step=step, updates=updates)
-
-    def leave_if_asked(
-        self, optimizer: Optimizer, tokenizer: Tokenizer, stop: "Stop", *, step: int, updates: int,
-        pending: dict | None = None,
-    ):
-        """If somebody asked the run to stop, save what it has after `step` and leave it (raises Stopped)."""
-        if stop.anywhere():
-            if step > self.saved:
-                self.save(optimizer, tokenizer, step, updates, pending)
-            raise Stopped(stop.number)
-
-    def save(self, optimizer: Optimizer, tokenizer: Tokenizer, step: int, updates: int, pending=None) -> None:
-        """A checkpoint after `step`, in which the optimizer has made `updates` updates in all.
-
-        `pending` is the line of metrics.jsonl of that step, where something of it is still to be measured.
-        """
-        final = self.out / "state" / f"step-{step:06d}"
-        tmp = final.with_suffix(".tmp")
-        if self.saved != step:
-            if rank() == 0:
-                tmp.mkdir(parents=True)
-            barrier()
-            save_tensors(tmp / f"rank{rank():03d}.safetensors", optimizer.tensors())
-            barrier()
-            if rank() == 0:
-                self._write_counts(tmp, step, updates, pending)
-                os.replace(tmp, final)
-            self.saved = step
-        self._publish(optimizer, tokenizer, step)
-
-    def _write_counts(self, folder, step, updates, pending=None):
-        counts = {"step": step, "updates": updates, "files": len(list(folder.glob(WEIGHTS)))}
-        on_time = self.save_every and step % self.save_every == 0
-        if not on_time and step != self.best_step():
-            counts["unplanned"] = True  # a stop, or the end: it goes before those that --save-every made
-        if pending:
-            counts["pending"] = pending
-        write_whole(folder / "state.json", to_json({**counts, CHECKSUM: digest(counts)}))
-
-    def settle(self, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
-        """What was pending is in the log now: so says the checkpoint."""
-        if rank() == 0:
-            self._write_counts(self.resume_from, self.step, self.updates)
-        self.pending = None
-        self._publish(optimizer, tokenizer, self.step)
-
-    def _publish(self, optimizer, tokenizer, step):
-        """All that follows from a checkpoint: the model, the copies of it that are kept, what may go."""
-        weights = optimizer.whole_weights()
-        if rank() == 0:
-            save_model_folder(self.out, optimizer.model, tokenizer, weights)
-        for _ in weights:  # the other processes give their parts
-            pass
-        if rank() == 0:
-            best = self.best_step()
-            models = self.out / "checkpoints"
-            if self.keep > 1 or best == step:
-                self._copy_model(models / f"step-{step:06d}")
-            best_model = models / f"step-{best or 0:06d}"
-            if best_model.is_dir():
-                link = self.out / "best.tmp"
-                link.symlink_to(best_model.relative_to(self.out))
-                os.replace(link, self.out / "best")
-            planned = [path.name for path in self._checkpoints()
-                       if not read_json(path / "state.json").get("unplanned")]
-            newest = f"step-{step:06d}"
-            kept = self.keep - (newest not in planned)
-            latest = [newest, *planned[len(planned) - kept:]] if kept else [newest]
-            for state in self._checkpoints():
-                if state.name not in latest:
-                    shutil.rmtree(state)
-            for model in models.glob("step-*"):
-                if model != best_model and (model.name not in latest or self.keep == 1):
-                    shutil.rmtree(model)
-        barrier()
-
-    def _copy_model(self, target):
-        """The model folder as it is now, whole or not at all; weights as another name of the same file."""
-        if target.is_dir():
-            return
-        tmp = target.with_suffix(".tmp")
-        tmp.mkdir(parents=True)
-        for path in self.out.iterdir():
-            if path.is_file() and path.suffix != ".jsonl":
-                try:
-                    (os.link if path.match(WEIGHTS) else shutil.copy2)(path, tmp / path.name)
-                except OSError:  # a file system without such names
-                    shutil.copy2(path, tmp / path.name)
-        os.replace(tmp, target)
-
-    # ---- the log -----------------------------------------------------------------------------------
-    def log(self, row: dict, name: str = "metrics.jsonl") -> None:
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row = {**row, key: None}  # JSON knows no infinity
-        if name == "metrics.jsonl":
-            self.history.append(row)
-        if rank() == 0:
-            with open(self.out / name, "a", encoding="utf-8") as f:
-                f.write(to_json(row) + "\n")
-
-    def best_step(self) -> int | None:
-        """The step with the best score, the first of several; None without a score after a step."""
-        scores = [(score_of(row), -row["step"]) for row in self.history if row["step"]]
-        scores = [pair for pair in scores if pair[0] is not None]
-        return -max(scores)[1] if scores else None
-
-
-def digest(counts: dict) -> str:
-    return blake2b(to_json(counts).encode(), digest_size=16).hexdigest()
-
-
-def score_of(row: dict) -> float | None:
-    """What a line of metrics.jsonl says of the held-out data, as a number to be high."""
-    if row.get("val") is not None:
-        return row["val"]
-    return -row["val_loss"] if row.get("val_loss") is not None else None
-
-
-# ---- around the loop -----------------------------------------------------------------------------
-class Stop:
-    """Whether somebody asked the run to stop (`cli.STOPPING`)."""
-    AGAIN = 2.0  # seconds after which Ctrl-C is meant anew: torchrun's agent repeats the terminal's
-
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.device = device
-        self.asked_at: float | None = None
-        self.number = signal.SIGINT  # or what came first
-
-    def handler(self, number: int, frame) -> None:
-        now = time.monotonic()
-        if self.asked_at is None:
-            self.asked_at = now
-            self.number = number
-            with suppress(OSError, ValueError, AttributeError):  # nothing said here may end the run
-                if os.isatty(sys.stderr.fileno()):
-                    os.write(sys.stderr.fileno(), b"\nstopping, once all is saved (again: at once)\n")
-        elif number == signal.SIGINT and now - self.asked_at > self.AGAIN:
-            raise Stopped(number)
-
-    def here(self) -> bool:
-        """What this process knows."""
-        return self.asked_at is not None
-
-    def anywhere(self) -> bool:
-        """What any process knows. All must call it."""
-        return total([float(self.here())], self.device)[0] > 0
-
-
-@contextmanager
-def interruptible(device: torch.device | str = "cpu") -> Iterator[Stop]:
-    """Inside, a signal does not end the run but is kept, for the loop to save and leave.
-
-    A second Ctrl-C does not wait.
-    """
-    stop = Stop(device)
-    with handlers(stop.handler), naming_the_missing():
-        yield stop

@@ -10,7 +10,7 @@ import torch
 from conftest import FAMILIES, MINI, TINY, tiny
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+import tensors
 from checkpoint import config_of, find_folder, load, save
 from cli import UserError
 from tokenizer import CHATML, Tokenizer
@@ -46,13 +46,13 @@ def test_large_weights_are_saved_in_shards(tmp_path, monkeypatch):
     """As transformers writes and reads them: an index, and no file over the limit."""
     transformers = pytest.importorskip("transformers")
     model, tokenizer = tiny("qwen2-untied")
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 20_000)
     save(tmp_path, model, tokenizer)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     for shard in shards:
-        tensors = load_file(shard)
-        assert sum(w.nbytes for w in tensors.values()) <= 20_000 or len(tensors) == 1
+        held = load_file(shard)
+        assert sum(w.nbytes for w in held.values()) <= 20_000 or len(held) == 1
     again, _ = load(tmp_path, "cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     for name, w in model.state_dict().items():
@@ -67,9 +67,9 @@ def test_old_and_new_shards_are_never_mixed(tmp_path, monkeypatch, sizes):
     (old, tokenizer), (new, _) = tiny("qwen2", seed=0), tiny("qwen2", seed=1)
     found = []
     for moment in itertools.count():
-        monkeypatch.setattr(checkpoint, "SHARD_BYTES", sizes[0])
+        monkeypatch.setattr(tensors, "SHARD_BYTES", sizes[0])
         save(tmp_path / str(moment), old, tokenizer)
-        monkeypatch.setattr(checkpoint, "SHARD_BYTES", sizes[1])
+        monkeypatch.setattr(tensors, "SHARD_BYTES", sizes[1])
         left = [moment]
 
         def pulled(real, left=left):

@@ -70,7 +70,7 @@ def test_a_bug_keeps_its_traceback(cmd):
 
 
 def test_ctrl_c_is_130(cmd):
-    status, _, err = cmd(Module(KeyboardInterrupt()))
+    status, _, err = cmd(Module(cli.Stopped()))
     assert status == 130 and err.count("\n") == 1
 
 

@@ -16,9 +16,10 @@ from conftest import MINI
 from test_grading import reference_answer
 
 import tasks
-from cli import UserError, printable, read_jsonl
+from cli import UserError, read_jsonl
 from evaluate import skills
 from grading import Rejected, check_countdown, extract_answer, last_boxed, malformed, parse, unwrap, verdict
+from screen import printable
 from tokenizer import Tokenizer
 
 hypothesis = pytest.importorskip("hypothesis")

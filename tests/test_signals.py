@@ -72,7 +72,7 @@ def test_signals_that_ask_to_stop(number):
     wait_for_steps(process, 3)
     process.send_signal(number)
     assert process.wait() == 128 + number
-    assert process.stdout.read().endswith("the others with --resume\n")
+    assert process.stdout.read().endswith("interrupted; what was written is whole, go on with --resume\n")
     assert saved() == steps_done() >= 3
 
 

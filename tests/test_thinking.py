@@ -52,7 +52,7 @@ def test_sample_to_evaluate(cmd, tmp_path, name, flags, kwargs, opening):
     assert cmd(sample, "--model", "base", *TASK, "--questions", 4, "--n", 1, *few, *flags)[0] == 0
     other = ("--chat-template-kwargs", '{"enable_thinking": true}')
     again = ("--model", "base", *TASK, "--questions", 4, "--n", 1, *few, *other)
-    refused(cmd, sample, again, "was started with --chat-template-kwargs")
+    refused(cmd, sample, again, "--chat-template-kwargs")
     write_jsonl("right.jsonl", right_answers(read_rows("samples.jsonl")))
     assert cmd(rearrange, "--data", "right.jsonl")[0] == 0
     assert read_rows("silver.jsonl")[0]["messages"][-1]["content"].startswith("<think>\n<sample>\n")

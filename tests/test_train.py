@@ -13,7 +13,7 @@ from conftest import CHAT, MINI, children, finish, read_rows, refused, start, ti
 
 import grpo
 import sft
-import train
+import run as run_module
 from checkpoint import load
 from cli import UserError
 from train import Optimizer, micro_batches
@@ -204,15 +204,15 @@ def test_masters_are_resumed_under_bfloat16(cmd, monkeypatch):
     """Rule 15: the state keeps more than the bfloat16 weights, which have lost the small steps."""
     flags = (*SFT, "--dtype", "bfloat16", "--lr", "1e-5", "--save-every", "2")
     cmd(sft, *flags, "--out", "whole")
-    real = train.Run.save
+    real = run_module.Run.save
 
     def save_and_stop(self, optimizer, tokenizer, step, updates):
         real(self, optimizer, tokenizer, step, updates)
         if step == 4:
             raise KeyboardInterrupt
-    monkeypatch.setattr(train.Run, "save", save_and_stop)
+    monkeypatch.setattr(run_module.Run, "save", save_and_stop)
     assert cmd(sft, *flags, "--out", "broken")[0] == 130
-    monkeypatch.setattr(train.Run, "save", real)
+    monkeypatch.setattr(run_module.Run, "save", real)
     assert cmd(sft, *flags, "--out", "broken", "--resume")[0] == 0
     assert fingerprint("whole") == fingerprint("broken")
 
@@ -301,7 +301,7 @@ def test_checkpoints_that_stay(cmd, module, flags):
     assert cmd(module, *flags, "--save-every", "3", "--keep", "2", "--out", "run")[0] == 0
     rows = [row for row in read_rows("run/metrics.jsonl") if row["step"]]
     last = rows[-1]["step"]
-    scores = {row["step"]: train.score_of(row) for row in rows if train.score_of(row) is not None}
+    scores = {row["step"]: run_module.score_of(row) for row in rows if run_module.score_of(row) is not None}
     best = min(step for step in scores if scores[step] == max(scores.values()))
     assert os.readlink("run/best") == f"checkpoints/step-{best:06d}"
     states = {path.name for path in Path("run/state").iterdir()}
@@ -310,6 +310,15 @@ def test_checkpoints_that_stay(cmd, module, flags):
     load("run/best", "cpu")
     newest = Path(f"run/checkpoints/step-{last:06d}/model.safetensors")
     assert newest.read_bytes() == Path("run/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 9])
+def test_as_many_stay_as_were_asked_for(cmd, keep):
+    assert cmd(sft, *SFT, "--epochs", "2", "--save-every", "1", "--keep", str(keep), "--out", "run")[0] == 0
+    last = read_rows("run/metrics.jsonl")[-1]["step"]
+    want = [f"step-{step:06d}" for step in range(max(1, last - keep + 1), last + 1)]
+    assert sorted(path.name for path in Path("run/state").iterdir()) == want
+    assert sorted(path.name for path in Path("run/checkpoints").glob("*")) == (want if keep > 1 else [])
 
 
 def test_a_finished_run_goes_on_with_more_steps(cmd):
@@ -348,7 +357,7 @@ def test_masters_that_are_not_finite_are_refused(cmd):
     model, _ = tiny()
     optimizer = Optimizer(model, 0.0)
     model(torch.tensor([[1, 2]])).sum().backward()
-    with pytest.raises(UserError, match="weights after the step is not finite"):
+    with pytest.raises(UserError, match="the step has made weights that are not finite"):
         optimizer.step(3e38)
     refused(cmd, sft, (*SFT, "--lr", "3e38", "--save-every", "1", "--out", "run"), "not finite")
     refused(cmd, sft, (*SFT, "--lr", "inf", "--out", "other"), "inf must be a finite number")
@@ -425,9 +434,9 @@ def test_a_lost_process_costs_nothing():
 
 KILLED = """
 import os, signal, sys
-import cli, grpo, sft, train
+import cli, grpo, run, sft, train
 name, owner, function, calls = sys.argv.pop(1), *sys.argv.pop(1).split("."), int(sys.argv.pop(1))
-owner = {"train": train, "sft": sft, "grpo": grpo, "Sampler": grpo.Sampler}[owner]
+owner = {"run": run, "train": train, "sft": sft, "grpo": grpo, "Sampler": grpo.Sampler}[owner]
 real = getattr(owner, function)
 
 def killed(*args, **kw):
@@ -448,9 +457,9 @@ cli.command({"sft": sft, "grpo": grpo}[name].main)
 
 @pytest.mark.parametrize("name, flags, moments", [
     ("sft", (*SFT, "--epochs", "3", "--save-every", "3"),
-     [("sft.loss_of", 5), ("train.save_tensors", 2), ("train.local", 300)]),
+     [("sft.loss_of", 5), ("run.save_tensors", 2), ("train.local", 300)]),
     ("grpo", (*GRPO, "--steps", "3", "--save-every", "1"),
-     [("Sampler.step", 40), ("grpo.backward", 4), ("train.save_tensors", 2)]),
+     [("Sampler.step", 40), ("grpo.backward", 4), ("run.save_tensors", 2)]),
 ])
 def test_torchrun_restarts_what_was_lost(name, flags, moments):
     """`--max-restarts` with `--resume auto`: the same bytes, with nobody at the keyboard.
