@@ -270,11 +270,11 @@ def read_jsonl(path: str | Path, required: tuple | dict[str, type] = ()) -> Iter
         raise UserError(f"{path}: the file holds no rows")
 
 
-def read_rows_so_far(path: str | Path, required: tuple | dict[str, type] = ()) -> list[dict]:
-    """The rows of a file that a run writes, which may not be there yet, or be empty."""
+def read_rows_so_far(path: str | Path, required: tuple | dict[str, type] = ()) -> list[tuple[str, dict]]:
+    """As `read_jsonl`, of a file that a run writes, which may not be there yet, or be empty."""
     if not os.path.exists(path) or (os.path.isfile(path) and not os.path.getsize(path)):
         return []
-    return [row for _, row in read_jsonl(path, required)]
+    return list(read_jsonl(path, required))
 
 
 def _values(path):
@@ -316,9 +316,15 @@ def _row(row, where, path, required):
         if name not in row:
             refuse_published_shape(row, where, path)
             raise UserError(f"{where}: the key {name!r} is missing (found: {', '.join(row) or 'none'})")
-        if isinstance(required, dict) and not isinstance(row[name], required[name]):
-            raise UserError(f"{where}: {name} is {str(row[name])[:40]!r}, which it cannot be")
+    if isinstance(required, dict):
+        check_types(row, required, where)
     return row
+
+
+def check_types(row: dict, types: dict[str, type], where: str) -> None:
+    for name, kind in types.items():
+        if not isinstance(row[name], kind):
+            raise UserError(f"{where}: {name} is {str(row[name])[:40]!r}, which it cannot be")
 
 
 def refuse_published_shape(row: dict, where: str, path: str | Path) -> None:

@@ -24,13 +24,14 @@ from pathlib import Path
 import tasks
 from checkpoint import device_and_dtype, load, read_folder
 from cli import (
-    UserError, command, natural, number, parser, positive, read_json, read_rows_so_far, resume_flag,
+    UserError, check_types, command, natural, number, parser, positive, read_rows_so_far, resume_flag,
     split_list, to_json, write_whole,
 )
 from grading import last_boxed, verdict
 from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, world
 from record import (
-    is_written, model_fingerprint, questions_fingerprint, refuse_wrong_out, start_or_check, sweep,
+    is_written, model_fingerprint, questions_fingerprint, read_record, refuse_wrong_out, start_or_check,
+    sweep,
 )
 from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
 from screen import Progress, say
@@ -117,6 +118,11 @@ class Plan:
     problems: list[tasks.Problem]
     samples: int
     ks: list[int]  # of pass@k
+
+    @property
+    def wanted(self) -> set[tuple[str, int]]:
+        """(id, index) of all rows."""
+        return {(problem.id, j) for problem in self.problems for j in range(self.samples)}
 
 
 def requests_of(plans: list[Plan], tokenizer: Tokenizer, args) -> list[Request]:
@@ -299,9 +305,12 @@ def inputs(args, plans: list[Plan], template_kwargs: dict) -> dict:
 
 def keep_names(plans: list[Plan], args, out: Path) -> None:
     """Tasks are known in the files by the names that they had first, though a file may have moved since."""
-    before = read_json(out / "run.json")["flags"]["tasks"]
-    for plan, task in zip(plans, tasks.find_all(before, args.data_dir, "--tasks"), strict=True):
-        plan.task.name = task.name
+    before = read_record(out / "run.json")["flags"].get("tasks")
+    try:
+        for plan, task in zip(plans, tasks.find_all(before, args.data_dir, "--tasks"), strict=True):
+            plan.task.name = task.name
+    except (UserError, AttributeError, ValueError) as e:
+        raise UserError(f"{out}/run.json: damaged (--tasks {before}); put back what was there") from e
 
 
 def main():
@@ -325,7 +334,7 @@ def main():
     if started:
         start()
         keep_names(plans, args, out)
-        results = read_results(out)
+        results = read_results(out, args.budget_forcing)
     first, _ = args.models[0]  # its name
     cells = []
     for name, folder in args.models:
@@ -333,7 +342,7 @@ def main():
         for plan in plans:
             task = plan.task.name
             rows = results.setdefault((name, task), {})
-            if len(rows) < len(plan.problems) * plan.samples:
+            if not plan.wanted <= rows.keys():
                 if sampler is None:
                     sampler = Sampler(*load(folder, args.device, args.dtype, args.chat_template_kwargs),
                                       args.slots)
@@ -348,7 +357,7 @@ def main():
                         f.flush()
                         rows[row["id"], row["index"]] = row
                 if world() > 1:
-                    results = read_results(out)
+                    results = read_results(out, args.budget_forcing)
             if rank() == 0:
                 cell = summarise(
                     in_order(results, name, plan), in_order(results, first, plan), plan.samples, plan.ks)
@@ -360,14 +369,28 @@ def main():
         say(f"\n{tables}\n\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
-ROW = {  # what `result_row` makes, for a file that may have been damaged since
-    "model": str, "task": str, "id": str, "index": int, "question": str, "response": str, "tokens": int,
-    "finish": str, "answer": str | None, "correct": bool, "reason": str, "lenient": bool, "wrong_form": bool,
-    "answers": int, "reflections": int, "attempts": list, "verdicts": list,
+# What `result_row` and `forced_result` make, for a file that may have been damaged since.
+FORCED = {"response": str, "tokens": int, "finish": str, "correct": bool}
+ROW = {
+    **FORCED, "model": str, "task": str, "id": str, "index": int, "question": str, "answer": str | None,
+    "reason": str, "lenient": bool, "wrong_form": bool, "answers": int, "reflections": int, "attempts": list,
+    "verdicts": list,
 }
 
 
-def read_results(out: Path) -> dict:
+def check_row(row: dict, where: str, forced: bool) -> None:
+    """Raises UserError for a row that cannot be summed up."""
+    flags = [*row["attempts"], *(said for pair in row["verdicts"] if isinstance(pair, list) for said in pair)]
+    pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in row["verdicts"])
+    if not pairs or not all(isinstance(flag, bool) for flag in flags):
+        raise UserError(f"{where}: attempts or verdicts are not what they can be")
+    if forced:
+        if not isinstance(row.get("forced"), dict) or not FORCED.keys() <= row["forced"].keys():
+            raise UserError(f"{where}: no whole result of --budget-forcing")
+        check_types(row["forced"], FORCED, where)
+
+
+def read_results(out: Path, forced: bool) -> dict:
     """{(model, task): {(id, index): row}} of results.jsonl, the parts of all processes joined."""
     path = f"{out}/results.jsonl"
     barrier()  # all have written
@@ -376,7 +399,8 @@ def read_results(out: Path) -> dict:
         join_parts(path)
     barrier()
     results = {}
-    for row in read_rows_so_far(path, ROW):
+    for where, row in read_rows_so_far(path, ROW):
+        check_row(row, where, forced)
         results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
     return results
 

@@ -502,8 +502,11 @@ def main():
     prompts_of(held_out, tokenizer, context)
 
     def inputs():
-        found = {"--model": model_fingerprint(args.model), "--task": questions_fingerprint(problems)}
-        return {**found, "the held-out questions": questions_fingerprint(held_out)} if held_out else found
+        return {
+            "--model": model_fingerprint(args.model),
+            "--task": questions_fingerprint(problems),
+            "the held-out questions": questions_fingerprint(held_out) if held_out else None,
+        }
 
     run = Run(args, inputs, free=frozenset({"steps", "eval_every"}))
     policy, reference = copies_of(model, device, args.kl)  # before resuming: the reference is where it began

@@ -75,25 +75,35 @@ def start_or_check(path: Path, args, inputs: Callable[[], dict], free: frozenset
         if is_written(path):
             record = read_record(path)
             refuse_other_flags(args, record, path, free)
-            refuse_other_inputs(inputs(), record, path)
+            found = inputs()
+            refuse_other_inputs(found, record, path)
             tell_what_changed(run_record(args), record, path)
+            known = record.get("inputs", {})
+            first_read = {name: value for name, value in found.items() if known.get(name) is None}
+            if known and any(first_read.values()):
+                write_record(file, {**record, "inputs": {**known, **first_read}})
         else:
-            content = {**run_record(args), "inputs": inputs()}
-            file.truncate(0)
-            file.write(json.dumps(content, indent=2).encode())
-            file.flush()
-            os.fsync(file.fileno())
+            write_record(file, {**run_record(args), "inputs": inputs()})
     Stopped.way_on = "; what was written is whole, go on with --resume"
     barrier()
 
 
+def write_record(file: BinaryIO, record: dict) -> None:
+    """In place: the lock is the file's."""
+    file.truncate(0)
+    file.write(json.dumps(record, indent=2).encode())
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def sweep(folder: Path) -> None:
     """Remove what a kill left half written: `write_whole`'s and `save`'s *.tmp, and safetensors' .tmp*."""
-    for path in (*folder.glob("*.tmp"), *folder.glob("*/*.tmp"), *folder.glob(".tmp*")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    for pattern in ("*.tmp", ".tmp*", "*/*.tmp"):
+        for path in list(folder.glob(pattern)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 _held: list[BinaryIO] = []  # the record that this process holds
@@ -131,8 +141,10 @@ def holder_of(file: BinaryIO) -> str:
 def read_record(path: Path) -> dict:
     """Raises UserError if it is not what `begin` writes."""
     record = read_json(path)
-    for name in ("flags", "versions"):
-        if not isinstance(record.get(name), dict):
+    kinds = {"flags": dict, "versions": dict, "machine": dict, "inputs": dict, "command": list}
+    for name, kind in kinds.items():
+        younger = name in ("machine", "inputs")  # a run may have begun before they were kept
+        if not isinstance(record.get(name), kind) and not (younger and name not in record):
             raise UserError(f"{path}: damaged (no {name}); put back what was there, or give another --out")
     return record
 
@@ -170,19 +182,19 @@ def spelled(value) -> str:
 
 def refuse_other_inputs(now: dict, record: dict, path: Path) -> None:
     before = record.get("inputs")
-    if not isinstance(before, dict):
+    if before is None:
         say(f"{path} is from before inputs had fingerprints: whether they have changed is not known")
         return
     changed = []
-    for name in sorted(before.keys() & now.keys()):
-        old, new = before[name], now[name]
-        if old != new:
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name, "missing"), now.get(name, "missing")
+        if old != new and old is not None and new is not None:  # None: not read that time
             parts = []
             if isinstance(old, dict) and isinstance(new, dict):
                 parts = [part for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part)]
             changed.append(f"{name} ({', '.join(parts)})" if parts else name)
     if changed:
-        command = " ".join(map(str, record.get("command", [])))
+        command = " ".join(map(str, record["command"]))
         raise UserError(f"{path}: what it read has changed since it began: {'; '.join(changed)}; "
                         f"put it back (it began as: {command}), or start another run with another --out")
 

@@ -27,7 +27,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import save as save_model_folder
-from cli import Stopped, UserError, handlers, read_json, read_rows_so_far, to_json, write_whole
+from cli import (
+    Stopped, UserError, check_types, handlers, read_json, read_rows_so_far, to_json, write_whole,
+)
 from processes import barrier, naming_the_missing, rank, total
 from record import is_written, start_or_check, sweep
 from screen import say
@@ -64,14 +66,17 @@ class Run:
             cut_log(self.out / "metrics.jsonl", logged - 1 if self.pending else logged)
             cut_log(self.out / "rollouts.jsonl", logged)
         barrier()
-        self.history = read_rows_so_far(self.out / "metrics.jsonl")
+        self.history = read_history(self.out / "metrics.jsonl")
         if resumed:
             say(f"resuming {self.out} after step {self.step}")
 
     # ---- going on ----------------------------------------------------------------------------------
     def _checkpoints(self) -> list[Path]:
-        found = sorted((self.out / "state").glob("step-*[0-9]"))  # not the .tmp of a killed save
-        return [path for path in found if path.is_dir()]
+        state = self.out / "state"
+        if state.exists() and not state.is_dir():
+            raise UserError(f"{state}: not a folder; put back what was there")
+        found = sorted(state.glob("step-*"))  # without the .tmp of a killed save, and whatever else is there
+        return [path for path in found if path.is_dir() and path.name[len("step-"):].isdecimal()]
 
     def _counts(self, folder: Path) -> dict:
         """What a checkpoint's state.json says. Raises UserError if it is damaged, or another file missing."""
@@ -209,22 +214,21 @@ class Run:
     def _remove_old(self, step: int) -> None:
         """All but the newest checkpoint, at `step`, and as many planned ones as --keep leaves room for."""
         newest = f"step-{step:06d}"
-        older = [path.name for path in self._checkpoints()
-                 if path.name != newest and not read_json(path / "state.json").get("unplanned")]
+        older = [path.name for path in self._checkpoints() if path.name != newest and was_planned(path)]
         kept = [newest]
         if self.keep > 1:
             kept += older[1 - self.keep:]
         for state in self._checkpoints():
             if state.name not in kept:
-                shutil.rmtree(state)
+                remove(state)
         if self.keep == 1:
             kept = []
         best = self.best_step()
         if best is not None:
             kept.append(f"step-{best:06d}")
         for model in (self.out / "checkpoints").glob("step-*"):
-            if model.name not in kept:
-                shutil.rmtree(model)
+            if model.is_dir() and model.name not in kept:
+                remove(model)
 
     # ---- the logs ----------------------------------------------------------------------------------
     def log(self, row: dict, name: str = "metrics.jsonl") -> None:
@@ -242,6 +246,21 @@ class Run:
         scores = [(score_of(row), -row["step"]) for row in self.history if row["step"]]
         scores = [pair for pair in scores if pair[0] is not None]
         return -max(scores)[1] if scores else None
+
+
+def was_planned(checkpoint: Path) -> bool:
+    """As its state.json says. One that cannot be read may go."""
+    try:
+        return not read_json(checkpoint / "state.json").get("unplanned")
+    except UserError:
+        return False
+
+
+def remove(folder: Path) -> None:
+    """All of it at once, by its name: what a kill leaves of it is for `sweep`, and looks whole to nobody."""
+    tmp = folder.with_name(f"old-{folder.name}.tmp")
+    os.replace(folder, tmp)
+    shutil.rmtree(tmp)
 
 
 def score_of(row: dict) -> float | None:
@@ -262,9 +281,18 @@ def cut_log(path: Path, step: int) -> None:
     if whole_lines != content:
         write_whole(path, whole_lines)
     rows = read_rows_so_far(path, {"step": int})
-    kept = [to_json(row) + "\n" for row in rows if row["step"] <= step]
+    kept = [to_json(row) + "\n" for _, row in rows if row["step"] <= step]
     if len(kept) < len(rows):
         write_whole(path, "".join(kept))
+
+
+def read_history(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl, whose scores must be numbers."""
+    rows = read_rows_so_far(path, {"step": int})
+    for where, row in rows:
+        check_types({"reward": None, "val": None, "val_loss": None, **row},
+                    dict.fromkeys(("reward", "val", "val_loss"), float | int | None), where)
+    return [row for _, row in rows]
 
 
 def digest(counts: dict) -> str:

@@ -561,7 +561,7 @@ def start_or_go_on(args, problems: list) -> set:
         join_parts(args.out)
     barrier()
     rows = read_rows_so_far(args.out, {"id": str, "style": str, "index": int})
-    done = {(row["id"], row["style"], row["index"]) for row in rows}
+    done = {(row["id"], row["style"], row["index"]) for _, row in rows}
     if there:
         say(f"{args.out} has {len(done)} attempts already; going on")
     return done

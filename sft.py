@@ -11,7 +11,6 @@ micro-batches or processes changes nothing but the rounding.
 Left out: packing several rows into one (a micro-batch holds rows of similar length instead), LoRA, loss on
 earlier turns.
 """
-import json
 import math
 import random
 import time
@@ -43,7 +42,7 @@ class Example:
     """A conversation as ids. The loss is on ids[start:], the last turn and its end token."""
     ids: list[int]
     start: int
-    # 0..99, by a hash of what comes before the last turn: `hold_out` divides there.
+    # 0..99, by a hash of the first question: `hold_out` divides there.
     place: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
@@ -69,8 +68,7 @@ def read_examples(paths: str, tokenizer: Tokenizer, context: int) -> list[Exampl
             if len(prompt) + len(answer) > context:
                 left_out += 1
             else:
-                place = hundredth(json.dumps(messages[:-1]))
-                examples.append(Example(prompt + answer, len(prompt), place))
+                examples.append(Example(prompt + answer, len(prompt), hundredth(first_question(messages))))
     if left_out:
         say(f"left out {left_out} of {left_out + len(examples)} rows that are longer than --context "
             f"{context} tokens")
@@ -79,10 +77,16 @@ def read_examples(paths: str, tokenizer: Tokenizer, context: int) -> list[Exampl
     return examples
 
 
+def first_question(messages: list[dict]) -> str:
+    """What identifies a conversation: its first user turn, whatever the white space in it."""
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return " ".join(asked[0].split()) if asked else ""
+
+
 def hold_out(examples: list[Example], args) -> tuple[list[Example], list[Example]]:
     """(those to train on, those to measure the loss on).
 
-    Two answers to one question are on the same side.
+    All conversations that begin with one question are on the same side.
     """
     if not args.eval_every:
         return examples, []
@@ -191,7 +195,7 @@ def arguments():
                         "last after the last step; 0: never, and no row is held out")
     p.add_argument("--held-out", type=number(int, 1, 50), default=5,
                    help="with --eval-every: hundredths of the conversations that are held out, by a hash of "
-                        "their content")
+                        "their first question")
     p.set_defaults(weight_decay=1e-4, save_every=200)
     return p.parse_args()
 

@@ -215,8 +215,12 @@ class Optimizer:
             stored = [set(f.keys()) for f in opened]
 
             def read(name, into):
-                pieces = [f.get_tensor(name) for f, n in zip(opened, stored, strict=True) if name in n]
-                local(into).copy_(rows_of(torch.cat(pieces), into))
+                holders = [f for f, names in zip(opened, stored, strict=True) if name in names]
+                pieces = [f.get_tensor(name) for f in holders]
+                all_rows = torch.cat(pieces) if pieces else torch.empty(0)
+                if all_rows.shape != into.shape:
+                    raise UserError(f"{files[0].parent}: {name} is missing or has another shape")
+                local(into).copy_(rows_of(all_rows, into))
                 return into
 
             for name, master in self.masters.items():

@@ -18,6 +18,7 @@ import grpo
 import record
 import sample
 import sft
+import tasks
 from checkpoint import load, save
 
 SFT = ("--data", "chat.jsonl", "--tokens-per-batch", "256", "--device", "cpu", "--epochs", "1",
@@ -178,6 +179,22 @@ def test_what_changed_under_the_same_path_is_named(go, change, name, those):
     assert bytes_below() == before
 
 
+def test_validation_questions_are_read_when_they_are_first_asked(cmd):
+    """Their fingerprint comes with the --resume that measures first."""
+    write_jsonl("q.jsonl", [{"question": f"{i} + 2?", "answer": str(i + 2)} for i in range(120)])
+    flags = (*GRPO, "--model", "model", "--task", "file:q.jsonl:integer", "--eval-questions", "2",
+             "--out", "run")
+    assert cmd(grpo, *flags)[0] == 0
+    more = (*flags, "--eval-every", "1", "--resume")
+    assert cmd(grpo, *more, "--steps", "3")[0] == 0
+    val = tasks.find("file:q.jsonl:integer").problems("val", 0)
+    asked = {problem.question for problem in val}
+    rows = [{**row, "answer": "9" + row["answer"]} if row["question"] in asked else row
+            for row in read_rows("q.jsonl")]
+    write_jsonl("q.jsonl", rows)
+    refused(cmd, grpo, (*more, "--steps", "4"), "the held-out questions")
+
+
 # ---- who works there -------------------------------------------------------------------------------
 def test_a_second_process_is_refused(go):
     """With the first one's process id; nothing is written."""
@@ -311,12 +328,16 @@ def test_a_damaged_log_is_named_by_its_line(cmd, name):
 @pytest.mark.parametrize("change", [
     lambda row: {}, lambda row: {**row, "index": []}, lambda row: {**row, "correct": "a"},
     lambda row: {name: row[name] for name in row if name != "tokens"}, lambda row: {**row, "step": None},
+    lambda row: {**row, "id": "x", "index": 7}, lambda row: {**row, "verdicts": [1], "reward": "x"},
+    lambda row: {**row, "attempts": ["x"], "val": {}}, lambda row: {**row, "forced": {}, "val_loss": "x"},
 ])
 @pytest.mark.parametrize("module, flags, name", [
     (evaluate, (*EVALUATE, "--models", f"a={MINI}", "--out", "run"), "run/results.jsonl"),
     (sample, (*SAMPLE, "--model", MINI, "--out", "run.jsonl"), "run.jsonl"),
+    (evaluate, (*EVALUATE, "--models", f"a={MINI}", "--budget-forcing", "--out", "run"), "run/results.jsonl"),
     (grpo, (*GRPO, "--model", MINI, "--out", "run"), "run/rollouts.jsonl"),
-], ids=["evaluate", "sample", "grpo"])
+    (grpo, (*GRPO, "--model", MINI, "--out", "run"), "run/metrics.jsonl"),
+], ids=["evaluate", "sample", "forced", "rollouts", "metrics"])
 def test_a_line_that_says_something_else_is_named(cmd, module, flags, name, change):
     assert cmd(module, *flags)[0] == 0
     rows = read_rows(name)
@@ -326,10 +347,15 @@ def test_a_line_that_says_something_else_is_named(cmd, module, flags, name, chan
     assert status == 0 or (status == 2 and err.count("\n") == 1 and f"{name}:2: " in err)
 
 
-@pytest.mark.parametrize("content", ["{\n}", '{"flags": [],\n}', '{"flags": {}, "versions": 1\n}', "x\n}"])
-def test_a_damaged_record_is_named(go, content):
+@pytest.mark.parametrize("change", [
+    lambda r: {}, lambda r: {**r, "flags": []}, lambda r: {**r, "versions": 1}, lambda r: "x\n}",
+    lambda r: {**r, "machine": 3}, lambda r: {**r, "command": 3}, lambda r: {**r, "inputs": 3},
+    lambda r: {**r, "inputs": dict(list(r["inputs"].items())[1:])},
+], ids=["empty", "flags", "versions", "text", "machine", "command", "inputs", "an input"])
+def test_a_damaged_record_is_named(go, change):
     assert go()[0] == 0
-    go.record.write_text(content)
+    content = change(json.loads(go.record.read_text()))
+    go.record.write_text(content if isinstance(content, str) else json.dumps(content))
     status, _, err = go(*go.resume)
     assert status == 2 and err.count("\n") == 1 and str(go.record) in err
 

@@ -321,6 +321,26 @@ def test_as_many_stay_as_were_asked_for(cmd, keep):
     assert sorted(path.name for path in Path("run/checkpoints").glob("*")) == (want if keep > 1 else [])
 
 
+def test_a_kill_while_a_checkpoint_is_removed(cmd, monkeypatch):
+    """It once left a folder without its state.json, at which every --resume stopped."""
+    flags = (*SFT, "--epochs", "2", "--save-every", "2", "--out", "run")
+    real = shutil.rmtree
+
+    def rmtree(path, *args, **kw):
+        if "step-000002" in str(path):
+            (Path(path) / "state.json").unlink()
+            raise RuntimeError("killed")
+        real(path, *args, **kw)
+    with monkeypatch.context() as m:
+        m.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(RuntimeError):
+            cmd(sft, *flags)
+    shutil.copytree("run/state/step-000004", "run/state/step-000099-mine")
+    status, out, err = cmd(sft, *flags, "--resume")
+    assert status == 0 and "after step 4" in out, err
+    assert len([path for path in Path("run/state").iterdir() if path.name != "step-000099-mine"]) == 1
+
+
 def test_a_finished_run_goes_on_with_more_steps(cmd):
     """GRPO's rate is constant; SFT's was laid out for its end."""
     flags = (*GRPO, "--reward", "random", "--lr", "1e-3", "--save-every", "2")
@@ -333,15 +353,25 @@ def test_a_finished_run_goes_on_with_more_steps(cmd):
 
 
 def test_no_question_is_trained_on_and_held_out(cmd):
-    answers = [{"messages": [row["messages"][0], {"role": "assistant", "content": text}]}
-               for row in CHAT for text in ("one answer", "another")]
-    write_jsonl("twice.jsonl", answers)
+    def conversations(row):
+        question, answer = row["messages"]
+        spaced = {"role": "user", "content": question["content"] + " "}
+        more = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+        yield [question, answer]
+        yield [question, {"role": "assistant", "content": "another"}]
+        yield [{"role": "system", "content": "Be brief."}, spaced, answer]
+        yield [question, answer, *more]
+    write_jsonl("twice.jsonl", [{"messages": m} for row in CHAT for m in conversations(row)])
     _, tokenizer = load(MINI, "cpu")
     examples = sft.read_examples("twice.jsonl", tokenizer, 512)
     args = Namespace(eval_every=1, held_out=20)
     trained, held_out = sft.hold_out(examples, args)
-    assert len(trained) + len(held_out) == len(examples) and 4 <= len(held_out) <= 20
-    assert not {tuple(e.ids[:e.start]) for e in trained} & {tuple(e.ids[:e.start]) for e in held_out}
+    assert len(trained) + len(held_out) == len(examples) == 4 * len(CHAT) and 8 <= len(held_out) <= 40
+
+    def questions(some):
+        return {question for question in (row["messages"][0]["content"] for row in CHAT)
+                for example in some if question in tokenizer.decode(example.ids)}
+    assert not questions(trained) & questions(held_out)
     args.eval_every = 0
     assert sft.hold_out(examples, args) == (examples, [])
     flags = (*SFT, "--epochs", "1", "--eval-every", "3", "--held-out", "20", "--out", "run")
