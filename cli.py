@@ -236,7 +236,7 @@ def split_list(text: str, flag: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if "" in parts:
         raise UserError(f"{flag} {text!r}: nothing between two commas")
-    refuse_repeated(parts, f"{flag} {text}")
+    refuse_repeated([os.path.normpath(part) for part in parts], f"{flag} {text}")  # two spellings of one path
     return parts
 
 

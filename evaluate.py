@@ -275,8 +275,8 @@ def named_model(text: str) -> tuple[str, str]:
 
 
 def whole_numbers(text: str) -> list[int]:
-    ks = text.split(",")
-    if not all(k.strip().isdecimal() and len(k) < 10 and int(k) > 0 for k in ks):
+    ks = split_list(text, "--k")
+    if not all(k.isdecimal() and len(k) < 10 and int(k) > 0 for k in ks):
         raise UserError(f"--k {text}: give whole numbers from 1 on, separated by commas, such as 1,4")
     return [int(k) for k in ks]
 

@@ -131,7 +131,7 @@ def test_other_shapes_are_named(tmp_path, name, content, message):
 
 
 @pytest.mark.parametrize("text, message", [("a,,b", "nothing between two commas"), ("", "nothing between"),
-                                           ("a, b,a", "a appears twice")])
+                                           ("a, b,a", "a appears twice"), ("a,./a", "a appears twice")])
 def test_lists_with_commas(text, message):
     assert cli.split_list("a, b", "--x") == ["a", "b"]
     with pytest.raises(cli.UserError, match=f"--x .*{message}"):

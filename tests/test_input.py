@@ -148,6 +148,7 @@ TABLE = {
         "--models a=shapes": "shapes: the weights do not fit config.json",
         "--samples -1": "argument --samples: -1 must be at least 0",
         "--k 0": "--k 0: give whole numbers from 1 on",
+        "--k 1,1": "1 appears twice",
         "--k 9 --samples 4": "pass@9 needs at least 9 samples",
         "--budget-forcing=1": "argument --budget-forcing: ignored explicit argument '1'",
         "--style odd": "argument --style: invalid choice: 'odd'",
