@@ -166,7 +166,7 @@ def show(row, peer, on_gpu):
 
 
 def main():
-    p = parser(__doc__, out="")
+    p = parser(__doc__, out=None)
     p.add_argument("--scale", type=number(float, 0, 1, open_low=True), default=1.0,
                    help="shrink tokens, vocabulary and cache by this")
     p.add_argument("--repeats", type=positive, default=5, help="turns of each")

@@ -233,7 +233,7 @@ def decode(args, model, tokenizer, device, dtype):
 
 # ---- the command ---------------------------------------------------------------------------------
 def arguments():
-    p = parser(__doc__, out="", model="qwen2.5-0.5b")
+    p = parser(__doc__, out=None, model="qwen2.5-0.5b")
     p.add_argument("--load", choices=["nano-vllm", "group", "chat", "decode"], default="group",
                    help="which requests")
     p.add_argument("--peers", default="none", help=f"separated by commas: {', '.join(PEERS)}, or none")

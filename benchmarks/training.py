@@ -221,7 +221,7 @@ PASSED_ON = ("model", "data", "rows", "length", "questions", "rollouts", "max_ne
 
 
 def arguments():
-    p = parser(__doc__, out="", model="qwen2.5-0.5b")
+    p = parser(__doc__, out=None, model="qwen2.5-0.5b")
     p.add_argument("stage", choices=["sft", "grpo", *TURNS],
                    help="sft or grpo; the others run one turn and print it")
     p.add_argument("--peers", choices=["none", "trl"], default="none",

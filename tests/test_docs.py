@@ -78,7 +78,8 @@ def test_commands_of_the_readme_exist():
     flags = set()
     for script in ("sample", "rearrange", "sft", "grpo", "evaluate", "convert", "train", "cli"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / f"{script}.py").read_text()))
-    for script in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "mini" / "pretrain.py"):
+    others = (ROOT / "mini" / "pretrain.py", ROOT / "tests" / "faults" / "trials.py")
+    for script in (*(ROOT / "benchmarks").glob("*.py"), *others):
         flags |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     torchrun = {"--nproc-per-node", "--max-restarts", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
     others = {"--help", "--nodes", "--ntasks-per-node", *torchrun}
