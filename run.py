@@ -220,7 +220,7 @@ class Run:
             kept += older[1 - self.keep:]
         for state in self._checkpoints():
             if state.name not in kept:
-                remove(state)
+                shutil.rmtree(state)
         if self.keep == 1:
             kept = []
         best = self.best_step()
@@ -228,7 +228,7 @@ class Run:
             kept.append(f"step-{best:06d}")
         for model in (self.out / "checkpoints").glob("step-*"):
             if model.is_dir() and model.name not in kept:
-                remove(model)
+                shutil.rmtree(model)
 
     # ---- the logs ----------------------------------------------------------------------------------
     def log(self, row: dict, name: str = "metrics.jsonl") -> None:
@@ -249,18 +249,11 @@ class Run:
 
 
 def was_planned(checkpoint: Path) -> bool:
-    """As its state.json says. One that cannot be read may go."""
+    """As its state.json says. One that cannot be read may go: a kill may have come while it was removed."""
     try:
         return not read_json(checkpoint / "state.json").get("unplanned")
     except UserError:
         return False
-
-
-def remove(folder: Path) -> None:
-    """All of it at once, by its name: what a kill leaves of it is for `sweep`, and looks whole to nobody."""
-    tmp = folder.with_name(f"old-{folder.name}.tmp")
-    os.replace(folder, tmp)
-    shutil.rmtree(tmp)
 
 
 def score_of(row: dict) -> float | None:

@@ -283,6 +283,25 @@ def test_a_stop_anywhere_changes_nothing(cmd, monkeypatch, function, call):
     assert cmd(grpo, *flags, "--resume")[0] == 0 and everything() == whole
 
 
+def test_a_kill_before_a_pending_line_is_settled(cmd, monkeypatch):
+    """Between the log and the checkpoint that says so: the line is not there twice."""
+    flags = (*VAL, "--steps", "5", "--save-every", "2", "--out", "run")
+    assert cmd(grpo, *flags)[0] == 0
+    whole = everything()
+    shutil.rmtree("run")
+    with monkeypatch.context() as m:
+        stop_at(m, grpo, "validate", 2)
+        assert cmd(grpo, *flags)[0] == 128 + signal.SIGTERM
+
+    def killed(*args):
+        raise RuntimeError("killed")
+    with monkeypatch.context() as m:
+        m.setattr(run_module.Run, "_write_counts", killed)
+        with pytest.raises(RuntimeError):
+            cmd(grpo, *flags, "--resume")
+    assert cmd(grpo, *flags, "--resume")[0] == 0 and everything() == whole
+
+
 def test_a_measurement_that_is_given_up_costs_no_figures(cmd, monkeypatch):
     flags = (*VAL, "--steps", "3", "--out", "run")
     with monkeypatch.context() as m:
