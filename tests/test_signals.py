@@ -76,6 +76,16 @@ def test_signals_that_ask_to_stop(number):
     assert saved() == steps_done() >= 3
 
 
+def test_two_signals_at_once_are_one_wish():
+    """torchrun may repeat what the terminal has sent; only Ctrl-C some time later means to end at once."""
+    process = command("sft.py", *SFT, *LONG)
+    wait_for_steps(process, 3)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() in (128 + signal.SIGTERM, 128 + signal.SIGINT)  # in whatever order they come
+    assert saved() == steps_done() >= 3
+
+
 def test_a_signal_that_is_ignored_stays_so():
     """nohup."""
     process = shell(f"nohup python ROOT/sft.py {flags_as_text(*SFT, '--epochs', 30)} > log 2>&1 & "
@@ -169,7 +179,7 @@ HANDLED = "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1,SIGUSR2"  # as do
 
 
 @pytest.mark.parametrize("number, to, before", [
-    (signal.SIGINT, "all", ""),  # Ctrl-C comes twice, from the terminal and from torchrun's agent: one wish
+    (signal.SIGINT, "all", ""),
     (signal.SIGUSR1, "agent", HANDLED),  # Slurm's warning
 ])
 def test_stops_under_torchrun(number, to, before):

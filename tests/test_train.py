@@ -270,7 +270,7 @@ def stop_at(monkeypatch, owner, function, call, number=signal.SIGTERM):
 @pytest.mark.parametrize("function", ["validate", "roll_out", "update"])
 def test_a_stop_anywhere_changes_nothing(cmd, monkeypatch, function, call):
     """In a measurement, a rollout, an update: the same bytes and files in the end, and gone on with twice."""
-    flags = (*VAL, "--steps", "5", "--save-every", "2", "--keep", "2", "--out", "run")
+    flags = (*VAL, "--steps", "5", "--save-every", "2", "--keep", "3", "--out", "run")
     assert cmd(grpo, *flags)[0] == 0
     whole = everything()
     shutil.rmtree("run")
