@@ -23,7 +23,7 @@ from screen import printable
 from tokenizer import Tokenizer
 
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 CASES = int(os.environ.get("HOSTILE_CASES", 150))
@@ -61,6 +61,14 @@ def quick(function, *args):
     raise AssertionError(f"{function.__name__} took {best * 1000:.1f} ms for {len(str(args[-1]))} characters")
 
 
+def with_long_repetitions(test):
+    """Each piece 10 kB long: what is quadratic shows."""
+    for piece in PIECES:
+        test = example(piece * (10_000 // len(piece)))(test)
+    return test
+
+
+@with_long_repetitions
 @given(hostile)
 def test_extraction(text):
     strict, why = quick(extract_answer, text)
@@ -76,6 +84,7 @@ def test_extraction(text):
         assert re.sub(r"[\s.!*_`]", "", inside) == ("correct" if said else "incorrect")
 
 
+@with_long_repetitions
 @given(hostile)
 def test_graders(text):
     for task, problem in [(COUNTDOWN, PROBLEM), *OTHERS]:
@@ -157,6 +166,7 @@ def blocks_of(text):
     return found + ([(attempt, after)] if state == "after" else [])
 
 
+@with_long_repetitions
 @given(hostile)
 def test_traces(text):
     shown = quick(lambda t: skills(COUNTDOWN, PROBLEM, t), text)

@@ -66,8 +66,9 @@ def flags_as_text(*flags):
     return " ".join(map(str, flags))
 
 
-@pytest.mark.parametrize("number", cli.STOPPING, ids=lambda number: number.name)
-def test_signals_that_ask_to_stop(number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_signals_that_ask_to_stop(name):
+    number = getattr(signal, name)
     process = command("sft.py", *SFT, *LONG)
     wait_for_steps(process, 3)
     process.send_signal(number)
@@ -154,6 +155,16 @@ def test_nothing_printed_decides_the_run(line):
         time.sleep(0.01)
     time.sleep(0.5)
     assert saved() == 3 and json.loads(Path("run/run.json").read_text())["flags"]["steps"] == 3
+
+
+def test_no_file_takes_the_place_of_a_closed_stream():
+    """Or what some library prints would land in it."""
+    Path("m.py").write_text("import cli\n"
+                            "def main():\n"
+                            "    with open('number', 'w') as f: f.write(str(f.fileno()))\n"
+                            "cli.command(main)\n")
+    assert shell("python m.py <&- >&- 2>&-").wait() == 0
+    assert int(Path("number").read_text()) > 2
 
 
 def test_a_terminal_that_vanishes():
