@@ -50,7 +50,8 @@ OTHERS = [(task, task.problems("test", 1)[0]) for task in OTHER_TASKS]
 
 def quick(function, *args):
     """What a function returns, in at most 5 ms for each 10 kB; the best of 20 times counts."""
-    limit = 0.005 * max(1, len(str(args[-1])) / 10_000)
+    size = len(str(args[-1]).encode("utf-8", "surrogatepass"))
+    limit = 0.005 * max(1, size / 10_000)
     best = float("inf")
     for _ in range(20):
         started = time.perf_counter()
@@ -58,7 +59,7 @@ def quick(function, *args):
         best = min(best, time.perf_counter() - started)
         if best < limit:
             return out
-    raise AssertionError(f"{function.__name__} took {best * 1000:.1f} ms for {len(str(args[-1]))} characters")
+    raise AssertionError(f"{function.__name__} took {best * 1000:.1f} ms for {size} bytes")
 
 
 def with_long_repetitions(test):
