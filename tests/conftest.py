@@ -147,7 +147,13 @@ def start(script, *flags, processes=1, restarts=0):
                    "--max-restarts", str(restarts)]
     command = [*runner, str(ROOT / script), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment(), **pipes)
+    return subprocess.Popen(command, env=environment(), preexec_fn=default_signals, **pipes)
+
+
+def default_signals():
+    """What a shell gives a command in the foreground, however this process was started."""
+    for number in cli.STOPPING:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def children(process):

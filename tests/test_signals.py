@@ -11,9 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, MINI, ROOT, environment, finish, read_rows, start, write_jsonl
+from conftest import CHAT, MINI, ROOT, default_signals, environment, finish, read_rows, start, write_jsonl
 
-import cli
 
 SFT = ("--model", MINI, "--data", "chat.jsonl", "--tokens-per-batch", "256", "--device", "cpu",
        "--save-every", "0", "--out", "run")
@@ -26,12 +25,6 @@ GRPO = ("--model", MINI, "--device", "cpu", "--questions", "16", "--questions-pe
 def in_a_folder_with_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl("chat.jsonl", CHAT)
-
-
-def default_signals():
-    """What a shell gives a command in the foreground, however this process was started."""
-    for number in cli.STOPPING:
-        signal.signal(number, signal.SIG_DFL)
 
 
 def shell(line, **kw):

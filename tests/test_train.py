@@ -524,7 +524,8 @@ def test_torchrun_restarts_what_was_lost(name, flags, moments):
         runs.append(start(Path("killed.py").absolute(), *again, processes=2, restarts=1))
     finish(whole)
     for i, run in enumerate(runs):
-        assert run.wait() == 0 and "exitcode: -9" in run.stdout.read()
+        status, screen = run.wait(), run.stdout.read()
+        assert status == 0 and "exitcode: -9" in screen, (moments[i], screen)
         assert fingerprint("whole") == fingerprint(f"cut-{i}"), moments[i]
 
 
