@@ -43,6 +43,9 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+ended_well = False  # whether the command has come to its end
+
+
 def command(main: Callable[[], None]) -> None:
     """Run `main()` as a command: exit status 0 on success, 2 on a user's mistake, 128 + the signal's number
     (130 on Ctrl-C) when it was asked to stop.
@@ -52,6 +55,8 @@ def command(main: Callable[[], None]) -> None:
     with streams_that_never_fail(), handlers(_raise_stopped):
         try:
             main()
+            global ended_well
+            ended_well = True
         except KeyboardInterrupt as e:
             number = e.number if isinstance(e, Stopped) else signal.SIGINT
             _leave(128 + number, f"interrupted{Stopped.way_on}")

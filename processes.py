@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import cli
 from cli import UserError
 from model import Transformer
 
@@ -37,7 +38,20 @@ def start_processes(device: torch.device, minutes: float) -> None:
         global _messengers, _minutes
         _messengers = dist.new_group(backend="gloo", timeout=2 * wait)
         _minutes = minutes
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave)
+
+
+def leave() -> None:
+    """Leave the other processes, at the end of the program.
+
+    One whose command has ended well is gone at once: torch's threads sometimes abort an interpreter that is
+    torn down (SIGABRT), and torchrun would take it for a failure.
+    """
+    if cli.ended_well:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    dist.destroy_process_group()
 
 
 _messengers = None  # a group of its own for the roll call: it works after another one has failed, and on GPUs
