@@ -47,9 +47,7 @@ def leave() -> None:
     One whose command has ended well is gone at once: torch's threads sometimes abort an interpreter that is
     torn down (SIGABRT), and torchrun would take it for a failure.
     """
-    if cli.ended_well:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if cli.ended_well:  # `cli.command` has flushed what was printed
         os._exit(0)
     dist.destroy_process_group()
 
