@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from hashlib import blake2b, file_digest
 from importlib import metadata
 from pathlib import Path
@@ -81,7 +82,7 @@ def start_or_check(path: Path, args, inputs: Callable[[], dict], free: frozenset
             known = record.get("inputs", {})
             first_read = {name: value for name, value in found.items() if known.get(name) is None}
             if known and any(first_read.values()):
-                write_record(file, {**record, "inputs": {**known, **first_read}})
+                replace_record(path, {**record, "inputs": {**known, **first_read}})
         else:
             write_record(file, {**run_record(args), "inputs": inputs()})
     Stopped.way_on = "; what was written is whole, go on with --resume"
@@ -89,11 +90,21 @@ def start_or_check(path: Path, args, inputs: Callable[[], dict], free: frozenset
 
 
 def write_record(file: BinaryIO, record: dict) -> None:
-    """In place: the lock is the file's."""
+    """In place, where nothing was yet: the lock is the file's."""
     file.truncate(0)
     file.write(json.dumps(record, indent=2).encode())
     file.flush()
     os.fsync(file.fileno())
+
+
+def replace_record(path: Path, record: dict) -> None:
+    """Another record for a run that is there: whole or not at all, and locked before it gets the name."""
+    file = open(f"{path}.tmp", "wb")  # noqa: SIM115 (as in `hold`)
+    with suppress(OSError):  # no locks on this file system
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    write_record(file, record)
+    os.replace(f"{path}.tmp", path)
+    _held.append(file)
 
 
 def sweep(folder: Path) -> None:

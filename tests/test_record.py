@@ -179,14 +179,26 @@ def test_what_changed_under_the_same_path_is_named(go, change, name, those):
     assert bytes_below() == before
 
 
-def test_validation_questions_are_read_when_they_are_first_asked(cmd):
+def killed(*args):
+    raise RuntimeError("killed")
+
+
+def test_validation_questions_are_read_when_they_are_first_asked(cmd, monkeypatch):
     """Their fingerprint comes with the --resume that measures first."""
     write_jsonl("q.jsonl", [{"question": f"{i} + 2?", "answer": str(i + 2)} for i in range(120)])
     flags = (*GRPO, "--model", "model", "--task", "file:q.jsonl:integer", "--eval-questions", "2",
              "--out", "run")
     assert cmd(grpo, *flags)[0] == 0
     more = (*flags, "--eval-every", "1", "--resume")
+    before = Path("run/run.json").read_bytes()
+    with monkeypatch.context() as m:  # a kill at that moment costs nothing
+        m.setattr(record, "write_record", killed)
+        with pytest.raises(RuntimeError):
+            cmd(grpo, *more, "--steps", "3")
+    assert Path("run/run.json").read_bytes() == before
     assert cmd(grpo, *more, "--steps", "3")[0] == 0
+    assert json.loads(Path("run/run.json").read_text())["inputs"]["the held-out questions"]
+    assert not Path("run/run.json.tmp").exists()
     val = tasks.find("file:q.jsonl:integer").problems("val", 0)
     asked = {problem.question for problem in val}
     rows = [{**row, "answer": "9" + row["answer"]} if row["question"] in asked else row
