@@ -149,12 +149,16 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(namespace=Flags())
 
 
+def bare_parser(doc: str) -> Parser:
+    return Parser(description=doc, formatter_class=_Help)
+
+
 def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.ArgumentParser:
     """An argparse parser with the flags that every command has.
 
     `model=None` leaves out those about a model, `model=""` only --model itself.
     """
-    p = Parser(description=doc, formatter_class=_Help)
+    p = bare_parser(doc)
     if model:
         p.add_argument("--model", default=model,
                        help="a folder in Hugging Face format, or a hub id; "
@@ -330,6 +334,11 @@ def check_types(row: dict, types: dict[str, type], where: str) -> None:
     for name, kind in types.items():
         if not isinstance(row[name], kind):
             raise UserError(f"{where}: {name} is {str(row[name])[:40]!r}, which it cannot be")
+
+
+def row_of(line: bytes, where: str, types: dict[str, type]) -> dict:
+    """The object of a line, which must have these names, with values of these types."""
+    return _row(_parsed(line, where), where, where.partition(":")[0], types)
 
 
 def refuse_published_shape(row: dict, where: str, path: str | Path) -> None:

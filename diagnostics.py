@@ -2,9 +2,12 @@
 
 Groups, completions and grades are those of `grpo.py`.
 """
+import json
+
 import torch
 
-from processes import summed
+from cli import to_json
+from processes import gathered, summed
 from run import Run
 from screen import say
 from tokenizer import Tokenizer
@@ -35,6 +38,9 @@ def measure(groups: list, update_results: list[tuple], device: torch.device) -> 
     norms = [norm for norm, _ in update_results if norm is not None]
     sums = {name: sum(s[name] for _, s in update_results) for name in SUMMED}
     trained = max(1, sums["trained_tokens"])
+    reference_kl = None
+    if sums["reference_tokens"]:
+        reference_kl = sums["reference_kl"] / sums["reference_tokens"]
     row = {
         "reward": counts["reward"] / n,
         "correct": counts["correct"] / n,
@@ -47,7 +53,7 @@ def measure(groups: list, update_results: list[tuple], device: torch.device) -> 
         "entropy": sums["entropy"] / trained,
         "clip_fraction": sums["clip_fraction"] / trained,
         "approx_kl": sums["approx_kl"] / trained,
-        "reference_kl": sums["reference_kl"] / max(1, sums["reference_tokens"]),
+        "reference_kl": reference_kl,
         "sampler_trainer_mean": None,
         "sampler_trainer_max": None,
     }
@@ -102,27 +108,49 @@ def collapse(rewards: list[float]) -> tuple[float, float]:
 
 
 # ---- rollouts to read ----------------------------------------------------------------------------
-def log_rollouts(run: Run, groups: list, tokenizer: Tokenizer, step: int) -> None:
-    """Up to four rollouts a step for rollouts.jsonl: a right and a wrong one of each of two questions."""
-    for group in groups[:2]:
-        for wanted in (True, False):
-            for completion, grade in zip(group.completions, group.grades, strict=True):
-                if grade.correct == wanted:
-                    run.log(rollout_row(step, group.problem, completion, grade, tokenizer), "rollouts.jsonl")
-                    break
+def log_rollouts(run: Run, groups: list, tokenizer: Tokenizer, step: int, most: int) -> None:
+    """The first `most` questions of a step for rollouts.jsonl, each whole. All processes must call it."""
+    mine = [(group.place, group_row(step, group, tokenizer)) for group in groups if group.place < most]
+    found = [pair for text in gathered(to_json(mine)) for pair in json.loads(text)]
+    for _, row in sorted(found, key=lambda pair: pair[0]):
+        run.log(row, "rollouts.jsonl")
 
 
-def rollout_row(step, problem, completion, grade, tokenizer):
+def group_row(step: int, group, tokenizer: Tokenizer) -> dict:
+    """A line of rollouts.jsonl: a question with all that was sampled, in the order of the samples."""
+    rollouts = []
+    for i, completion in enumerate(group.completions):
+        grade = group.grades[i]
+        text = tokenizer.text(completion.tokens)
+        rollouts.append({
+            "response": text,
+            "answer": grade.answer,
+            "correct": grade.correct,
+            "reason": grade.reason,
+            "reward": group.rewards[i],
+            "advantage": round(group.advantages[i], 5),
+            "finish": completion.finish,
+            "tokens": len(completion.tokens),
+            **group.task.skills(group.problem, text),
+            "ids": completion.tokens,
+            "sampler_logprobs": rounded(completion.logprobs),
+            # At the update of this group: at a step's first one the weights are those that sampled. None for
+            # a response that had no part in it, such as one of a group whose rewards are all equal.
+            "trainer_logprobs": completion.trainer_logprobs and rounded(completion.trainer_logprobs),
+        })
     return {
         "step": step,
-        "id": problem.id,
-        "question": problem.question,
-        "response": tokenizer.text(completion.tokens),
-        "correct": grade.correct,
-        "reason": grade.reason,
-        "tokens": len(completion.tokens),
-        "finish": completion.finish,
+        "task": group.task.name,
+        "id": group.problem.id,
+        "question": group.problem.question,
+        "reference": group.problem.truth["answer"],
+        "prompt": group.prompt,
+        "rollouts": rollouts,
     }
+
+
+def rounded(logprobs: list[float]) -> list[float]:
+    return [round(logp, 5) for logp in logprobs]
 
 
 def show_rollouts(group, tokenizer: Tokenizer, step: int) -> None:

@@ -14,8 +14,6 @@ another model.
 """
 import json
 import os
-import re
-import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,10 +22,10 @@ from pathlib import Path
 import tasks
 from checkpoint import device_and_dtype, load, read_folder
 from cli import (
-    UserError, check_types, command, natural, number, parser, positive, read_rows_so_far, resume_flag,
+    UserError, command, natural, number, parser, positive, read_rows_so_far, resume_flag,
     split_list, to_json, write_whole,
 )
-from grading import last_boxed, verdict
+from grading import last_boxed
 from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, world
 from record import (
     is_written, model_fingerprint, questions_fingerprint, read_record, refuse_wrong_out, start_or_check,
@@ -35,41 +33,8 @@ from record import (
 )
 from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
 from screen import Progress, say
-from summary import pass_at, summarise
+from summary import ROW, check_row, pass_at, summarise
 from tokenizer import Tokenizer
-
-# ---- use of the skills ---------------------------------------------------------------------------
-THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
-
-
-def skills(task: tasks.Task, problem: tasks.Problem, text: str) -> dict:
-    """What a response shows of the skills: answers, reflections, the grade of each attempt, and each verdict
-    with the grade it judged.
-
-    The answers are those inside <think> (outside is only the final one); without <think>, all. Reflections
-    are counted in the whole text. A response without a <sample> is one attempt.
-    """
-    thought = "".join(THOUGHT.findall(text)) or text
-    attempts = []
-    verdicts = []  # (said, actual)
-    for block in thought.split("<sample>")[1:]:
-        attempt, closing, after = block.partition("</sample>")
-        if not closing:
-            continue
-        correct = task.grade(problem, attempt).correct
-        attempts.append(correct)
-        said = verdict(after.partition("<reflect>")[2])
-        if said is not None:
-            verdicts.append((said, correct))
-    if not attempts:
-        attempts = [task.grade(problem, text).correct]
-    return {
-        "answers": thought.count("</answer>"),
-        "reflections": text.count("<reflect>"),
-        "attempts": attempts,
-        "verdicts": verdicts,
-    }
-
 
 # ---- budget forcing ------------------------------------------------------------------------------
 def forced_prompt(tokenizer: Tokenizer, completion: Completion) -> tuple[list[int], list[int]]:
@@ -190,6 +155,7 @@ def result_row(name, task, problem, index, completion, tokenizer):
         "id": problem.id,
         "index": index,
         "question": problem.question,
+        "reference": problem.truth["answer"],
         "response": text,
         "tokens": len(completion.tokens),
         "finish": completion.finish,
@@ -198,7 +164,7 @@ def result_row(name, task, problem, index, completion, tokenizer):
         "reason": grade.reason,
         "lenient": task.grade(problem, text, lenient=True).correct,
         "wrong_form": grade.answer is None and right_in_another_form(task, problem, text),
-        **skills(task, problem, text),
+        **task.skills(problem, text),
     }
 
 
@@ -369,27 +335,6 @@ def main():
         say(f"\n{tables}\n\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
-# What `result_row` and `forced_result` make, for a file that may have been damaged since.
-FORCED = {"response": str, "tokens": int, "finish": str, "correct": bool}
-ROW = {
-    **FORCED, "model": str, "task": str, "id": str, "index": int, "question": str, "answer": str | None,
-    "reason": str, "lenient": bool, "wrong_form": bool, "answers": int, "reflections": int, "attempts": list,
-    "verdicts": list,
-}
-
-
-def check_row(row: dict, where: str, forced: bool) -> None:
-    """Raises UserError for a row that cannot be summed up."""
-    flags = [*row["attempts"], *(said for pair in row["verdicts"] if isinstance(pair, list) for said in pair)]
-    pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in row["verdicts"])
-    if not pairs or not all(isinstance(flag, bool) for flag in flags):
-        raise UserError(f"{where}: attempts or verdicts are not what they can be")
-    if forced:
-        if not isinstance(row.get("forced"), dict) or not FORCED.keys() <= row["forced"].keys():
-            raise UserError(f"{where}: no whole result of --budget-forcing")
-        check_types(row["forced"], FORCED, where)
-
-
 def read_results(out: Path, forced: bool) -> dict:
     """{(model, task): {(id, index): row}} of results.jsonl, the parts of all processes joined."""
     path = f"{out}/results.jsonl"
@@ -414,9 +359,7 @@ def write_summary(out: Path, cells: list[dict], results: dict, args) -> str:
     """Make summary.json and the page anew. Returns the tables."""
     import report  # here, so that it is a leaf: it can be deleted with these lines
     write_whole(out / "summary.json", json.dumps(cells, indent=2))
-    command_line = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    rows = {key: [of_cell[name] for name in sorted(of_cell)] for key, of_cell in results.items()}
-    write_whole(out / "report.html", report.page(command_line, cells, rows))
+    write_whole(out / "report.html", report.of_evaluation(out, cells, results))
     return report.tables(cells)
 
 

@@ -15,6 +15,7 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -89,6 +90,37 @@ def verdict(text: str) -> bool | None:
     if not opening or not closing:
         return None
     return {"correct": True, "incorrect": False}.get(said.strip(" \n\t.!*_`"))
+
+
+THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
+
+
+def thoughts_in(response: str) -> list[tuple[int, str]]:
+    """(where it begins, what it says) of each <think> of a response; all of it, if it has none."""
+    found = [(match.start(1), match[1]) for match in THOUGHT.finditer(response) if match[1]]
+    return found or [(0, response)]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A closed <sample> of a thought."""
+    at: int  # where in the response its tag begins
+    text: str
+    said: bool | None  # the verdict of the reflections between it and the next <sample>
+
+
+def attempts_in(response: str) -> list[Attempt]:
+    """The attempts of a response, in their order."""
+    found = []
+    for at, thought in thoughts_in(response):
+        before, *blocks = thought.split("<sample>")
+        at += len(before)
+        for block in blocks:
+            text, closing, after = block.partition("</sample>")
+            if closing:
+                found.append(Attempt(at, text, verdict(after.partition("<reflect>")[2])))
+            at += len("<sample>") + len(block)
+    return found
 
 
 # ---- the bare answer -----------------------------------------------------------------------------

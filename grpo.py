@@ -265,15 +265,14 @@ def validate(sampler: Sampler, problems: list, args, params: Params, asked: Stop
 @dataclass
 class Response:
     """A rollout as the loss sees it."""
-    tokens: list[int]
-    old_logprobs: list[float]  # the sampler's, one a token
+    completion: Completion  # with the log-probabilities of the policy that sampled it
     advantage: float  # the same for all its tokens
     weight: float  # of each of its tokens in the loss of the mini-batch
     cost: int  # about the tokens it puts through the model: its own, and its part of the prompt they share
 
 
 # A prompt and a response to it that weighs nothing: what a process runs where only others have something to.
-NOTHING = ([0], [Response(tokens=[0], old_logprobs=[0.0], advantage=0.0, weight=0.0, cost=1)])
+NOTHING = ([0], [Response(Completion([0], [0], [0.0]), advantage=0.0, weight=0.0, cost=1)])
 
 
 def update(
@@ -294,16 +293,20 @@ def update(
     keep_all = reference is not None
     sums = dict.fromkeys(SUMMED, 0.0)
     largest_difference = 0.0  # of sampler and trainer, at one token
-    parts = []  # (prompt, responses to it)
+    parts = []  # (group, some of its responses)
     for group in groups:
         responses = responses_to_train(group, args, n_responses, n_tokens, keep_all)
         for part in micro_batches(responses, lambda response: response.cost, args.micro_batch_tokens):
-            parts.append((group.prompt, part))
+            parts.append((group, part))
     for part in evenly(parts, model.device):
         if part is None:
             backward(model, reference, *NOTHING, args)
             continue
-        stats = backward(model, reference, *part, args)
+        group, responses = part
+        logprobs, stats = backward(model, reference, group.prompt, responses, args)
+        if group.place < args.log_groups:
+            for response, of_tokens in zip(responses, logprobs, strict=True):
+                response.completion.trainer_logprobs = of_tokens.tolist()
         largest_difference = max(largest_difference, stats.pop("largest_difference"))
         for name, value in stats.items():
             sums[name] += value
@@ -331,23 +334,28 @@ def responses_to_train(group: Group, args, n_responses: int, n_tokens: int, keep
         length = len(completion.tokens)
         weight = token_weight(length, args.loss, n_responses, n_tokens, args.max_new_tokens)
         cost = length + len(group.prompt) // len(kept)
-        responses.append(Response(completion.tokens, completion.logprobs, advantage, weight, cost))
+        responses.append(Response(completion, advantage, weight, cost))
     return responses
 
 
 def backward(
     model: Transformer, reference: Transformer | None, prompt: list[int], responses: list[Response], args,
-) -> dict[str, float]:
-    """Backpropagate the loss of responses that share a prompt. Returns statistics, summed over tokens."""
-    lengths = torch.tensor([len(r.tokens) for r in responses], device=model.device)
+) -> tuple[list[Tensor], dict[str, float]]:
+    """Backpropagate the loss of responses that share a prompt.
+
+    Returns (the log-probabilities of each response's tokens, statistics, summed over all tokens).
+    """
+    ids = [r.completion.tokens for r in responses]
+    lengths = [len(tokens) for tokens in ids]
 
     def by_token(values):
-        return torch.tensor(values, device=model.device).repeat_interleave(lengths)
+        repeats = torch.tensor(lengths, device=model.device)
+        return torch.tensor(values, device=model.device).repeat_interleave(repeats)
 
-    ids = [r.tokens for r in responses]
     advantage = by_token([r.advantage for r in responses])  # (N,)
     weight = by_token([r.weight for r in responses])  # (N,)
-    old_logp = torch.tensor([x for r in responses for x in r.old_logprobs], device=model.device)  # (N,)
+    old_logp = [x for r in responses for x in r.completion.logprobs]
+    old_logp = torch.tensor(old_logp, device=model.device)  # (N,)
     logp, entropy = response_logprobs(model, prompt, ids, args.temperature)
     reference_logp = None
     if reference is not None:
@@ -357,8 +365,9 @@ def backward(
         logp, old_logp, advantage, weight, args.clip_low, args.clip_high, reference_logp, args.kl)
     loss.backward()
     trained = advantage != 0
-    difference = (logp.detach() - old_logp).abs()
-    return {
+    logp = logp.detach()
+    difference = (logp - old_logp).abs()
+    return list(logp.split(lengths)), {
         **stats,
         "entropy": entropy[trained].sum().item(),
         "difference": difference[trained].sum().item(),
@@ -420,6 +429,9 @@ def arguments():
                    help="steps between measurements on the split val, the first before step 1, "
                         "the last after the last; 0: never")
     p.add_argument("--eval-questions", type=positive, default=64, help="how many of each task")
+    p.add_argument("--log-groups", type=natural, default=2,
+                   help="questions of a step that go into rollouts.jsonl and the page, each with all its "
+                        "rollouts, their ids and log-probabilities: about 25 bytes a token")
     args = p.parse_args()
     if args.questions_per_step % args.mini_batch:
         raise UserError(f"--mini-batch {args.mini_batch} must divide --questions-per-step "
@@ -564,10 +576,9 @@ def main():
                 if not warned[name]:
                     say(f"warning, step {step}: {text} (said once)")
                 warned[name] += 1
-            if rank() == 0:
-                log_rollouts(run, groups, tokenizer, step)
-                if step == 1 or step % 20 == 0:
-                    show_rollouts(groups[0], tokenizer, step)
+            log_rollouts(run, groups, tokenizer, step, args.log_groups)
+            if rank() == 0 and (step == 1 or step % 20 == 0):
+                show_rollouts(groups[0], tokenizer, step)
             if held_out and (step % args.eval_every == 0 or step == args.steps):
                 row["val"] = validate(sampler, held_out, args, params, asked)
                 if row["val"] is None:  # cut short by a stop, so this leaves; --resume measures again

@@ -130,6 +130,20 @@ def _reduced(values, device, op):
     return t.tolist()
 
 
+def gathered(text: str) -> list[str]:
+    """The texts of all processes, in their order. All must call it."""
+    if world() == 1:
+        return [text]
+    call_the_roll()
+    mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(mine)]), group=_messengers)
+    most = int(max(sizes))
+    parts = [torch.zeros(most, dtype=torch.uint8) for _ in range(world())]
+    dist.all_gather(parts, torch.cat((mine, mine.new_zeros(most - len(mine)))), group=_messengers)
+    return [part[:int(size)].numpy().tobytes().decode() for part, size in zip(parts, sizes, strict=True)]
+
+
 def barrier() -> None:
     if world() > 1:
         call_the_roll()

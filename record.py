@@ -33,7 +33,7 @@ PLACES = {"out", "model", "models", "data", "data_dir", "task", "tasks"}
 # Flags that may change: how a run goes on, what is kept, and where and in how many pieces it is computed,
 # which changes the result by rounding at most. (With --dtype auto another device may mean another dtype.)
 FREE = {"resume", "plan", "plan_memory", "save_every", "keep", "device", "slots", "micro_batch_tokens",
-        "recompute", "timeout"}
+        "recompute", "timeout", "log_groups"}
 
 
 # ---- going on, or not ------------------------------------------------------------------------------

@@ -7,11 +7,11 @@
         run.log({"step": step, "loss": loss})
         run.end_of_step(optimizer, tokenizer, asked, step=step, last=steps, updates=updates)
 
-It is a Hugging Face model folder, with run.json, metrics.jsonl, rollouts.jsonl and state/. `state/step-N`
-appears by one rename when all of it is written, and only then is one before it removed. So a kill at any
-moment leaves a whole checkpoint, and `--resume` cuts the logs back to its step. With `--keep 3` there are
-three, and their models in checkpoints/; `best` is a link to the one with the best score on held-out data, if
-that is measured.
+It is a Hugging Face model folder, with run.json, metrics.jsonl, rollouts.jsonl, report.html (renewed at each
+checkpoint) and state/. `state/step-N` appears by one rename when all of it is written, and only then is one
+before it removed. So a kill at any moment leaves a whole checkpoint, and `--resume` cuts the logs back to its
+step. With `--keep 3` there are three, and their models in checkpoints/; `best` is a link to the one with the
+best score on held-out data, if that is measured.
 """
 import math
 import os
@@ -182,7 +182,16 @@ class Run:
                 self._copy_model(step)
             self._link_best()
             self._remove_old(step)
+            self._renew_page()
         barrier()
+
+    def _renew_page(self) -> None:
+        """report.html, to watch the run. It is no part of the run: what goes wrong with it is only said."""
+        import report  # here, so that it is a leaf: it can be deleted with these lines
+        try:
+            report.renew(self.out)
+        except Exception as e:
+            say(f"{self.out}/report.html is not renewed: {e}")
 
     def _model_of(self, step: int) -> Path:
         return self.out / "checkpoints" / f"step-{step:06d}"
@@ -200,7 +209,7 @@ class Run:
                     os.link(path, tmp / path.name)
                 except OSError:  # a file system where a file has one name only
                     shutil.copy2(path, tmp / path.name)
-            elif path.is_file() and path.suffix != ".jsonl":
+            elif path.is_file() and path.suffix not in (".jsonl", ".html"):
                 shutil.copy2(path, tmp / path.name)
         os.replace(tmp, target)
 

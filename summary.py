@@ -6,12 +6,36 @@
 All intervals are at 95%. Left out: corrections for looking at many cells at once.
 """
 import math
+from itertools import pairwise
 
 import numpy as np
 
-from cli import UserError
+from cli import UserError, check_types
 
 Interval = tuple[float, float]
+
+
+# ---- the rows ------------------------------------------------------------------------------------
+# Those of results.jsonl, as `evaluate.py` makes them, in a file that may have been damaged since.
+FORCED = {"response": str, "tokens": int, "finish": str, "correct": bool}
+ROW = {
+    **FORCED, "model": str, "task": str, "id": str, "index": int, "question": str, "answer": str | None,
+    "reason": str, "lenient": bool, "wrong_form": bool, "answers": int, "reflections": int, "attempts": list,
+    "verdicts": list,
+}
+
+
+def check_row(row: dict, where: str, forced: bool) -> None:
+    """Raises UserError for a row that cannot be summed up."""
+    check_types({"reference": None, **row}, {"reference": str | None}, where)
+    flags = [*row["attempts"], *(said for pair in row["verdicts"] if isinstance(pair, list) for said in pair)]
+    pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in row["verdicts"])
+    if not pairs or not row["attempts"] or not all(isinstance(flag, bool) for flag in flags):
+        raise UserError(f"{where}: attempts or verdicts are not what they can be")
+    if forced:
+        if not isinstance(row.get("forced"), dict) or not FORCED.keys() <= row["forced"].keys():
+            raise UserError(f"{where}: no whole result of --budget-forcing")
+        check_types(row["forced"], FORCED, where)
 
 
 # ---- intervals -----------------------------------------------------------------------------------
@@ -92,6 +116,16 @@ def f1(verdicts: list[tuple[bool, bool]], label: bool) -> float | None:
     return 2 * hits / (2 * hits + misses)
 
 
+# ---- what a retry did ----------------------------------------------------------------------------
+def retries_of(rows: list[dict]) -> dict[str, int]:
+    """How often an attempt after another one was right or wrong, by what the one before it was."""
+    counts = {"wrong to right": 0, "right to wrong": 0, "right to right": 0, "wrong to wrong": 0}
+    for row in rows:
+        for before, after in pairwise(row["attempts"]):
+            counts[f"{'right' if before else 'wrong'} to {'right' if after else 'wrong'}"] += 1
+    return counts
+
+
 # ---- a cell: one model on one task ---------------------------------------------------------------
 def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int]) -> dict:
     """The figures of a cell: one model on one task, each question asked `samples` times, pass@k for `ks`.
@@ -109,7 +143,8 @@ def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int
     for k in ks:
         pass_at_k[k] = float(np.mean([pass_at(k, samples, int(c)) for c in right.sum(1)]))
     tokens = [row["tokens"] for row in rows]
-    verdicts = [v for row in rows for v in row["verdicts"]]
+    verdicts = [tuple(pair) for row in rows for pair in row["verdicts"]]  # (said, actual)
+    first = by_question([row["attempts"][0] for row in rows])
     cell = {
         "model": rows[0]["model"],
         "task": rows[0]["task"],
@@ -125,12 +160,22 @@ def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int
         "tokens": mean("tokens"),
         "answers": mean("answers"),
         "reflections": mean("reflections"),
-        "first_attempt": float(np.mean([row["attempts"][:1] == [True] for row in rows])),
+        "first_attempt": float(first.mean()),
         "any_attempt": float(np.mean([any(row["attempts"]) for row in rows])),
         "token_quantiles": {q: float(np.quantile(tokens, q / 100)) for q in (5, 25, 50, 75, 95)},
         "f1_correct": f1(verdicts, True),
         "f1_incorrect": f1(verdicts, False),
         "verdicts": len(verdicts),
+        "confusion": {
+            "right called correct": verdicts.count((True, True)),
+            "right called incorrect": verdicts.count((False, True)),
+            "wrong called correct": verdicts.count((True, False)),
+            "wrong called incorrect": verdicts.count((False, False)),
+        },
+        "retried": float(np.mean([len(row["attempts"]) > 1 for row in rows])),
+        "retries": retries_of(rows),
+        "gain": float((right - first).mean()),  # over the first attempt
+        "gain_interval": paired((right - first).mean(1)),
     }
     if rows[0]["model"] != baseline[0]["model"]:
         difference = right - by_question([row["correct"] for row in baseline])

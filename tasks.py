@@ -22,8 +22,8 @@ from string import ascii_lowercase
 from cli import UserError, read_jsonl, refuse_repeated, split_list
 from equivalence import check_math, load_math_verify
 from grading import (
-    OPERATORS, Check, check_choice, check_countdown, check_exact, check_integer, check_word, dictionary,
-    extract_answer,
+    OPERATORS, Check, attempts_in, check_choice, check_countdown, check_exact, check_integer, check_word,
+    dictionary, extract_answer, thoughts_in,
 )
 from questions import identity_of, read_question, same_answer
 from screen import say
@@ -122,6 +122,27 @@ class Task:
             return Grade(correct=False, answer=None, reason=why_none)
         why_wrong = self.check(answer, problem.truth)
         return Grade(correct=not why_wrong, answer=answer, reason=why_wrong)
+
+    def skills(self, problem: Problem, response: str) -> dict:
+        """What a response shows of the skills: answers, reflections, the grade of each attempt, and each
+        verdict with the grade that it judged.
+
+        The answers are those inside <think> (outside is only the final one); without <think>, all.
+        Reflections are counted in the whole text. A response without a <sample> is one attempt.
+        """
+        attempts = []
+        verdicts = []  # (said, actual)
+        for attempt in attempts_in(response):
+            correct = self.grade(problem, attempt.text).correct
+            attempts.append(correct)
+            if attempt.said is not None:
+                verdicts.append((attempt.said, correct))
+        return {
+            "answers": sum(thought.count("</answer>") for _, thought in thoughts_in(response)),
+            "reflections": response.count("<reflect>"),
+            "attempts": attempts or [self.grade(problem, response).correct],
+            "verdicts": verdicts,
+        }
 
     def _check_split(self, split, known):
         if split not in known:

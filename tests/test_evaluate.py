@@ -11,7 +11,7 @@ import evaluate
 import report
 import tasks
 from cli import UserError
-from evaluate import forced_prompt, named_model, skills
+from evaluate import forced_prompt, named_model
 from sample import Completion
 from summary import f1, interval, paired, pass_at, student, wilson
 from tokenizer import Tokenizer
@@ -114,10 +114,10 @@ def test_skills():
     task = tasks.find("multiply-2")
     problem = tasks.Problem("", "", "", {"answer": "6"})
     verdicts = [(False, False), (False, True)]  # (said, true)
-    assert skills(task, problem, TRACE) == {
+    assert task.skills(problem, TRACE) == {
         "answers": 2, "reflections": 2, "attempts": [False, True], "verdicts": verdicts}
     plain = "just <answer>6</answer>"
-    assert skills(task, problem, plain) == {
+    assert task.skills(problem, plain) == {
         "answers": 1, "reflections": 0, "attempts": [True], "verdicts": []}
 
 
@@ -144,7 +144,7 @@ def test_skills_of_responses_that_are_not_by_the_book(change, attempts, verdicts
     task = tasks.find("multiply-2")
     text = TRACE.replace(*change)
     assert text != TRACE
-    found = skills(task, tasks.Problem("", "", "", {"answer": "6"}), text)
+    found = task.skills(tasks.Problem("", "", "", {"answer": "6"}), text)
     assert found["attempts"] == attempts and found["verdicts"] == verdicts
 
 

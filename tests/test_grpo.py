@@ -16,6 +16,7 @@ from sample import Completion
 from train import Optimizer
 
 ARGS = SimpleNamespace(
+    log_groups=1,
     truncated="keep",
     loss="token-mean",
     max_new_tokens=20,

@@ -17,8 +17,10 @@ from test_grading import reference_answer
 
 import tasks
 from cli import UserError, read_jsonl
-from evaluate import skills
-from grading import Rejected, check_countdown, extract_answer, last_boxed, malformed, parse, unwrap, verdict
+from grading import (
+    Rejected, attempts_in, check_countdown, extract_answer, last_boxed, malformed, parse, unwrap, verdict,
+)
+from report import parts_of
 from screen import printable
 from tokenizer import Tokenizer
 
@@ -141,14 +143,18 @@ def test_expressions_are_what_python_reads(text):
     assert want is not None and got[0] == want[0] and sorted(got[1]) == sorted(want[1]), text
 
 
-def blocks_of(text):
-    """(attempt, what follows it) of a trace, character by character."""
-    thought, at = "", 0
+def thoughts_of(text):
+    """What each <think> holds, if it holds anything; the text, if none does."""
+    thoughts, at = [], 0
     while (begin := text.find("<think>", at)) >= 0:
         end = text.find("</think>", begin)
-        thought += text[begin + 7:end if end >= 0 else len(text)]
+        thoughts.append(text[begin + 7:end if end >= 0 else len(text)])
         at = end + 8 if end >= 0 else len(text)
-    thought = thought or text
+    return [thought for thought in thoughts if thought] or [text]
+
+
+def blocks_of(thought):
+    """(attempt, what follows it) of a thought, character by character."""
     found, attempt, after, state = [], "", "", "outside"
     at = 0
     while at < len(thought):
@@ -170,13 +176,20 @@ def blocks_of(text):
 @with_long_repetitions
 @given(hostile)
 def test_traces(text):
-    shown = quick(lambda t: skills(COUNTDOWN, PROBLEM, t), text)
-    blocks = blocks_of(text)
+    shown = quick(lambda t: COUNTDOWN.skills(PROBLEM, t), text)
+    blocks = [block for thought in thoughts_of(text) for block in blocks_of(thought)]
     grades = [COUNTDOWN.grade(PROBLEM, attempt).correct for attempt, _ in blocks]
     assert shown["attempts"] == (grades or [COUNTDOWN.grade(PROBLEM, text).correct])
     judged = [(verdict(after.partition("<reflect>")[2]), correct)
               for (_, after), correct in zip(blocks, grades, strict=True)]
     assert shown["verdicts"] == [pair for pair in judged if pair[0] is not None]
+    for attempt in attempts_in(text):
+        assert text.startswith(f"<sample>{attempt.text}</sample>", attempt.at)
+    parts = quick(lambda t: parts_of(t, shown["attempts"]), text)
+    assert "".join(part for _, part in parts) == text
+    for i, (kind, part) in enumerate(parts):
+        if kind in ("open correct", "open incorrect"):
+            assert part.startswith("<sample>") and (i + 1 == len(parts) or parts[i + 1][0] != "phrase")
 
 
 TOKENIZER = Tokenizer(MINI)

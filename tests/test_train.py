@@ -241,7 +241,7 @@ VAL = (*GRPO, "--reward", "random", "--lr", "1e-3", "--eval-every", "2", "--eval
 
 
 def everything(out="run"):
-    """All files of a run: bytes, links, and logs without their timings."""
+    """All files of a run, but for the page: bytes, links, and logs without their timings."""
     found = {}
     for path in sorted(Path(out).rglob("*")):
         name = str(path.relative_to(out))
@@ -249,7 +249,7 @@ def everything(out="run"):
             found[name] = os.readlink(path)
         elif path.suffix == ".jsonl":
             found[name] = [{k: v for k, v in row.items() if "second" not in k} for row in read_rows(path)]
-        elif path.is_file() and path.name != "run.json":
+        elif path.is_file() and path.name not in ("run.json", "report.html"):
             found[name] = path.read_bytes()
     return found
 
