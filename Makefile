@@ -1,6 +1,6 @@
 # make demo    the whole method on the miniature, on a laptop's CPU
 # make test    the tests
-# make lint    ruff, with the settings of pyproject.toml
+# make lint    ruff, with the settings of pyproject.toml, and oxlint for the page's script
 # make bench   every benchmark in a size that shows in a minute that it runs; its figures mean nothing
 # Each makes its own virtual environment in .venv and installs requirements.txt; nothing else is needed but Python 3.11+.
 
@@ -25,8 +25,9 @@ test: .venv/installed
 	.venv/bin/python -m pytest -q tests
 
 lint: .venv/installed
-	.venv/bin/pip install --quiet $(shell grep ^ruff tests/requirements.txt)
+	.venv/bin/pip install --quiet $(shell grep -E '^(ruff|oxlint)' tests/requirements.txt)
 	.venv/bin/ruff check .
+	.venv/bin/oxlint --deny-warnings report.js
 
 bench: .venv/installed
 	@$(RUN) out="--repeats 1 --out out/benchmarks"; \
@@ -34,7 +35,8 @@ bench: .venv/installed
 	  TRITON_INTERPRET=1 KERNELS=triton python benchmarks/ops.py --scale 0.0005 --device cpu --dtype float32 $$out/ops-interpreted.json; \
 	  for load in nano-vllm group chat decode; do python benchmarks/sampling.py --model mini --load $$load --scale 0.03 $$out/$$load.json; done; \
 	  python benchmarks/memory.py --model mini --processes 1 --commands sft --out out/benchmarks/memory.json; \
-	  python benchmarks/training.py sft --model mini --rows 2 --length 64 $$out/sft.json; \
+	  python benchmarks/page.py --traces 16 $$out/page.json; \
+  python benchmarks/training.py sft --model mini --rows 2 --length 64 $$out/sft.json; \
 	  python benchmarks/training.py grpo --model mini --questions 2 --rollouts 4 --max-new-tokens 32 $$out/grpo.json
 
 # In a folder of its own, out/demo, with links to the scripts. The two RL runs go side by side, a core each.
@@ -51,4 +53,4 @@ demo: .venv/installed
 	  wait $$rl; \
 	  export OMP_NUM_THREADS=2; \
 	  python evaluate.py $(EVALUATE)
-	@echo "open out/demo/out/evaluate/report.html"
+	@echo "open out/demo/out/evaluate/report.html, and out/demo/out/grpo/report.html for the training"

@@ -33,7 +33,7 @@ from record import (
 )
 from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
 from screen import Progress, say
-from summary import ROW, check_row, pass_at, summarise
+from summary import ROW, check_row, pass_at, summarise, tables
 from tokenizer import Tokenizer
 
 # ---- budget forcing ------------------------------------------------------------------------------
@@ -329,10 +329,10 @@ def main():
                     in_order(results, name, plan), in_order(results, first, plan), plan.samples, plan.ks)
                 cell["chat_template_kwargs"] = template_kwargs[name]
                 cells.append(cell)
-                tables = write_summary(out, cells, results, args)
+                write_summary(out, cells, results)
                 say(f"{name} on {task}: {cell['accuracy']:.1%}")
     if rank() == 0:
-        say(f"\n{tables}\n\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
+        say(f"\n{tables(cells)}\n\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
 def read_results(out: Path, forced: bool) -> dict:
@@ -355,12 +355,11 @@ def in_order(results: dict, name: str, plan: Plan) -> list[dict]:
     return [rows[problem.id, j] for problem in plan.problems for j in range(plan.samples)]
 
 
-def write_summary(out: Path, cells: list[dict], results: dict, args) -> str:
-    """Make summary.json and the page anew. Returns the tables."""
+def write_summary(out: Path, cells: list[dict], results: dict) -> None:
+    """Make summary.json and the page anew."""
     import report  # here, so that it is a leaf: it can be deleted with these lines
     write_whole(out / "summary.json", json.dumps(cells, indent=2))
     write_whole(out / "report.html", report.of_evaluation(out, cells, results))
-    return report.tables(cells)
 
 
 if __name__ == "__main__":

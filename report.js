@@ -214,11 +214,8 @@ function curve({ title, unit, lines }, steps, show) {
   const values = Object.values(lines).flat().filter((value) => value !== null);
   let low = Math.min(...values);
   let high = Math.max(...values);
-  if (low >= 0 && low < high / 2) low = 0;
-  if (high === low) {
-    low -= Math.abs(low) / 2 || 1;
-    high += Math.abs(high) / 2 || 1;
-  }
+  if (high === low || (low >= 0 && low < high / 2)) low = Math.min(0, low);
+  if (high === low) high = low < 0 ? 0 : 1;
   const write = (x) => (unit === "%" ? percent(x) : short(x));
   const x = (place) => (steps.length > 1 ? (1000 * place) / (steps.length - 1) : 500);
   const y = (value) => 290 - (280 * (value - low)) / (high - low);
@@ -406,7 +403,7 @@ function entry(group, shown) {
   const arms = [...new Set(group.traces.map((trace) => trace.arm))];
   const buttons = (arm) => group.traces.filter((trace) => trace.arm === arm).map((trace) =>
     el("button", { type: "button", class: `mark ${trace.correct ? "is-right" : "is-wrong"} ${shown.has(trace) ? "" : "out"}`,
-      "data-at": trace.at, "aria-current": trace === current, title: `${nameOf(trace)}: ${gradeOf(trace)}`,
+      "data-at": trace.at, "aria-current": trace === current ? "true" : null, title: `${nameOf(trace)}: ${gradeOf(trace)}`,
       "aria-label": `${nameOf(trace)}: ${gradeOf(trace)}`, onclick: () => openTrace(trace) }, mark(trace)));
   return el("li", {}, el("span", { class: "id" }, isRun ? `step ${group.step}: ` : "", shortId(group)),
     arms.map((arm) => el("div", { class: "marks" }, arm === undefined ? null : el("span", {}, data.arms[arm]),
@@ -482,7 +479,7 @@ function drawGroup() {
 
 // All traces of a group, with what tells them apart.
 function members(group) {
-  const columns = [["", (t) => el("button", { type: "button", "aria-current": t === current,
+  const columns = [["", (t) => el("button", { type: "button", "aria-current": t === current ? "true" : null,
     onclick: () => openTrace(t) }, `${mark(t)} ${nameOf(t)}`)],
   ["grade", (t) => (t.correct ? "right" : t.answer === null ? "no readable answer" : "wrong")],
   ["tokens", (t) => `${t.length}${wasCut(t) ? " (cut off)" : ""}`],
@@ -529,14 +526,14 @@ function partView(trace) {
   return body;
 }
 
-const found = CSS.highlights ? new Highlight() : null;
-if (found) CSS.highlights.set("found", found);
+const hits = CSS.highlights ? new Highlight() : null;
+if (hits) CSS.highlights.set("hits", hits);
 
 // Marks the searched text in the question and the traces.
 function highlight() {
   const wanted = search.value.toLowerCase();
-  if (!found) return;
-  found.clear();
+  if (!hits) return;
+  hits.clear();
   if (!wanted) return;
   for (const box of detail.querySelectorAll(".question, .text")) {
     const walker = document.createTreeWalker(box, NodeFilter.SHOW_TEXT);
@@ -546,7 +543,7 @@ function highlight() {
         const range = new Range();
         range.setStart(walker.currentNode, at);
         range.setEnd(walker.currentNode, Math.min(at + wanted.length, walker.currentNode.data.length));
-        found.add(range);
+        hits.add(range);
       }
     }
   }

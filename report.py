@@ -23,159 +23,10 @@ import numpy as np
 from cli import UserError, bare_parser, check_types, command, number, read_json, row_of, write_whole
 from grading import attempts_in, extract_answer, verdict
 from screen import printable
-from summary import ROW, check_row
+from summary import ROW, by_task, check_row, tables, tables_of
 from tokenizer import Tokenizer
 
-Interval = tuple[float, float]
 MEGABYTES = 20.0  # of traces in a page, unless told otherwise
-
-
-# ---- tables --------------------------------------------------------------------------------------
-def percent(x: float) -> str:
-    return f"{100 * x:.1f}"
-
-
-def bounds(ends: Interval) -> str:
-    low, high = ends
-    return f"[{percent(low)}, {percent(high)}]"
-
-
-def change(x: float, ends: Interval) -> str:
-    return f"{100 * x:+.1f} {bounds(ends)}"
-
-
-def two_places(x: float | None) -> str:
-    return "-" if x is None else f"{x:.2f}"
-
-
-def table_row(cell: dict, ks: list[int]) -> dict[str, str]:
-    """{heading: text}, the row of a cell in a table with these pass@k."""
-    row = {
-        "model": cell["model"],
-        "task": cell["task"],
-        "n x k": f"{cell['questions']} x {cell['samples']}",
-        "accuracy %": f"{percent(cell['accuracy'])} {bounds(cell['interval'])}",
-        "against the first": "",
-        "lenient": percent(cell["lenient"]),
-        "no answer": percent(cell["no_answer"]),
-        "only form wrong": percent(cell["wrong_form"]),
-    }
-    if "difference" in cell:
-        row["against the first"] = change(cell["difference"], cell["difference_interval"])
-    for k in ks:
-        row[f"pass@{k}"] = percent(cell["pass"][k]) if k in cell["pass"] else ""
-    row["cut off"] = percent(cell["truncated"])
-    row["tokens"] = f"{cell['tokens']:.0f}"
-    row["answers"] = two_places(cell["answers"])
-    row["reflects"] = two_places(cell["reflections"])
-    row["first / any right"] = f"{percent(cell['first_attempt'])} / {percent(cell['any_attempt'])}"
-    row["F1 right/wrong"] = f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}"
-    if "forced" in cell:
-        gain = change(cell["forced_difference"], cell["forced_difference_interval"])
-        row["forced to go on"] = f"{percent(cell['forced'])} ({gain})"
-    return row
-
-
-def by_task(cells: list[dict]) -> list[dict]:
-    """The models of one task together."""
-    names = list(dict.fromkeys(cell["task"] for cell in cells))
-    return sorted(cells, key=lambda cell: names.index(cell["task"]))
-
-
-def table_of(cells: list[dict]) -> list[list[str]]:
-    """Headings, then a row for each cell. Sets of different sizes may have different pass@k."""
-    ks = sorted({k for cell in cells for k in cell["pass"] if k > 1})
-    return with_headings([table_row(cell, ks) for cell in cells])
-
-
-def with_headings(rows: list[dict[str, str]]) -> list[list[str]]:
-    """The names of the first row, then the values of each."""
-    return [list(rows[0]), *(list(row.values()) for row in rows)]
-
-
-def accuracy_table(cells: list[dict]) -> list[list[str]]:
-    """A row for each model, a column for each task; below, what the paper has of the same tasks."""
-    names = list(dict.fromkeys(cell["task"] for cell in cells))
-    rows = {cell["model"]: dict.fromkeys(["model", *names], "") for cell in cells}
-    for cell in cells:
-        text = f"{percent(cell['accuracy'])} {bounds(cell['interval'])}"
-        if "difference" in cell:
-            text += f"\n{change(cell['difference'], cell['difference_interval'])}"
-        rows[cell["model"]][cell["task"]] = text
-        rows[cell["model"]]["model"] = cell["model"]
-    (_, *common), *arms = paper_table(set(names)) or [[""]]
-    for arm, *figures in arms:
-        figure_of = dict(zip(common, figures, strict=True))
-        rows[f"paper: {arm}"] = {"model": f"{arm} (the paper, 1.5B)"} | {
-            name: figure_of.get(name, "") for name in names}
-    return with_headings(list(rows.values()))
-
-
-def verdict_row(cell: dict) -> dict[str, str]:
-    """Use of the skills, as in the paper's Table 4, and what each kind of attempt was called."""
-    counts = cell["confusion"]
-    return {
-        "model": cell["model"],
-        "task": cell["task"],
-        "answers": two_places(cell["answers"]),
-        "reflections": two_places(cell["reflections"]),
-        "F1 right / wrong": f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}",
-        **{name: str(count) for name, count in counts.items()},
-    }
-
-
-def retry_row(cell: dict) -> dict[str, str]:
-    """What further attempts did, and what they are worth."""
-    return {
-        "model": cell["model"],
-        "task": cell["task"],
-        "responses with a retry %": percent(cell["retried"]),
-        **{name: str(count) for name, count in cell["retries"].items()},
-        "first attempt %": percent(cell["first_attempt"]),
-        "final answer %": percent(cell["accuracy"]),
-        "gain": change(cell["gain"], cell["gain_interval"]) if cell["retried"] else "-",
-    }
-
-
-def tables_of(cells: list[dict]) -> dict[str, list[list[str]]]:
-    """The tables of the page. Those by task have a row for each model and task."""
-    return {
-        "accuracy": accuracy_table(cells),
-        "verdicts": with_headings([verdict_row(cell) for cell in cells]),
-        "retries": with_headings([retry_row(cell) for cell in cells]),
-        "all": table_of(cells),
-    }
-
-
-def paper_table(names: set[str]) -> list[list[str]]:
-    """The paper's figures for the tasks of `names`, [] if it has none.
-
-    They are of Qwen2.5-1.5B-Instruct trained on Countdown-3, accuracy in %, single runs.
-    """
-    paper = json.loads((Path(__file__).resolve().parent / "paper.json").read_text())
-    common = [name for name in paper["tasks"] if name in names]
-    if not common:
-        return []
-    rows = [["paper, 1.5B", *common]]
-    for arm, figures in paper["arms"].items():
-        figure_of = dict(zip(paper["tasks"], figures, strict=True))
-        rows.append([arm, *(f"{figure_of[name]:.1f}" for name in common)])
-    return rows
-
-
-def text_table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def tables(cells: list[dict]) -> str:
-    """The table of an evaluation and, for the tasks that it has, the paper's."""
-    paper = paper_table({cell["task"] for cell in cells})
-    return "\n\n".join(text_table(table) for table in (table_of(by_task(cells)), paper) if table)
 
 
 # ---- a response in its parts ---------------------------------------------------------------------
@@ -389,13 +240,12 @@ def read_evaluation(out: Path) -> tuple[list[dict], dict]:
         cells = json.loads(path.read_bytes())
         for cell in cells:
             cell["pass"] = {int(k): share for k, share in cell["pass"].items()}
-        table_of(cells)
         tables_of(cells)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise UserError(f"{path}: damaged, or of another version; evaluate.py --resume makes it anew") from e
     results = {}
     for where, row in whole_rows(out / "results.jsonl", ROW):
-        check_row(row, where, forced="forced" in row)
+        check_row(row, where, forced=False)
         results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
     for cell in cells:
         if len(results.get((cell["model"], cell["task"]), {})) != cell["questions"] * cell["samples"]:

@@ -1,12 +1,14 @@
-"""The figures of an evaluation: from graded responses to accuracies with intervals, pass@k and use of skills.
+"""The figures of an evaluation: from graded responses to accuracies, pass@k and use of skills, with tables.
 
     summarise(rows, baseline, samples=4, ks=[1, 4])   # the rows of a model on a task -> {name: figure}
     interval([[1, 1, 0, 1], [0, 0, 0, 1]])            # 95%, of two questions with four samples each
 
 All intervals are at 95%. Left out: corrections for looking at many cells at once.
 """
+import json
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -32,7 +34,7 @@ def check_row(row: dict, where: str, forced: bool) -> None:
     pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in row["verdicts"])
     if not pairs or not row["attempts"] or not all(isinstance(flag, bool) for flag in flags):
         raise UserError(f"{where}: attempts or verdicts are not what they can be")
-    if forced:
+    if forced or "forced" in row:
         if not isinstance(row.get("forced"), dict) or not FORCED.keys() <= row["forced"].keys():
             raise UserError(f"{where}: no whole result of --budget-forcing")
         check_types(row["forced"], FORCED, where)
@@ -189,3 +191,168 @@ def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int
         cell["forced_difference"] = float((forced - right).mean())
         cell["forced_difference_interval"] = paired((forced - right).mean(1))
     return cell
+
+
+# ---- tables --------------------------------------------------------------------------------------
+def percent(x: float) -> str:
+    return f"{100 * x:.1f}"
+
+
+def bounds(ends: Interval) -> str:
+    low, high = ends
+    return f"[{percent(low)}, {percent(high)}]"
+
+
+def change(x: float, ends: Interval) -> str:
+    return f"{100 * x:+.1f} {bounds(ends)}"
+
+
+def two_places(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"
+
+
+def with_headings(rows: list[dict[str, str]]) -> list[list[str]]:
+    """The names of the first row, then the values of each."""
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
+
+
+def table_row(cell: dict, ks: list[int]) -> dict[str, str]:
+    """{heading: text}, the row of a cell in a table with these pass@k."""
+    row = {
+        "model": cell["model"],
+        "task": cell["task"],
+        "n x k": f"{cell['questions']} x {cell['samples']}",
+        "accuracy %": f"{percent(cell['accuracy'])} {bounds(cell['interval'])}",
+        "against the first": "",
+        "lenient": percent(cell["lenient"]),
+        "no answer": percent(cell["no_answer"]),
+        "only form wrong": percent(cell["wrong_form"]),
+    }
+    if "difference" in cell:
+        row["against the first"] = change(cell["difference"], cell["difference_interval"])
+    for k in ks:
+        row[f"pass@{k}"] = percent(cell["pass"][k]) if k in cell["pass"] else ""
+    row["cut off"] = percent(cell["truncated"])
+    row["tokens"] = f"{cell['tokens']:.0f}"
+    row["answers"] = two_places(cell["answers"])
+    row["reflects"] = two_places(cell["reflections"])
+    row["first / any right"] = f"{percent(cell['first_attempt'])} / {percent(cell['any_attempt'])}"
+    row["F1 right/wrong"] = f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}"
+    if "forced" in cell:
+        gain = change(cell["forced_difference"], cell["forced_difference_interval"])
+        row["forced to go on"] = f"{percent(cell['forced'])} ({gain})"
+    return row
+
+
+def by_task(cells: list[dict]) -> list[dict]:
+    """The models of one task together."""
+    names = list(dict.fromkeys(cell["task"] for cell in cells))
+    return sorted(cells, key=lambda cell: names.index(cell["task"]))
+
+
+def table_of(cells: list[dict]) -> list[list[str]]:
+    """Headings, then a row for each cell. Sets of different sizes may have different pass@k."""
+    ks = sorted({k for cell in cells for k in cell["pass"] if k > 1})
+    return with_headings([table_row(cell, ks) for cell in cells])
+
+
+def accuracy_table(cells: list[dict]) -> list[list[str]]:
+    """A row for each model, a column for each task; below, what the paper has of the same tasks."""
+    names = list(dict.fromkeys(cell["task"] for cell in cells))
+    rows = {cell["model"]: dict.fromkeys(["model", *names], "") for cell in cells}
+    for cell in cells:
+        text = f"{percent(cell['accuracy'])} {bounds(cell['interval'])}"
+        if "difference" in cell:
+            text += f"\n{change(cell['difference'], cell['difference_interval'])}"
+        rows[cell["model"]][cell["task"]] = text
+        rows[cell["model"]]["model"] = cell["model"]
+    (_, *common), *arms = paper_table(set(names)) or [[""]]
+    for arm, *figures in arms:
+        figure_of = dict(zip(common, figures, strict=True))
+        rows[f"paper: {arm}"] = {"model": in_the_paper(arm)} | {
+            name: figure_of.get(name, "") for name in names}
+    return with_headings(list(rows.values()))
+
+
+def verdict_row(cell: dict) -> dict[str, str]:
+    """Use of the skills, as in the paper's Table 4, and what each kind of attempt was called."""
+    counts = cell["confusion"]
+    return {
+        "model": cell["model"],
+        "task": cell["task"],
+        "answers": two_places(cell["answers"]),
+        "reflections": two_places(cell["reflections"]),
+        "F1 right / wrong": f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}",
+        **{name: str(count) for name, count in counts.items()},
+    }
+
+
+def retry_row(cell: dict) -> dict[str, str]:
+    """What further attempts did, and what they are worth."""
+    return {
+        "model": cell["model"],
+        "task": cell["task"],
+        "responses with a retry %": percent(cell["retried"]),
+        **{name: str(count) for name, count in cell["retries"].items()},
+        "first attempt %": percent(cell["first_attempt"]),
+        "final answer %": percent(cell["accuracy"]),
+        "gain": change(cell["gain"], cell["gain_interval"]) if cell["retried"] else "-",
+    }
+
+
+def tables_of(cells: list[dict]) -> dict[str, list[list[str]]]:
+    """The tables of the page. Those by task have a row for each model and task."""
+    return {
+        "accuracy": accuracy_table(cells),
+        "verdicts": with_headings([verdict_row(cell) for cell in cells]) + paper_verdicts(cells),
+        "retries": with_headings([retry_row(cell) for cell in cells]),
+        "all": table_of(cells),
+    }
+
+
+def paper_verdicts(cells: list[dict]) -> list[list[str]]:
+    """Rows of the table of verdicts, for the tasks of which the paper has such figures (its Table 4)."""
+    rows = []
+    for task, (answers, reflections, right, wrong) in read_paper()["skills"].items():
+        if any(cell["task"] == task for cell in cells):
+            f1s = f"{two_places(right)} / {two_places(wrong)}"
+            rows.append([in_the_paper("SkillFactory then GRPO"), task, two_places(answers),
+                         two_places(reflections), f1s, "", "", "", ""])
+    return rows
+
+
+def in_the_paper(arm: str) -> str:
+    return f"{arm} (the paper, 1.5B)"
+
+
+def read_paper() -> dict:
+    """Its figures: of Qwen2.5-1.5B-Instruct trained on Countdown-3, accuracies in %, single runs."""
+    return json.loads((Path(__file__).resolve().parent / "paper.json").read_text())
+
+
+def paper_table(names: set[str]) -> list[list[str]]:
+    """The paper's accuracies for the tasks of `names`, [] if it has none."""
+    paper = read_paper()
+    common = [name for name in paper["tasks"] if name in names]
+    if not common:
+        return []
+    rows = [["paper, 1.5B", *common]]
+    for arm, figures in paper["arms"].items():
+        figure_of = dict(zip(paper["tasks"], figures, strict=True))
+        rows.append([arm, *(f"{figure_of[name]:.1f}" for name in common)])
+    return rows
+
+
+def text_table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def tables(cells: list[dict]) -> str:
+    """The table of an evaluation and, for the tasks that it has, the paper's."""
+    paper = paper_table({cell["task"] for cell in cells})
+    return "\n\n".join(text_table(table) for table in (table_of(by_task(cells)), paper) if table)

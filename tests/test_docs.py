@@ -76,7 +76,7 @@ def test_every_file_of_the_root_is_in_the_readme():
 def test_commands_of_the_readme_exist():
     """Every flag that a document names belongs to some command."""
     flags = set()
-    for script in ("sample", "rearrange", "sft", "grpo", "evaluate", "convert", "train", "cli"):
+    for script in ("sample", "rearrange", "sft", "grpo", "evaluate", "report", "convert", "train", "cli"):
         flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / f"{script}.py").read_text()))
     others = (ROOT / "mini" / "pretrain.py", ROOT / "tests" / "faults" / "trials.py")
     for script in (*(ROOT / "benchmarks").glob("*.py"), *others):

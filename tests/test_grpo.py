@@ -11,6 +11,8 @@ from conftest import MINI, read_rows, tiny, write_jsonl
 from torch import tensor
 
 import grpo
+import tasks
+from checkpoint import load
 from grpo import Group, advantages, policy_loss, response_logprobs, token_weight
 from sample import Completion
 from train import Optimizer
@@ -222,8 +224,39 @@ def test_a_run_leaves_what_is_promised(cmd):
     assert "val" not in first and 0 <= second["val"] <= 1
     record = json.loads((out / "run.json").read_text())
     assert record["flags"]["clip_low"] == 0.2 and "torch" in record["versions"]
-    rollout = read_rows(out / "rollouts.jsonl")[0]
-    assert {"step", "question", "response", "correct", "reason"} <= rollout.keys()
+    logged = read_rows(out / "rollouts.jsonl")
+    assert [row["step"] for row in logged] == [1, 1, 2, 2] and (out / "report.html").exists()
+
+
+def test_logged_groups_are_whole(cmd):
+    """All rollouts of a question, each with what the sampler and the trainer computed for its very ids."""
+    status, _, err = cmd(grpo, *FLAGS, "--steps", "3", "--log-groups", "3", "--reward", "random")
+    assert status == 0, err
+    rows = read_rows("out/grpo/rollouts.jsonl")
+    assert [row["step"] for row in rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    _, tokenizer = load(MINI, "cpu")
+    task = tasks.find("countdown-3-small")
+    trained = 0
+    for place, row in enumerate(rows):
+        rollouts = row["rollouts"]
+        rewards = [rollout["reward"] for rollout in rollouts]
+        assert len(rollouts) == 4 and row["task"] == task.name
+        assert row["prompt"] == tokenizer.chat(task.prompt(tasks.Problem("", "", row["question"], {})))
+        assert [rollout["advantage"] for rollout in rollouts] == pytest.approx(
+            advantages(tensor(rewards)).tolist(), abs=1e-5)
+        for rollout in rollouts:
+            assert tokenizer.text(rollout["ids"]) == rollout["response"]
+            assert rollout["tokens"] == len(rollout["ids"]) == len(rollout["sampler_logprobs"])
+            assert (rollout["trainer_logprobs"] is None) == (rollout["advantage"] == 0)
+            if rollout["trainer_logprobs"] and place % 3 < 2:  # a step's first update: the sampler's weights
+                trained += 1
+                assert rollout["trainer_logprobs"] == pytest.approx(rollout["sampler_logprobs"], abs=1e-4)
+    assert trained > 4
+
+
+def test_no_group_is_logged_if_none_is_wanted(cmd):
+    assert cmd(grpo, *FLAGS, "--log-groups", "0")[0] == 0
+    assert not Path("out/grpo/rollouts.jsonl").exists() and Path("out/grpo/report.html").exists()
 
 
 def test_the_last_step_is_measured_too(cmd):

@@ -134,6 +134,7 @@ TABLE = {
         "--truncated odd": "argument --truncated: invalid choice: 'odd'",
         "--reward odd": "argument --reward: invalid choice: 'odd'",
         "--eval-questions 0": "argument --eval-questions: 0 must be at least 1",
+        "--log-groups -1": "argument --log-groups: -1 must be at least 0",
         "--eval-every 1 --split val": "--eval-every measures on the split val",
         "--out folder": "--out folder exists and holds no run",
     },

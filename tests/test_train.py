@@ -454,6 +454,11 @@ def test_two_processes_equal_one():
                 assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
                 for name in ("reward", "response_tokens", "truncated"):
                     assert a.get(name) == b.get(name)
+    one, *others = [read_rows(f"grpo.py-{n}/rollouts.jsonl") for n in (1, 2, 3)]
+    for other in others:  # of all processes, not of the first one
+        for a, b in zip(one, other, strict=True):
+            assert (a["step"], a["id"]) == (b["step"], b["id"])
+            assert [r["ids"] for r in a["rollouts"]] == [r["ids"] for r in b["rollouts"]] or a["step"] > 1
     assert len(list(Path("sft.py-2/state").glob("*/rank*.safetensors"))) == 2
     # A run of three processes can go on as one: it takes the rows that are now its own.
     again = start("sft.py", *scripts["sft.py"], "--out", "sft.py-3", "--resume")
