@@ -35,8 +35,8 @@ bench: .venv/installed
 	  TRITON_INTERPRET=1 KERNELS=triton python benchmarks/ops.py --scale 0.0005 --device cpu --dtype float32 $$out/ops-interpreted.json; \
 	  for load in nano-vllm group chat decode; do python benchmarks/sampling.py --model mini --load $$load --scale 0.03 $$out/$$load.json; done; \
 	  python benchmarks/memory.py --model mini --processes 1 --commands sft --out out/benchmarks/memory.json; \
-	  python benchmarks/page.py --traces 16 $$out/page.json; \
-  python benchmarks/training.py sft --model mini --rows 2 --length 64 $$out/sft.json; \
+	  python benchmarks/page.py --traces 20 $$out/page.json; \
+	  python benchmarks/training.py sft --model mini --rows 2 --length 64 $$out/sft.json; \
 	  python benchmarks/training.py grpo --model mini --questions 2 --rollouts 4 --max-new-tokens 32 $$out/grpo.json
 
 # In a folder of its own, out/demo, with links to the scripts. The two RL runs go side by side, a core each.

@@ -150,6 +150,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def bare_parser(doc: str) -> Parser:
+    """A parser without any flag but --help."""
     return Parser(description=doc, formatter_class=_Help)
 
 

@@ -108,6 +108,9 @@ def collapse(rewards: list[float]) -> tuple[float, float]:
 
 
 # ---- rollouts to read ----------------------------------------------------------------------------
+BYTES_A_TOKEN = 30  # of rollouts.jsonl, about: its text, its id, two log-probabilities
+
+
 def log_rollouts(run: Run, groups: list, tokenizer: Tokenizer, step: int, most: int) -> None:
     """The first `most` questions of a step for rollouts.jsonl, each whole. All processes must call it."""
     mine = [(group.place, group_row(step, group, tokenizer)) for group in groups if group.place < most]
@@ -136,7 +139,7 @@ def group_row(step: int, group, tokenizer: Tokenizer) -> dict:
             "sampler_logprobs": rounded(completion.logprobs),
             # At the update of this group: at a step's first one the weights are those that sampled. None for
             # a response that had no part in it, such as one of a group whose rewards are all equal.
-            "trainer_logprobs": completion.trainer_logprobs and rounded(completion.trainer_logprobs),
+            "trainer_logprobs": rounded(group.trainer_logprobs.get(i)),
         })
     return {
         "step": step,
@@ -149,8 +152,8 @@ def group_row(step: int, group, tokenizer: Tokenizer) -> dict:
     }
 
 
-def rounded(logprobs: list[float]) -> list[float]:
-    return [round(logp, 5) for logp in logprobs]
+def rounded(logprobs: list[float] | None) -> list[float] | None:
+    return logprobs and [round(logp, 5) for logp in logprobs]
 
 
 def show_rollouts(group, tokenizer: Tokenizer, step: int) -> None:

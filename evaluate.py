@@ -33,7 +33,7 @@ from record import (
 )
 from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
 from screen import Progress, say
-from summary import ROW, check_row, pass_at, summarise, tables
+from summary import ROW, check_row, pass_at, printed_tables, summarise
 from tokenizer import Tokenizer
 
 # ---- budget forcing ------------------------------------------------------------------------------
@@ -177,11 +177,15 @@ def right_in_another_form(task, problem, text):
 
 def forced_result(task, problem, completion, tokenizer):
     text = tokenizer.text(completion.tokens)
+    grade = task.grade(problem, text)
     return {
         "response": text,
         "tokens": len(completion.tokens),
         "finish": completion.finish,
-        "correct": task.grade(problem, text).correct,
+        "answer": grade.answer,
+        "correct": grade.correct,
+        "reason": grade.reason,
+        **task.skills(problem, text),
     }
 
 
@@ -332,7 +336,8 @@ def main():
                 write_summary(out, cells, results)
                 say(f"{name} on {task}: {cell['accuracy']:.1%}")
     if rank() == 0:
-        say(f"\n{tables(cells)}\n\nwrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
+        say(f"\n{printed_tables(cells)}\n")
+        say(f"wrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
 def read_results(out: Path, forced: bool) -> dict:

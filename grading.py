@@ -96,30 +96,38 @@ THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 
 
 def thoughts_in(response: str) -> list[tuple[int, str]]:
-    """(where it begins, what it says) of each <think> of a response; all of it, if it has none."""
+    """(where it begins, what it says) of each <think> of a response; all of it, if they say nothing."""
     found = [(match.start(1), match[1]) for match in THOUGHT.finditer(response) if match[1]]
     return found or [(0, response)]
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A closed <sample> of a thought."""
+    """A closed <sample> of a thought, and the verdict on it."""
     at: int  # where in the response its tag begins
     text: str
-    said: bool | None  # the verdict of the reflections between it and the next <sample>
+    said: bool | None  # None: there is no verdict that can be read
+    said_at: int  # where the tag of the verdict begins, -1 if there is none
 
 
 def attempts_in(response: str) -> list[Attempt]:
-    """The attempts of a response, in their order."""
+    """The attempts of a response, in their order.
+
+    The verdict on an attempt is the last one in the reflections between it and the next <sample>.
+    """
     found = []
-    for at, thought in thoughts_in(response):
+    for begin, thought in thoughts_in(response):
         before, *blocks = thought.split("<sample>")
-        at += len(before)
+        at = begin + len(before)
         for block in blocks:
+            end = at + len("<sample>") + len(block)
             text, closing, after = block.partition("</sample>")
+            _, _, reflections = after.partition("<reflect>")
+            tags = [match.start() for match in re.finditer("<verdict>", reflections, re.IGNORECASE)]
+            said_at = end - len(reflections) + tags[-1] if tags else -1
             if closing:
-                found.append(Attempt(at, text, verdict(after.partition("<reflect>")[2])))
-            at += len("<sample>") + len(block)
+                found.append(Attempt(at, text, verdict(reflections), said_at))
+            at = end
     return found
 
 

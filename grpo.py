@@ -197,6 +197,8 @@ class Group:
     grades: list[tasks.Grade] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
+    # What the update computed for the tokens of rollouts, by their place in these lists, if that is logged.
+    trainer_logprobs: dict[int, list[float]] = field(default_factory=dict)
 
 
 def choose(problems: list, step: int, count: int, seed: int) -> list:
@@ -228,7 +230,7 @@ def roll_out(sampler: Sampler, chosen: list, args, params: Params, step: int) ->
     for group, completions in zip(groups, answered, strict=True):
         group.completions = completions
         group.grades = [group.task.grade(group.problem, tokenizer.text(c.tokens)) for c in completions]
-        group.rewards = rewards_of(group, args, step)
+        group.rewards = [float(reward) for reward in rewards_of(group, args, step)]
         group.advantages = advantages(torch.tensor(group.rewards), normalise=not args.no_std).tolist()
     return groups
 
@@ -265,6 +267,7 @@ def validate(sampler: Sampler, problems: list, args, params: Params, asked: Stop
 @dataclass
 class Response:
     """A rollout as the loss sees it."""
+    index: int  # in its group
     completion: Completion  # with the log-probabilities of the policy that sampled it
     advantage: float  # the same for all its tokens
     weight: float  # of each of its tokens in the loss of the mini-batch
@@ -272,7 +275,7 @@ class Response:
 
 
 # A prompt and a response to it that weighs nothing: what a process runs where only others have something to.
-NOTHING = ([0], [Response(Completion([0], [0], [0.0]), advantage=0.0, weight=0.0, cost=1)])
+NOTHING = ([0], [Response(0, Completion([0], [0], [0.0]), advantage=0.0, weight=0.0, cost=1)])
 
 
 def update(
@@ -285,8 +288,8 @@ def update(
 ) -> tuple[float | None, dict[str, float]]:
     """One optimizer step on a mini-batch, of which `groups` is this process's part: (gradient norm, sums).
 
-    The norm is None if no response of any process has a gradient. The weights stay then: a step on zeros
-    would still move them by momentum.
+    Groups that are to be logged keep the log-probabilities that it computes. The norm is None if no response
+    of any process has a gradient. The weights stay then: a step on zeros would still move them by momentum.
     """
     counted = [c for group in groups for c in group.completions if in_loss(c, args)]
     n_responses, n_tokens = total([len(counted), sum(len(c.tokens) for c in counted)], model.device)
@@ -306,7 +309,7 @@ def update(
         logprobs, stats = backward(model, reference, group.prompt, responses, args)
         if group.place < args.log_groups:
             for response, of_tokens in zip(responses, logprobs, strict=True):
-                response.completion.trainer_logprobs = of_tokens.tolist()
+                group.trainer_logprobs[response.index] = of_tokens.tolist()
         largest_difference = max(largest_difference, stats.pop("largest_difference"))
         for name, value in stats.items():
             sums[name] += value
@@ -326,15 +329,15 @@ def in_loss(completion: Completion, args) -> bool:
 def responses_to_train(group: Group, args, n_responses: int, n_tokens: int, keep_all: bool) -> list[Response]:
     """The rollouts of a group that are run: those with an advantage, or all if a KL term needs them."""
     kept = []
-    for completion, advantage in zip(group.completions, group.advantages, strict=True):
+    for i, (completion, advantage) in enumerate(zip(group.completions, group.advantages, strict=True)):
         if in_loss(completion, args) and (advantage != 0 or keep_all):
-            kept.append((completion, advantage))
+            kept.append((i, completion, advantage))
     responses = []
-    for completion, advantage in kept:
+    for i, completion, advantage in kept:
         length = len(completion.tokens)
         weight = token_weight(length, args.loss, n_responses, n_tokens, args.max_new_tokens)
         cost = length + len(group.prompt) // len(kept)
-        responses.append(Response(completion, advantage, weight, cost))
+        responses.append(Response(i, completion, advantage, weight, cost))
     return responses
 
 
@@ -343,7 +346,7 @@ def backward(
 ) -> tuple[list[Tensor], dict[str, float]]:
     """Backpropagate the loss of responses that share a prompt.
 
-    Returns (the log-probabilities of each response's tokens, statistics, summed over all tokens).
+    Returns (the log-probabilities of each response's tokens, statistics: sums over tokens, and one maximum).
     """
     ids = [r.completion.tokens for r in responses]
     lengths = [len(tokens) for tokens in ids]
@@ -354,8 +357,8 @@ def backward(
 
     advantage = by_token([r.advantage for r in responses])  # (N,)
     weight = by_token([r.weight for r in responses])  # (N,)
-    old_logp = [x for r in responses for x in r.completion.logprobs]
-    old_logp = torch.tensor(old_logp, device=model.device)  # (N,)
+    old_logprobs = [x for r in responses for x in r.completion.logprobs]
+    old_logp = torch.tensor(old_logprobs, device=model.device)  # (N,)
     logp, entropy = response_logprobs(model, prompt, ids, args.temperature)
     reference_logp = None
     if reference is not None:
@@ -431,7 +434,7 @@ def arguments():
     p.add_argument("--eval-questions", type=positive, default=64, help="how many of each task")
     p.add_argument("--log-groups", type=natural, default=2,
                    help="questions of a step that go into rollouts.jsonl and the page, each with all its "
-                        "rollouts, their ids and log-probabilities: about 25 bytes a token")
+                        "rollouts, their ids and log-probabilities: about 30 bytes a token")
     args = p.parse_args()
     if args.questions_per_step % args.mini_batch:
         raise UserError(f"--mini-batch {args.mini_batch} must divide --questions-per-step "

@@ -42,6 +42,7 @@ import tensors
 from cache import free_memory, host_memory
 from checkpoint import device_and_dtype, read_folder
 from cli import UserError
+from diagnostics import BYTES_A_TOKEN
 from model import Config, Transformer
 from sample import NoRoom, Params, Request, Sampler
 from screen import say
@@ -395,6 +396,7 @@ def of_grpo(args) -> None:
         training_step(optimizer, [forward] if alone else [forward, forward], ledger)
         optimizer.refresh(policy)
         rollouts = flags.questions_per_step * flags.rollouts
+        logged = min(flags.log_groups, flags.questions_per_step) * flags.rollouts * flags.max_new_tokens
         updates = flags.questions_per_step // flags.mini_batch
         return [
             cache_line,
@@ -402,6 +404,7 @@ def of_grpo(args) -> None:
             f"prompt of {len(prompt):,}",
             f"{flags.steps:,} steps of {rollouts:,} rollouts and {updates:,} updates; at most "
             f"{flags.steps * rollouts * flags.max_new_tokens:,} sampled tokens, and as many to train on",
+            f"rollouts.jsonl: at most about {in_units(flags.steps * logged * BYTES_A_TOKEN)}",
         ]
     print_plan(args, folder, measure)
 

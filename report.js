@@ -59,13 +59,18 @@ function table(caption, [headings, ...rows], naming = 1) {
     el("tbody", {}, rows.map((row) => el("tr", {}, row.map(cell))))));
 }
 
-// legend({ right: "right answer" })
+// legend([["right", "right answer"]])
 function legend(entries) {
-  return el("p", { class: "legend" }, Object.entries(entries).map(([kind, text]) =>
+  return el("p", { class: "legend" }, entries.map(([kind, ...text]) =>
     el("span", {}, el("i", { class: `swatch ${kind}` }), text)));
 }
 
-const percent = (share) => `${(100 * share).toFixed(1)}%`;
+// Of a tie the even digit, as in the tables: toFixed would make 18.25 18.3, and Python has made it 18.2.
+function percent(share) {
+  const x = 100 * share;
+  return `${(Math.abs(x) % 1 === 0.25 ? x - Math.sign(x) * 0.05 : x).toFixed(1)}%`;
+}
+
 const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
 const sum = (numbers) => numbers.reduce((total, x) => total + x, 0);
 
@@ -89,12 +94,12 @@ const colourOfCell = (cell) => colourOf(data.arms.indexOf(cell.model));
 
 // A figure for each task.
 function panels(draw) {
-  return el("div", { class: "panels" }, tasks.map((task, i) =>
-    el("figure", {}, el("figcaption", {}, task), draw(task, i))));
+  return el("div", { class: "panels" }, tasks.map((task) =>
+    el("figure", {}, el("figcaption", {}, task), draw(task))));
 }
 
-// A line of a figure: what it is of, the picture, a number.
-function line(name, picture, number = "") {
+// A row of a figure: what it is of, the picture, a number.
+function row(name, picture, number = "") {
   return el("div", { class: "row" }, el("span", {}, name), picture, el("b", {}, number));
 }
 
@@ -104,7 +109,7 @@ function axis(from, to) {
 
 function accuracySection() {
   const highest = Math.max(...data.cells.map((cell) => cell.interval[1]));
-  const end = Math.min(1, 4 * roundUp(highest / 4));
+  const end = Math.min(1, 4 * roundUp(highest / 4));  // finer than roundUp(highest): 80% is among them
   const picture = (cell) => {
     const [low, high] = cell.interval;
     const range = { left: percent(low / end), width: percent((high - low) / end) };
@@ -115,24 +120,24 @@ function accuracySection() {
   return section("accuracy", "Accuracy",
     el("p", {}, "Dot: share of right answers; bar: its 95% interval."),
     panels((task) => [
-      cellsOf(task).map((cell) => line(cell.model, picture(cell), percent(cell.accuracy))),
-      line("", axis("0", percent(end)))]),
+      cellsOf(task).map((cell) => row(cell.model, picture(cell), percent(cell.accuracy))),
+      row("", axis("0", percent(end)))]),
     table("Accuracy in % [95%], and the paired difference to the first model", data.tables.accuracy));
 }
 
 function retriesSection() {
-  const kinds = { gained: "wrong to right", "kept-right": "right to right", "kept-wrong": "wrong to wrong",
-    lost: "right to wrong" };
+  const kinds = [["gained", "wrong to right"], ["kept-right", "right to right"],
+    ["kept-wrong", "wrong to wrong"], ["lost", "right to wrong"]];
   const picture = (cell) => {
-    const pieces = Object.entries(kinds).filter(([, name]) => cell.retries[name]);
+    const pieces = kinds.filter(([, name]) => cell.retries[name]);
     const label = pieces.map(([, name]) => `${name}: ${cell.retries[name]}`).join(", ");
     return el("div", { class: "stacked", role: "img", "aria-label": label, title: label },
       pieces.map(([kind, name]) => placed(kind, { flexGrow: cell.retries[name] })));
   };
   const ofCell = (cell) => {
     const retries = sum(Object.values(cell.retries));
-    return retries ? line(cell.model, picture(cell), retries)
-      : line(cell.model, el("span", { class: "note" }, "no retry"));
+    return retries ? row(cell.model, picture(cell), retries)
+      : row(cell.model, el("span", { class: "note" }, "no retry"));
   };
   return section("retries", "Checks and retries",
     el("p", {}, "What became of an answer when the model tried again, and how many such retries there were."),
@@ -144,7 +149,7 @@ function retriesSection() {
 }
 
 function lengthsSection() {
-  const bar = (bin, from, to, kind) => svg("rect",
+  const bar = (bin, from, to, kind) => svg("rect",  // with a gap beside it
     { x: bin + 0.06, width: 0.88, y: 1 - to, height: to - from, class: kind });
   const picture = ({ right, wrong }, label) => {
     const highest = Math.max(...right.map((count, bin) => count + wrong[bin]));
@@ -156,15 +161,15 @@ function lengthsSection() {
       role: "img", "aria-label": label }, bars);
   };
   const ofModel = (counts) => {
-    const name = data.arms[counts.arm];
-    return line(name, picture(counts, `${name}: median ${counts.median} tokens`), short(counts.median));
+    const { model, median } = counts;
+    return row(model, picture(counts, `${model}: median ${median} tokens`), short(median));
   };
   return section("lengths", "Length of responses",
-    el("p", {}, "Each line has its own height; the number is its median."),
-    legend({ right: "right answer", wrong: "wrong answer" }),
-    panels((task, i) => [
-      data.lengths[i].bars.map(ofModel),
-      line("", axis("0", `${data.lengths[i].most} tokens`))]));
+    el("p", {}, "Each row has its own height; the number is its median."),
+    legend([["right", "right answer"], ["wrong", "wrong answer"]]),
+    panels((task) => [
+      data.lengths[task].bars.map(ofModel),
+      row("", axis("0", `${data.lengths[task].longest} tokens`))]));
 }
 
 function costSection() {
@@ -185,8 +190,7 @@ function costSection() {
   const models = [...new Set(data.cells.map((cell) => cell.model))];
   return section("cost", "Accuracy against tokens",
     el("p", {}, "To the right the mean tokens of a response, upwards the accuracy. A ring: forced to go on."),
-    el("p", { class: "legend" }, models.map((name, i) =>
-      el("span", {}, el("i", { class: `swatch ${colourOf(i)}` }), name))),
+    legend(models.map((name, i) => [colourOf(i), name])),
     panels((task) => [
       el("div", { class: "plane" }, el("span", { class: "top" }, percent(top)),
         points.filter(({ cell }) => cell.task === task).map(dot)),
@@ -207,11 +211,11 @@ function curvesSection() {
   if (!steps.length) return section("curves", "Curves", el("p", {}, "No step has been logged yet."));
   const last = steps.length - 1;
   const slider = el("input", { type: "range", id: "shown-step", min: 0, max: last,
-    oninput: () => show(slider.value) });
+    oninput: () => show(slider.valueAsNumber) });
   const readout = el("output", { for: slider.id });
-  const open = button("", () => openStep(steps[slider.value]));
-  const drawn = charts.map((chart) => curve(chart, (place) => show(place)));
-  const show = (place) => {
+  const open = button("", () => openStep(steps[slider.valueAsNumber]));
+  const drawn = charts.map((chart) => curve(chart, show));
+  function show(place) {
     const nearest = nearestStep(steps[place]);
     slider.value = place;
     slider.setAttribute("aria-valuetext", `step ${steps[place]}`);
@@ -219,12 +223,13 @@ function curvesSection() {
     open.hidden = nearest === null;
     open.textContent = `rollouts of step ${nearest}`;
     drawn.forEach((chart) => chart.show(place));
-  };
+  }
   show(last);
-  const averaged = each > 1 ? ` A point is the mean of ${each} steps.` : "";
-  const leads = traces.length ? " A click on a step shows its rollouts, or the nearest that were kept." : "";
+  const averaged = each > 1 ? `A point is the mean of ${each} steps. ` : "";
+  const smooth = steps.length < FEW ? "" : "Thin: each step; bold: a running mean. ";
+  const leads = traces.length ? "A click on a step shows its rollouts, or the nearest that were kept." : "";
   return section("curves", "Curves",
-    el("p", {}, `Thin: each step; bold: a running mean.${averaged}${leads}`),
+    el("p", {}, averaged + smooth + leads),
     el("div", { class: "controls" }, el("label", { for: slider.id }, "Shown step"), slider, readout, open),
     el("div", { class: "panels" }, drawn.map((chart) => chart.figure)));
 }
@@ -256,8 +261,7 @@ function curve({ title, unit, lines }, onpoint) {
   };
   const figure = el("figure", { class: "curve" },
     el("figcaption", {}, title, el("small", {}, unit === "%" ? "" : ` ${unit}`)),
-    el("p", { class: "legend" }, names.map((name, i) =>
-      el("span", {}, el("i", { class: `swatch line${i}` }), `${name} `, values[i]))),
+    legend(names.map((name, i) => [`line${i}`, `${name} `, values[i]])),
     el("div", { class: "plot" }, el("span", { class: "top" }, write(high)),
       el("span", { class: "bottom" }, write(low)), picture),
     axis(`step ${steps[0]}`, steps[steps.length - 1]));
@@ -269,14 +273,15 @@ const ends = (values) => [values.find(isThere), values.findLast(isThere)];
 
 // What the axis of these values goes from and to: from 0, unless they are far from it.
 function rangeOf(values) {
-  let low = Math.min(...values.filter(isThere));
-  let high = Math.max(...values.filter(isThere));
-  if (high === low || (low >= 0 && low < high / 2)) low = Math.min(0, low);
-  if (high === low) high = low < 0 ? 0 : 1;
-  return [low, high];
+  const low = Math.min(...values.filter(isThere));
+  const high = Math.max(...values.filter(isThere));
+  if (high === low) return high < 0 ? [low, 0] : [0, high || 1];
+  return low >= 0 && low < high / 2 ? [0, high] : [low, high];
 }
 
-// A line through the values that are there and, where they are many, their running mean over a twentieth.
+// A line through the values that are there and, from FEW on, their running mean over about a fifteenth.
+const FEW = 15;
+
 function paths(values, x, y, kind) {
   const points = values.map((value, place) => ({ value, place })).filter(({ value }) => value !== null);
   const path = (through, how) => {
@@ -284,8 +289,8 @@ function paths(values, x, y, kind) {
     return svg("path", { d: `M${corners.join("L")}`, class: `line ${how} ${kind}` });
   };
   if (points.length === 1) return [path([points[0], points[0]], "dotted")];
-  const half = Math.floor(points.length / 40);
-  if (half === 0) return [path(points, "")];
+  if (points.length < FEW) return [path(points, "")];
+  const half = Math.round(points.length / 30);
   const means = points.map(({ place }, i) => {
     const near = points.slice(Math.max(0, i - half), i + half + 1);
     return { place, value: sum(near.map(({ value }) => value)) / near.length };
@@ -319,6 +324,19 @@ const OUTCOMES = {
   "first attempt right, answer wrong": (trace) => trace.attempts[0] === true && !trace.correct,
   "a verdict contradicts the grade": (trace) => trace.contradicted > 0,
 };
+if (data.arms.length > 1) {
+  const first = data.arms[0];
+  OUTCOMES[`right, unlike ${first}`] = (trace) => trace.correct && ofFirstModel(trace)?.correct === false;
+  OUTCOMES[`wrong, unlike ${first}`] = (trace) => !trace.correct && ofFirstModel(trace)?.correct === true;
+}
+
+// The same sample of another model, in this or another group.
+function counterpart(arm, index, group) {
+  return group.traces.find((trace) => trace.arm === arm && trace.index === index) ?? null;
+}
+
+const ofFirstModel = (trace) => counterpart(0, trace.index, trace.group);
+
 const MANY = 4;  // attempts
 const ATTEMPTS = ["0", "1", "2", "3", `${MANY} or more`];
 
@@ -328,9 +346,13 @@ function field(label, control) {
 }
 
 // A choice among [value, text]; `none` stands for no choice, whose value is "".
-function choice(options, none, onchange = applyFilters) {
-  const first = none === null ? null : el("option", { value: "" }, none);
-  return el("select", { onchange }, first, options.map(([value, text]) => el("option", { value }, text)));
+function choice(values, none, onchange = applyFilters) {
+  return el("select", { onchange }, options(values, none));
+}
+
+function options(values, none) {
+  const first = none === null ? [] : [["", none]];
+  return [...first, ...values].map(([value, text]) => el("option", { value }, text));
 }
 
 // Of a filter without a value all traces pass.
@@ -339,7 +361,7 @@ function filter(label, control, passes) {
 }
 
 const asOptions = (texts) => texts.map((text, i) => [i, text]);
-const length = () => el("input", { type: "number", min: 0, step: 1, oninput: applyFilters });
+const bound = () => el("input", { type: "number", min: 0, step: 1, oninput: applyFilters });
 const filters = {
   step: filter("Step", choice(keptSteps.map((step) => [step, `step ${step}`]), "all kept steps"),
     (trace, step) => trace.group.step === Number(step)),
@@ -349,8 +371,8 @@ const filters = {
     (trace, name) => OUTCOMES[name](trace)),
   attempts: filter("Attempts", choice(asOptions(ATTEMPTS), "any number"),
     (trace, n) => Math.min(trace.attempts.length, MANY) === Number(n)),
-  least: filter("Tokens at least", length(), (trace, tokens) => trace.length >= Number(tokens)),
-  most: filter("Tokens at most", length(), (trace, tokens) => trace.length <= Number(tokens)),
+  least: filter("Tokens at least", bound(), (trace, tokens) => trace.length >= Number(tokens)),
+  most: filter("Tokens at most", bound(), (trace, tokens) => trace.length <= Number(tokens)),
   text: filter("Text", el("input", { type: "search", oninput: applyFilters, "aria-keyshortcuts": "/" }),
     (trace, text) => searched(trace).includes(text.toLowerCase())),
 };
@@ -365,18 +387,23 @@ function applyFilters() {
   const active = Object.values(filters).filter(({ control }) => control.value !== "");
   matches = traces.filter((trace) => active.every(({ control, passes }) => passes(trace, control.value)));
   drawList();
+  viewer.classList.toggle("empty", !matches.length);
   if (matches.length && !matches.includes(current)) openTrace(matches[0]);
   else drawGroup();
 }
 
-function clearFilters() {
+function resetFilters() {
   for (const { control } of Object.values(filters)) control.value = "";
+}
+
+function clearFilters() {
+  resetFilters();
   applyFilters();
 }
 
 // ---- the viewer: the list ----------------------------------------------------------------------------
 const PAGE = 100;  // groups that are listed at once
-const list = el("ol", { class: "list" });
+const list = el("ol", { class: "list", tabindex: -1 });
 const count = el("p", { class: "note", role: "status" });
 
 function mark(trace) {
@@ -407,6 +434,7 @@ function drawList() {
     const left = groups.length - from - PAGE;
     if (left <= 0) return;
     const more = el("li", {}, button(`${Math.min(left, PAGE)} more of ${left} questions`, () => {
+      list.focus();  // the button goes
       more.remove();
       listFrom(from + PAGE);
     }));
@@ -421,7 +449,7 @@ function entry(group, matching) {
   const markOf = (trace) => button(mark(trace), () => openTrace(trace), {
     class: `mark ${trace.correct ? "is-right" : "is-wrong"} ${matching.has(trace) ? "" : "out"}`,
     title: describe(trace), "aria-label": describe(trace), "data-at": trace.at });
-  const arms = [...new Set(group.traces.map((trace) => trace.arm))];
+  const arms = [...new Set(group.traces.map((trace) => trace.arm))];  // rollouts have none: a single row
   const marks = arms.map((arm) => el("div", { class: "marks" },
     isRun ? null : el("span", {}, data.arms[arm]),
     group.traces.filter((trace) => trace.arm === arm).map(markOf)));
@@ -446,17 +474,34 @@ function scrollWithin(box, item) {
 }
 
 // ---- the viewer: a question --------------------------------------------------------------------------
-const detail = el("div", { class: "detail", id: "trace", tabindex: -1 });
+// What is made once stays when another trace is shown, and with it the focus.
 const spoken = el("p", { class: "hidden", role: "status" });
+const question = el("div");
+const besideChoice = choice([], "nothing", () => {
+  beside = besideChoice.value === "" ? null : traces[besideChoice.value];
+  drawGroup();
+});
+const colourChoice = choice([], null, () => {
+  colouring = colourChoice.value;
+  drawGroup();
+});
+const besideField = field("Beside", besideChoice);
+const colourField = field("Colour", colourChoice);
+const articles = el("div");
+const detail = el("div", { class: "detail", id: "trace", tabindex: -1 },
+  question,
+  el("div", { class: "controls" },
+    button("‹ previous", () => move(-1), { "aria-keyshortcuts": "k" }),
+    button("next ›", () => move(1), { "aria-keyshortcuts": "j" }),
+    besideField, colourField),
+  articles);
+const viewer = el("div", { class: "viewer" }, list, detail);
 
 function openTrace(trace) {
-  const besideBefore = beside;
-  const moved = current !== null && current.group !== trace.group;
-  current = trace;
-  if (moved && besideBefore) {  // what stands beside it is the same sample of the same model
-    beside = trace.group.traces.find((other) => other !== trace
-      && other.arm === besideBefore.arm && other.index === besideBefore.index) || null;
+  if (current && beside && current.group !== trace.group) {
+    beside = counterpart(beside.arm, beside.index, trace.group);
   }
+  current = trace;
   history.replaceState(null, "", addressOf(trace));
   drawGroup();
   spoken.textContent = describe(trace);
@@ -466,37 +511,31 @@ function drawGroup() {
   const { group } = current;
   const others = group.traces.filter((trace) => trace !== current);
   if (!others.includes(beside)) beside = null;
-  const besideChoice = choice(others.map((trace) => [trace.at, nameOf(trace)]), "nothing", () => {
-    beside = besideChoice.value === "" ? null : traces[besideChoice.value];
-    drawGroup();
-  });
+  besideChoice.replaceChildren(...options(others.map((trace) => [trace.at, nameOf(trace)]), "nothing"));
   besideChoice.value = beside ? beside.at : "";
-  const colour = choice(Object.entries(COLOURINGS), null, () => {
-    colouring = colour.value;
-    drawGroup();
-  });
-  colour.value = colouring;
-  detail.replaceChildren(
+  colourChoice.replaceChildren(...options(Object.entries(COLOURINGS), null));
+  colourChoice.value = colouring;
+  colourField.hidden = !group.traces.some((trace) => trace.ids);
+  question.replaceChildren(
     el("h3", {}, isRun ? `step ${group.step}: ${group.id}` : group.id),
     el("div", { class: "question" }, group.question),
     el("p", {}, "Reference answer: ", el("code", {}, group.reference || "not known")),
-    members(group),
-    el("div", { class: "controls" },
-      button("‹ previous", () => move(-1), { "aria-keyshortcuts": "k" }),
-      button("next ›", () => move(1), { "aria-keyshortcuts": "j" }),
-      field("Beside", besideChoice),
-      hasTokens(group) ? field("Colour", colour) : null),
-    el("div", { class: beside ? "two" : "one" }, article(current), beside ? article(beside) : null));
-  scrollWithin(detail.querySelector(".members"), detail.querySelector(".chosen"));
+    members(group));
+  if (group.prompt) question.append(el("details", {}, el("summary", {}, "Prompt, as the model saw it"),
+    el("div", { class: "question" }, group.prompt)));
+  articles.className = beside ? "two" : "";
+  articles.replaceChildren(article(current), ...(beside ? [article(beside)] : []));
+  scrollWithin(question.querySelector(".members"), question.querySelector(".chosen"));
   showInList();
   highlight();
 }
 
-const hasTokens = (group) => group.traces.some((trace) => trace.ids);
-
 // All traces of a group, with what tells them apart.
 function members(group) {
-  const grade = (trace) => (trace.answer === null ? "no readable answer" : trace.correct ? "right" : "wrong");
+  const grade = (trace) => {
+    if (trace.answer === null) return "no readable answer";
+    return trace.correct ? "right" : "wrong";
+  };
   const columns = {
     "response": (trace) => button(`${mark(trace)} ${nameOf(trace)}`, () => openTrace(trace),
       { "aria-current": trace === current ? "true" : null }),
@@ -589,6 +628,11 @@ const COLOURINGS = {
   trainer: "by the trainer's log-probability",
   difference: "by trainer minus sampler",
 };
+const MEANING = {
+  sampler: "Orange: tokens that the sampler found unlikely, in full from -5 on.",
+  trainer: "Orange: tokens that the trainer finds unlikely, in full from -5 on.",
+  difference: "Orange: likelier to the trainer than to the sampler, blue: less likely; in full at 0.5.",
+};
 // Thousandths of a nat that have all the colour.
 const FULL = { sampler: 5000, trainer: 5000, difference: 500 };
 
@@ -602,8 +646,11 @@ function strength(trace, i) {
 }
 
 function tokenView(trace) {
-  if (!trace.ids) return el("p", { class: "note" }, "The tokens of this response cannot be told apart.");
-  const readout = el("p", { class: "readout", role: "status" }, "Point at a token, or use ← and →.");
+  if (!trace.ids) {
+    return [el("p", { class: "note" }, "The tokens of this response are not known here."), partView(trace)];
+  }
+  const readout = el("p", { class: "readout", role: "status" },
+    `${MEANING[colouring]} Point at a token, or use ← and →.`);
   const tokens = tokenElements(trace);
   let chosen = null;  // its place
   const choose = (place) => {
@@ -634,7 +681,7 @@ function tokenElements(trace) {
     const text = isEnd ? trace.end : trace.text.slice(at, at + trace.widths[place]);
     at += trace.widths[place];
     const how = strength(trace, place);
-    const kind = `token ${how < 0 ? "less" : "more"} ${isEnd ? "end" : ""}`;
+    const kind = `token ${how < 0 ? "less" : ""} ${isEnd ? "end" : ""}`;
     const token = el("span", { class: kind, "data-place": place }, text);
     token.style.setProperty("--strength", `${Math.round(100 * Math.abs(how))}%`);
     return token;
@@ -688,7 +735,7 @@ function nearestStep(step) {
 function openStep(step) {
   const nearest = nearestStep(step);
   if (nearest === null) return;
-  clearFilters();
+  resetFilters();
   filters.step.control.value = nearest;
   applyFilters();
   openTrace(matches[0]);
@@ -696,20 +743,18 @@ function openStep(step) {
 }
 
 // ---- the viewer: the keys ----------------------------------------------------------------------------
-// The next of a list, or the one before, without leaving it.
-function neighbour(items, item, by) {
-  return items[Math.min(items.length - 1, Math.max(0, items.indexOf(item) + by))];
-}
-
+// To the next response that passes the filters (by 1), or to the one before (by -1), if there is one.
 function move(by) {
-  if (matches.length) openTrace(neighbour(matches, current, by));
+  const next = by > 0 ? matches.find((trace) => trace.at > current.at)
+    : matches.findLast((trace) => trace.at < current.at);
+  if (next) openTrace(next);
 }
 
 function moveGroup(by) {
-  const groups = [...new Set(matches.map((trace) => trace.group))];
-  if (!groups.length) return;
-  const group = neighbour(groups, current.group, by);
-  openTrace(matches.find((trace) => trace.group === group));
+  const own = current.group.traces;
+  const next = by > 0 ? matches.find((trace) => trace.at > own.at(-1).at)
+    : matches.findLast((trace) => trace.at < own[0].at);
+  if (next) openTrace(matches.find((trace) => trace.group === next.group));
 }
 
 // Beside a sample the same of the next model, beside a rollout the next one; after the last, nothing.
@@ -721,7 +766,7 @@ function cycleBeside() {
 }
 
 function cycleColouring() {
-  if (!hasTokens(current.group)) return;
+  if (colourField.hidden) return;
   const all = Object.keys(COLOURINGS);
   colouring = all[(all.indexOf(colouring) + 1) % all.length];
   drawGroup();
@@ -754,20 +799,27 @@ function tracesSection() {
   const useful = { step: isRun, task: tasks.length > 1, model: data.arms.length > 1 };
   const shown = Object.keys(filters).filter((name) => useful[name] ?? true);
   return section("traces", title,
-    legend({ correct: "right attempt", incorrect: "wrong attempt", reflection: "check", phrase: "between",
-      contradicts: "verdict against the grade" }),
+    legend([["correct", "right attempt"], ["incorrect", "wrong attempt"], ["reflection", "check"],
+      ["phrase", "between"], ["contradicts", "verdict against the grade"]]),
     el("div", { class: "controls", role: "search" }, shown.map((name) => filters[name].field),
       button("clear", clearFilters)),
     count,
     el("details", { class: "keys" }, el("summary", {}, "Keys"), el("dl", {}, Object.entries(KEYS).map(
       ([key, [does]]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, does)]))),
     spoken,
-    el("div", { class: "viewer" }, list, detail));
+    viewer);
 }
 
 function settings() {
-  const rows = Object.entries(data.settings).map(([name, value]) => [name, JSON.stringify(value)]);
-  return el("details", {}, el("summary", {}, "Settings"), table("Its flags", [["flag", "value"], ...rows]));
+  return el("details", {}, el("summary", {}, "Settings"),
+    table("Its flags", [["flag", "value"], ...Object.entries(data.settings)]));
+}
+
+function howFar() {
+  if (!isRun) return null;
+  const done = data.curves.steps.at(-1) ?? 0;
+  const planned = "steps" in data.settings ? ` of ${data.settings.steps}` : "";
+  return el("p", {}, `Step ${done}${planned}.`);
 }
 
 function draw() {
@@ -776,7 +828,7 @@ function draw() {
   const links = sections.map((made) =>
     el("a", { href: `#${made.id}` }, made.querySelector("h2").textContent));
   document.body.append(
-    el("header", {}, el("h1", {}, data.title), el("p", {}, el("code", {}, data.command)), settings(),
+    el("header", {}, el("h1", {}, data.title), el("p", {}, el("code", {}, data.command)), howFar(), settings(),
       el("nav", { "aria-label": "Sections" }, links)),
     el("main", {}, sections));
   if (!traces.length) return;

@@ -4,7 +4,7 @@
     python report.py out/grpo                        # of a run, also while it trains (a checkpoint does too)
     python report.py out/grpo --megabytes 100        # with more of its rollouts
 
-What is drawn and how it answers is in `report.js`, how it looks in `report.css`; here is what they are given.
+How it is drawn and answers is in `report.js`, how it looks in `report.css`; here is what they are given.
 A leaf: `evaluate.py` and `run.py` import it where they write the page, and nothing else does.
 
 Left out: several runs in one page; runs that log elsewhere than in their folder.
@@ -13,24 +13,87 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tokenizers.decoders import DecodeStream
 
 from cli import UserError, bare_parser, check_types, command, number, read_json, row_of, write_whole
-from grading import attempts_in, extract_answer, verdict
+from grading import attempts_in
 from screen import printable
-from summary import ROW, by_task, check_row, tables, tables_of
+from summary import (
+    ROW, all_figures, bounds, by_task, change, check_row, paper_rows, percent, printed_tables, read_paper,
+    two_places, with_headings,
+)
 from tokenizer import Tokenizer
 
 MEGABYTES = 20.0  # of traces in a page, unless told otherwise
 
 
+# ---- tables --------------------------------------------------------------------------------------
+def accuracy_table(cells: list[dict]) -> list[list[str]]:
+    """A row for each model, a column for each task; below, what the paper has of the same tasks."""
+    names = list(dict.fromkeys(cell["task"] for cell in cells))
+    rows = {}
+    for cell in cells:
+        row = rows.setdefault(cell["model"], {"model": cell["model"], **dict.fromkeys(names, "")})
+        row[cell["task"]] = f"{percent(cell['accuracy'])} {bounds(cell['interval'])}"
+        if "difference" in cell:
+            row[cell["task"]] += f"\n{change(cell['difference'], cell['difference_interval'])}"
+    paper = [{**row, "model": in_the_paper(row["model"])} for row in paper_rows(names, heading="model")]
+    return with_headings([*rows.values(), *paper])
+
+
+def verdict_row(cell: dict) -> dict[str, str]:
+    """Use of the skills, as in the paper's Table 4, and what each kind of attempt was called."""
+    return {
+        "model": cell["model"],
+        "task": cell["task"],
+        "answers": two_places(cell["answers"]),
+        "reflections": two_places(cell["reflections"]),
+        "F1 right / wrong": f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}",
+        **{name: str(count) for name, count in cell.get("confusion", {}).items()},
+    }
+
+
+def retry_row(cell: dict) -> dict[str, str]:
+    """What further attempts did, and what they are worth."""
+    return {
+        "model": cell["model"],
+        "task": cell["task"],
+        "responses with a retry %": percent(cell["retried"]),
+        **{name: str(count) for name, count in cell["retries"].items()},
+        "first attempt %": percent(cell["first_attempt"]),
+        "final answer %": percent(cell["accuracy"]),
+        "gain": change(cell["gain"], cell["gain_interval"]) if cell["retried"] else "-",
+    }
+
+
+def page_tables(cells: list[dict]) -> dict[str, list[list[str]]]:
+    """Those of an evaluation, by what they tell. The paper's figures are the last rows."""
+    verdicts = [verdict_row(cell) for cell in cells]
+    for task, skills in read_paper()["skills"].items():
+        if any(cell["task"] == task for cell in cells):
+            model = in_the_paper("SkillFactory then GRPO")
+            verdicts.append(verdict_row({"model": model, "task": task, **skills}))
+    return {
+        "accuracy": accuracy_table(cells),
+        "verdicts": with_headings(verdicts),
+        "retries": with_headings([retry_row(cell) for cell in cells]),
+        "all": all_figures(cells),
+    }
+
+
+def in_the_paper(arm: str) -> str:
+    return f"{arm} (the paper, 1.5B)"
+
+
 # ---- a response in its parts ---------------------------------------------------------------------
-TAG = re.compile(r"(</?(?:think|sample|reflect|answer|verdict)>\n?)")
+TAG = re.compile(r"(</?(?:think|sample|reflect|answer|(?i:verdict))>\n?)")
 GRADED = {True: "correct", False: "incorrect", None: "attempt"}
 
 
@@ -38,79 +101,50 @@ def parts_of(response: str, grades: list[bool]) -> list[tuple[str, str]]:
     """[(kind, text)] of a response; the texts, joined, are the response.
 
     `grades` are those of its attempts or, where it has no <sample>, the one of the whole. Kinds of text:
-    correct, incorrect, attempt (one without a grade); reflection; agrees, contradicts, verdict (one without
-    an attempt); answer (the final one); phrase (what stands between). Kinds of tags: "open correct" and its
-    like, before what <sample> and <reflect> hold; close; tag. A line break after a tag goes with it.
+    correct, incorrect, attempt (one without a grade); reflection; agrees, contradicts (a verdict by the grade
+    of its attempt), verdict (one that does not count); answer (the final one); phrase (what stands between).
+    Kinds of tags: "open correct" and its like, before what <sample> and <reflect> hold; close; tag. A line
+    break after a tag goes with it.
 
     parts_of("<sample>5</sample>", [True])
     ->  [("open correct", "<sample>"), ("correct", "5"), ("close", "</sample>")]
     """
     attempts = attempts_in(response)
-    grade_at = {attempt.at: grade for attempt, grade in zip(attempts, grades, strict=False)}
+    grade_at = {}  # by where an attempt begins
+    verdict_at = {}  # agrees or contradicts, by where it begins
+    for attempt, grade in zip(attempts, grades, strict=False):
+        grade_at[attempt.at] = grade
+        if attempt.said is not None:
+            verdict_at[attempt.said_at] = "agrees" if attempt.said == grade else "contradicts"
     outside = "phrase" if attempts or not grades else GRADED[grades[0]]
     block = outside
-    inner = ""  # the tag that is open in the block: verdict or answer
-    grade = None  # of the last attempt
+    inner = ""  # what is open in the block: an answer, or a kind of verdict
     parts = []
     at = 0
     for text in TAG.split(response):
-        tag = text.rstrip("\n")
+        tag = text.rstrip("\n").lower()
         if not TAG.fullmatch(text):
-            kind = block
-            if inner == "verdict":
-                kind = kind_of_verdict(text, grade)
-            elif inner == "answer" and block == outside:
-                kind = "answer"
-        elif tag in ("<verdict>", "<answer>", "</verdict>", "</answer>"):
-            inner = tag.strip("<>") if tag[1] != "/" else ""
+            is_inside = inner == "answer" and block != outside
+            kind = block if is_inside or not inner else inner
+        elif tag in ("<answer>", "<verdict>", "</answer>", "</verdict>"):
+            inner = {"<answer>": "answer", "<verdict>": verdict_at.get(at, "verdict")}.get(tag, "")
             kind = "tag"
         else:
             inner = ""
-            block = outside
-            if tag == "<sample>":
-                grade = grade_at.get(at)
-                block = GRADED[grade]
-            elif tag == "<reflect>":
-                block = "reflection"
+            block = {"<sample>": GRADED[grade_at.get(at)], "<reflect>": "reflection"}.get(tag, outside)
             kind = "close" if block == outside else f"open {block}"
         parts.append((kind, text))
         at += len(text)
     return [(kind, text) for kind, text in parts if text]
 
 
-def kind_of_verdict(text: str, grade: bool | None) -> str:
-    said = verdict(f"<verdict>{text}</verdict>")
-    if said is None or grade is None:
-        return "verdict"
-    return "agrees" if said == grade else "contradicts"
-
-
-MOST_TOKENS_OF_A_CHARACTER = 8  # its four bytes, and as many before them that begin none
-
-
-def pieces_of(tokenizer: Tokenizer, ids: list[int], text: str) -> list[str]:
-    """What each token adds to a text; [] if that cannot be told. A character comes with its last token.
-
-    Each is decoded alone; where that does not add up to the text, with those before it, on which some
-    decoders depend.
-    """
-    pieces = [tokenizer.decode([token]) for token in ids]
-    if "".join(pieces) == text:
-        return pieces
-    pieces = []
-    context = 0
-    known = 0  # ids[context:known] have their pieces
-    for i in range(1, len(ids) + 1):
-        before = tokenizer.decode(ids[context:known])
-        piece = tokenizer.decode(ids[context:i])[len(before):]
-        within_a_character = piece.endswith("\ufffd") and i - known < MOST_TOKENS_OF_A_CHARACTER
-        if within_a_character and i < len(ids):
-            pieces.append("")
-        else:
-            pieces.append(piece)
-            context = known
-            known = i
-    return pieces if "".join(pieces) == text else []
+def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to their text. A character of several tokens comes with the last of them."""
+    stream = DecodeStream(skip_special_tokens=False)
+    pieces = [stream.step(tokenizer.bpe, token) or "" for token in ids]
+    if pieces:  # what is no whole character comes at the end
+        pieces[-1] += tokenizer.decode(ids)[sum(map(len, pieces)):]
+    return pieces
 
 
 def tokens_of(rollout: dict, tokenizer: Tokenizer) -> dict:
@@ -123,8 +157,8 @@ def tokens_of(rollout: dict, tokenizer: Tokenizer) -> dict:
     stopped = rollout["finish"] == "stop"
     sampled = ids[:-1] if stopped else ids
     text = tokenizer.decode(sampled)
-    pieces = pieces_of(tokenizer, sampled, text)
-    if tokenizer.opening + text != rollout["response"] or (text and not pieces):
+    pieces = pieces_of(tokenizer, sampled)
+    if "".join(pieces) != text or tokenizer.opening + text != rollout["response"]:
         return {}
 
     def width(piece):
@@ -159,51 +193,54 @@ def trace_of(row: dict, **more) -> dict:
 
 
 # ---- an evaluation -------------------------------------------------------------------------------
+FORCED_TO_GO_ON = ", forced to go on"
+BINS = 40
+
+
 def of_evaluation(out: Path, cells: list[dict], results: dict, megabytes: float = MEGABYTES) -> str:
-    """The page of an evaluation: `cells` are those of summary.json, `results` as of `read_results`."""
+    """The page of an evaluation: `cells` are those of summary.json, `results` as of `evaluate.read_results`.
+
+    A response that was forced to go on stands beside the one that it goes on from, as of another model.
+    """
     cells = by_task(cells)
-    arms = list(dict.fromkeys(cell["model"] for cell in cells))
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    arms = list(models)
     if any("forced" in cell for cell in cells):
-        arms += [f"{arm}{FORCED_TO_GO_ON}" for arm in arms]
-    results = {(cell["model"], cell["task"]): results[cell["model"], cell["task"]] for cell in cells}
-    asked = {}  # {task: {id: rows}}, the models in their order
+        arms += [f"{model}{FORCED_TO_GO_ON}" for model in models]
+    lengths = {}  # of right and wrong responses, by task and model
+    asked = {}  # the rows of a question, by task and id
     for cell in cells:
-        rows_of = asked.setdefault(cell["task"], {})
-        for (identity, _), row in sorted(results[cell["model"], cell["task"]].items()):
-            rows_of.setdefault(identity, []).append(row)
-    questions = [(task, identity) for task, rows_of in asked.items() for identity in sorted(rows_of)]
+        task = cell["task"]
+        rows = [row for _, row in sorted(results[cell["model"], task].items())]
+        lengths.setdefault(task, {})[cell["model"]] = rows
+        for row in rows:
+            asked.setdefault((task, row["id"]), []).append(row)
     return page(
         title="SkillFactory: evaluation",
         head={
             **origin_of(out),
             "cells": cells,
             "arms": arms,
-            "lengths": [lengths_of(name, arms, results) for name in asked],
-            "tables": tables_of(cells),
+            "lengths": {task: lengths_of(of_task) for task, of_task in lengths.items()},
+            "tables": page_tables(cells),
         },
-        groups=[partial(asked_group, task, asked[task][identity], arms) for task, identity in questions],
+        groups=[partial(asked_group, rows, arms) for rows in asked.values()],
         megabytes=megabytes,
-        plain=tables(cells),
+        plain=printed_tables(cells),
     )
 
 
-FORCED_TO_GO_ON = ", forced to go on"
-
-
-def asked_group(task: str, rows: list[dict], arms: list[str]) -> dict:
+def asked_group(rows: list[dict], arms: list[str]) -> dict:
     """A question with the responses of all models."""
-    traces = []
-    for row in rows:
-        traces.append(trace_of(row, arm=arms.index(row["model"]), index=row["index"]))
+    traces = [trace_of(row, arm=arms.index(row["model"]), index=row["index"]) for row in rows]
     for row in rows:
         if "forced" in row:
-            answer, _ = extract_answer(row["forced"]["response"])
-            longer = {**row, **row["forced"], "answer": answer, "reason": "", "attempts": [], "verdicts": []}
+            longer = {"answer": None, "reason": "", "attempts": [], "verdicts": [], **row["forced"]}
             arm = arms.index(row["model"] + FORCED_TO_GO_ON)
             traces.append(trace_of(longer, arm=arm, index=row["index"]))
     first = rows[0]
     return {
-        "task": task,
+        "task": first["task"],
         "id": first["id"],
         "question": first["question"],
         "reference": first.get("reference") or "",
@@ -211,37 +248,37 @@ def asked_group(task: str, rows: list[dict], arms: list[str]) -> dict:
     }
 
 
-def lengths_of(task: str, arms: list[str], results: dict) -> dict:
-    """Histograms of the lengths of right and wrong responses, in the same bins for all models."""
-    lengths = {}
-    for arm in arms:
-        for row in results.get((arm, task), {}).values():
-            lengths.setdefault(arm, {True: [], False: []})[row["correct"]].append(row["tokens"])
-    most = max(max(of_arm[True] + of_arm[False]) for of_arm in lengths.values())
-    edges = np.linspace(0, most + 1, BINS + 1)
+def lengths_of(rows: dict[str, list[dict]]) -> dict:
+    """Histograms of the lengths of right and wrong responses of each model, in the same bins for all."""
+    longest = max(row["tokens"] for of_model in rows.values() for row in of_model)
+    edges = np.linspace(0, longest + 1, BINS + 1)
+
+    def histogram(of_model, correct):
+        lengths = [row["tokens"] for row in of_model if row["correct"] == correct]
+        return np.histogram(lengths, edges)[0].tolist()
+
     bars = []
-    for arm, of_arm in lengths.items():
+    for model, of_model in rows.items():
         bars.append({
-            "arm": arms.index(arm),
-            "right": np.histogram(of_arm[True], edges)[0].tolist(),
-            "wrong": np.histogram(of_arm[False], edges)[0].tolist(),
-            "median": float(np.median(of_arm[True] + of_arm[False])),
+            "model": model,
+            "right": histogram(of_model, True),
+            "wrong": histogram(of_model, False),
+            "median": float(np.median([row["tokens"] for row in of_model])),
         })
-    return {"task": task, "most": most, "bars": bars}
+    return {"longest": longest, "bars": bars}
 
 
-BINS = 40
-
-# Types of what `tables` and the page read of a cell. Others, such as pass@k, may be there or not.
 def read_evaluation(out: Path) -> tuple[list[dict], dict]:
     """(cells, results) of a folder of `evaluate.py`, which may be at work."""
     path = out / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it comes when the first model is through with a task")
     try:
-        cells = json.loads(path.read_bytes())
+        cells = json.loads(path.read_bytes(), parse_constant=int)  # int("NaN") is a ValueError
         for cell in cells:
             cell["pass"] = {int(k): share for k, share in cell["pass"].items()}
-        tables_of(cells)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        page_tables(cells)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as e:
         raise UserError(f"{path}: damaged, or of another version; evaluate.py --resume makes it anew") from e
     results = {}
     for where, row in whole_rows(out / "results.jsonl", ROW):
@@ -260,9 +297,11 @@ def of_run(out: Path, megabytes: float = MEGABYTES) -> str:
     rows = [row for _, row in whole_rows(out / "metrics.jsonl", {"step": int})]
     path = out / "rollouts.jsonl"
     starts = starts_of_lines(path) if path.exists() else []
-    tokenizer = Tokenizer(out) if starts else None
-    groups = [partial(rolled_group, path, number, start, tokenizer) for number, start in enumerate(starts)]
     origin = origin_of(out)
+    tokenizer = None  # before the first checkpoint
+    if (out / "tokenizer.json").is_file():
+        tokenizer = Tokenizer(out, origin["settings"].get("chat_template_kwargs"))
+    groups = [partial(rolled_group, path, line, start, tokenizer) for line, start in enumerate(starts, 1)]
     return page(
         title=f"SkillFactory: {origin['command'].partition('.py')[0]}",
         head={**origin, "arms": [], "curves": curves_of(rows)},
@@ -272,7 +311,8 @@ def of_run(out: Path, megabytes: float = MEGABYTES) -> str:
     )
 
 
-GROUP = {"step": int, "task": str, "id": str, "question": str, "reference": str, "rollouts": list}
+GROUP = {"step": int, "task": str, "id": str, "question": str, "reference": str, "prompt": list,
+         "rollouts": list}
 ROLLOUT = {
     "response": str, "answer": str | None, "correct": bool, "reason": str, "reward": float | int,
     "advantage": float | int, "finish": str, "tokens": int, "attempts": list, "verdicts": list, "ids": list,
@@ -280,9 +320,9 @@ ROLLOUT = {
 }
 
 
-def rolled_group(path: Path, number: int, start: int, tokenizer: Tokenizer) -> dict:
-    """A question of a step with its rollouts, from the line of this number that begins at byte `start`."""
-    where = f"{path}:{number + 1}"
+def rolled_group(path: Path, line: int, start: int, tokenizer: Tokenizer | None) -> dict:
+    """A question of a step with its rollouts, from the line that begins at byte `start`."""
+    where = f"{path}:{line}"
     with open(path, "rb") as f:
         f.seek(start)
         row = row_of(f.readline(), where, GROUP)
@@ -291,7 +331,7 @@ def rolled_group(path: Path, number: int, start: int, tokenizer: Tokenizer) -> d
         try:
             check_types(rollout, ROLLOUT, where)
             trace = trace_of(rollout, index=i, reward=rollout["reward"], advantage=rollout["advantage"])
-            traces.append({**trace, **tokens_of(rollout, tokenizer)})
+            traces.append({**trace, **(tokens_of(rollout, tokenizer) if tokenizer else {})})
         except (KeyError, TypeError, ValueError, OverflowError) as e:
             raise UserError(f"{where}: rollout {i + 1} is damaged; remove this line") from e
     return {
@@ -300,13 +340,15 @@ def rolled_group(path: Path, number: int, start: int, tokenizer: Tokenizer) -> d
         "id": row["id"],
         "question": row["question"],
         "reference": row["reference"],
+        "prompt": tokenizer.decode(row["prompt"]) if tokenizer else "",
         "traces": traces,
     }
 
 
 # What is drawn together, (title, unit, metrics). What is in none of them gets a chart of its own.
 CHARTS = (
-    ("Reward", "%", ("reward", "correct", "val")),
+    ("Reward", "", ("reward",)),
+    ("Right answers", "%", ("correct", "val")),
     ("Loss", "nats", ("loss", "val_loss")),
     ("Length of a response", "tokens", ("response_tokens",)),
     ("Entropy", "nats a token", ("entropy",)),
@@ -329,8 +371,8 @@ def curves_of(rows: list[dict]) -> dict:
 
     Where there are more than MOST_POINTS steps, a point is the mean of several.
     """
-    each = -(-len(rows) // MOST_POINTS)
-    buckets = [rows[i:i + each] for i in range(0, len(rows), each or 1)]
+    each = max(1, math.ceil(len(rows) / MOST_POINTS))
+    buckets = [rows[i:i + each] for i in range(0, len(rows), each)]
     values = {}
     for name in dict.fromkeys(name for row in rows for name in row if name != "step"):
         points = [mean_of([row.get(name) for row in bucket]) for bucket in buckets]
@@ -347,7 +389,7 @@ def curves_of(rows: list[dict]) -> dict:
 
 def mean_of(values: list) -> float | None:
     """The mean of those that are numbers, to six digits."""
-    numbers = [value for value in values if isinstance(value, int | float)]
+    numbers = [value for value in values if isinstance(value, int | float) and abs(value) < 1e300]
     return float(f"{sum(numbers) / len(numbers):.6g}") if numbers else None
 
 
@@ -364,8 +406,6 @@ def starts_of_lines(path: Path) -> list[int]:
 
 def whole_rows(path: Path, types: dict) -> Iterator[tuple[str, dict]]:
     """("file:line", row) of the whole lines of a file."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; it comes with the first step")
     with open(path, "rb") as f:
         for i, line in enumerate(f, 1):
             if line.endswith(b"\n"):
@@ -374,8 +414,9 @@ def whole_rows(path: Path, types: dict) -> Iterator[tuple[str, dict]]:
 
 def origin_of(out: Path) -> dict:
     """How a folder was made, by its run.json."""
-    record = read_json(out / "run.json")
-    return {"command": " ".join(map(str, record.get("command", ""))), "settings": record.get("flags", {})}
+    record = {"command": [], "flags": {}, **read_json(out / "run.json")}
+    check_types(record, {"command": list, "flags": dict}, f"{out}/run.json")
+    return {"command": " ".join(map(str, record["command"])), "settings": record["flags"]}
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -396,7 +437,8 @@ def page(title: str, head: dict, groups: list[Callable[[], dict]], megabytes: fl
         if shown and size > 1e6 * megabytes:
             break
         shown[place] = text
-    head = {"title": title, **head, "groups_in_all": len(groups)}
+    settings = {name: json.dumps(value, ensure_ascii=False) for name, value in head["settings"].items()}
+    head = {"title": title, **head, "settings": settings, "groups_in_all": len(groups)}
     in_order = ",\n".join(shown[place] for place in sorted(shown))
     data = f'{to_data(head)[:-1]},"groups":[\n{in_order}]}}'
     policy = f"default-src 'none'; script-src '{hash_of(script)}'; style-src '{hash_of(style)}'"
@@ -433,7 +475,7 @@ def spread(n: int) -> list[int]:
 
 def to_data(value) -> str:
     """JSON in ASCII and without a "<", in which all control characters are spelled out."""
-    return json.dumps(visible(value), separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(visible(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def visible(value):
@@ -455,8 +497,10 @@ def renew(out: Path, megabytes: float = MEGABYTES) -> None:
     """Make the page of a folder anew, whatever made the folder."""
     if (out / "results.jsonl").is_file():
         text = of_evaluation(out, *read_evaluation(out), megabytes)
-    else:
+    elif (out / "metrics.jsonl").is_file():
         text = of_run(out, megabytes)
+    else:
+        raise UserError(f"{out}: nothing to show yet, neither metrics.jsonl nor results.jsonl")
     write_whole(out / "report.html", text)
 
 

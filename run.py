@@ -28,7 +28,7 @@ import torch
 
 from checkpoint import save as save_model_folder
 from cli import (
-    Stopped, UserError, check_types, handlers, read_json, read_rows_so_far, to_json, write_whole,
+    Stopped, UserError, check_types, handlers, read_json, read_rows_so_far, row_of, to_json, write_whole,
 )
 from processes import barrier, naming_the_missing, rank, total
 from record import is_written, start_or_check, sweep
@@ -241,9 +241,7 @@ class Run:
 
     # ---- the logs ----------------------------------------------------------------------------------
     def log(self, row: dict, name: str = "metrics.jsonl") -> None:
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row = {**row, key: None}  # JSON knows no infinity
+        row = finite(row)
         if name == "metrics.jsonl":
             self.history.append(row)
         if rank() == 0:
@@ -255,6 +253,15 @@ class Run:
         scores = [(score_of(row), -row["step"]) for row in self.history if row["step"]]
         scores = [pair for pair in scores if pair[0] is not None]
         return -max(scores)[1] if scores else None
+
+
+def finite(value):
+    """A row in which infinities and NaN, which JSON does not know, are None."""
+    if isinstance(value, dict):
+        return {name: finite(of_name) for name, of_name in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def was_planned(checkpoint: Path) -> bool:
@@ -273,19 +280,19 @@ def score_of(row: dict) -> float | None:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and one that a kill cut short."""
+    """Drop the lines of later steps, which are the last ones, and one that a kill cut short."""
     if not path.exists():
         return
     if not path.is_file():
         raise UserError(f"{path}: not a file")
-    content = path.read_bytes()
-    whole_lines = content[:content.rfind(b"\n") + 1]
-    if whole_lines != content:
-        write_whole(path, whole_lines)
-    rows = read_rows_so_far(path, {"step": int})
-    kept = [to_json(row) + "\n" for _, row in rows if row["step"] <= step]
-    if len(kept) < len(rows):
-        write_whole(path, "".join(kept))
+    end = 0
+    with open(path, "rb+") as f:
+        for i, line in enumerate(f, 1):
+            if not line.endswith(b"\n") or row_of(line, f"{path}:{i}", {"step": int})["step"] > step:
+                break
+            end += len(line)
+        if end < path.stat().st_size:
+            f.truncate(end)
 
 
 def read_history(path: Path) -> list[dict]:

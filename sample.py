@@ -83,7 +83,6 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""  # "stop" or "length"
-    trainer_logprobs: list[float] | None = None  # what GRPO's update computed for the same tokens, if it did
 
 
 @dataclass

@@ -212,11 +212,11 @@ def two_places(x: float | None) -> str:
 
 
 def with_headings(rows: list[dict[str, str]]) -> list[list[str]]:
-    """The names of the first row, then the values of each."""
-    return [list(rows[0]), *(list(row.values()) for row in rows)]
+    """The names of the first row, then the values of each, "" where it has none."""
+    return [list(rows[0]), *([row.get(name, "") for name in rows[0]] for row in rows)]
 
 
-def table_row(cell: dict, ks: list[int]) -> dict[str, str]:
+def figures_row(cell: dict, ks: list[int]) -> dict[str, str]:
     """{heading: text}, the row of a cell in a table with these pass@k."""
     row = {
         "model": cell["model"],
@@ -250,79 +250,10 @@ def by_task(cells: list[dict]) -> list[dict]:
     return sorted(cells, key=lambda cell: names.index(cell["task"]))
 
 
-def table_of(cells: list[dict]) -> list[list[str]]:
+def all_figures(cells: list[dict]) -> list[list[str]]:
     """Headings, then a row for each cell. Sets of different sizes may have different pass@k."""
     ks = sorted({k for cell in cells for k in cell["pass"] if k > 1})
-    return with_headings([table_row(cell, ks) for cell in cells])
-
-
-def accuracy_table(cells: list[dict]) -> list[list[str]]:
-    """A row for each model, a column for each task; below, what the paper has of the same tasks."""
-    names = list(dict.fromkeys(cell["task"] for cell in cells))
-    rows = {cell["model"]: dict.fromkeys(["model", *names], "") for cell in cells}
-    for cell in cells:
-        text = f"{percent(cell['accuracy'])} {bounds(cell['interval'])}"
-        if "difference" in cell:
-            text += f"\n{change(cell['difference'], cell['difference_interval'])}"
-        rows[cell["model"]][cell["task"]] = text
-        rows[cell["model"]]["model"] = cell["model"]
-    (_, *common), *arms = paper_table(set(names)) or [[""]]
-    for arm, *figures in arms:
-        figure_of = dict(zip(common, figures, strict=True))
-        rows[f"paper: {arm}"] = {"model": in_the_paper(arm)} | {
-            name: figure_of.get(name, "") for name in names}
-    return with_headings(list(rows.values()))
-
-
-def verdict_row(cell: dict) -> dict[str, str]:
-    """Use of the skills, as in the paper's Table 4, and what each kind of attempt was called."""
-    counts = cell["confusion"]
-    return {
-        "model": cell["model"],
-        "task": cell["task"],
-        "answers": two_places(cell["answers"]),
-        "reflections": two_places(cell["reflections"]),
-        "F1 right / wrong": f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}",
-        **{name: str(count) for name, count in counts.items()},
-    }
-
-
-def retry_row(cell: dict) -> dict[str, str]:
-    """What further attempts did, and what they are worth."""
-    return {
-        "model": cell["model"],
-        "task": cell["task"],
-        "responses with a retry %": percent(cell["retried"]),
-        **{name: str(count) for name, count in cell["retries"].items()},
-        "first attempt %": percent(cell["first_attempt"]),
-        "final answer %": percent(cell["accuracy"]),
-        "gain": change(cell["gain"], cell["gain_interval"]) if cell["retried"] else "-",
-    }
-
-
-def tables_of(cells: list[dict]) -> dict[str, list[list[str]]]:
-    """The tables of the page. Those by task have a row for each model and task."""
-    return {
-        "accuracy": accuracy_table(cells),
-        "verdicts": with_headings([verdict_row(cell) for cell in cells]) + paper_verdicts(cells),
-        "retries": with_headings([retry_row(cell) for cell in cells]),
-        "all": table_of(cells),
-    }
-
-
-def paper_verdicts(cells: list[dict]) -> list[list[str]]:
-    """Rows of the table of verdicts, for the tasks of which the paper has such figures (its Table 4)."""
-    rows = []
-    for task, (answers, reflections, right, wrong) in read_paper()["skills"].items():
-        if any(cell["task"] == task for cell in cells):
-            f1s = f"{two_places(right)} / {two_places(wrong)}"
-            rows.append([in_the_paper("SkillFactory then GRPO"), task, two_places(answers),
-                         two_places(reflections), f1s, "", "", "", ""])
-    return rows
-
-
-def in_the_paper(arm: str) -> str:
-    return f"{arm} (the paper, 1.5B)"
+    return with_headings([figures_row(cell, ks) for cell in cells])
 
 
 def read_paper() -> dict:
@@ -330,16 +261,13 @@ def read_paper() -> dict:
     return json.loads((Path(__file__).resolve().parent / "paper.json").read_text())
 
 
-def paper_table(names: set[str]) -> list[list[str]]:
-    """The paper's accuracies for the tasks of `names`, [] if it has none."""
-    paper = read_paper()
-    common = [name for name in paper["tasks"] if name in names]
-    if not common:
-        return []
-    rows = [["paper, 1.5B", *common]]
-    for arm, figures in paper["arms"].items():
-        figure_of = dict(zip(paper["tasks"], figures, strict=True))
-        rows.append([arm, *(f"{figure_of[name]:.1f}" for name in common)])
+def paper_rows(names: list[str], heading: str) -> list[dict[str, str]]:
+    """The paper's accuracies for those tasks of `names` that it has, a row for each of its arms."""
+    rows = []
+    for arm, accuracy in read_paper()["arms"].items():
+        figures = {name: f"{accuracy[name]:.1f}" for name in names if name in accuracy}
+        if figures:
+            rows.append({heading: arm, **figures})
     return rows
 
 
@@ -352,7 +280,10 @@ def text_table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def tables(cells: list[dict]) -> str:
+def printed_tables(cells: list[dict]) -> str:
     """The table of an evaluation and, for the tasks that it has, the paper's."""
-    paper = paper_table({cell["task"] for cell in cells})
-    return "\n\n".join(text_table(table) for table in (table_of(by_task(cells)), paper) if table)
+    printed = text_table(all_figures(by_task(cells)))
+    paper = paper_rows(list(dict.fromkeys(cell["task"] for cell in cells)), heading="paper, 1.5B")
+    if paper:
+        printed += "\n\n" + text_table(with_headings(paper))
+    return printed

@@ -128,7 +128,7 @@ class Task:
         verdict with the grade that it judged.
 
         The answers are those inside <think> (outside is only the final one); without <think>, all.
-        Reflections are counted in the whole text. A response without a <sample> is one attempt.
+        Reflections are counted in the whole text. A response without a closed <sample> is one attempt.
         """
         attempts = []
         verdicts = []  # (said, actual)

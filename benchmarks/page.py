@@ -4,9 +4,10 @@
     python benchmarks/page.py --traces 100 --words 1000
 
 The responses are made up: attempts of dictionary words, with checks and verdicts, about 2,000 characters, of
-two models, four to a question. A page is open when its script has run and the browser has drawn it; for that
-playwright and a Chromium must be installed, else it is not measured.
+two models, five each to a question. A page is open when its script has run and the browser has drawn it; for
+that playwright and a Chromium must be installed, else it is not measured.
 """
+import math
 import random
 import shutil
 import statistics
@@ -23,7 +24,7 @@ from grading import dictionary
 from summary import summarise
 
 MODELS = ("base", "sft+grpo")
-SAMPLES = 4
+SAMPLES = 5
 
 
 def response(rng: random.Random, words: int) -> str:
@@ -44,7 +45,7 @@ def made_up(traces: int, words: int) -> tuple[list[dict], dict]:
     rng = random.Random(traces)
     task = tasks.find("multiply-2")
     results = {}
-    for number in range(traces // (len(MODELS) * SAMPLES)):
+    for number in range(math.ceil(traces / (len(MODELS) * SAMPLES))):
         problem = tasks.Problem(f"{task.name}/{number}", task.name, "What is 2 * 3?", {"answer": "6"})
         for model in MODELS:
             for index in range(SAMPLES):
@@ -105,7 +106,7 @@ def main():
                 making.append(time.perf_counter() - started)
             (out / "report.html").write_text(text)
             opening = seconds_to_open(out / "report.html", args.repeats)
-            row = {"traces": traces, "megabytes": round(len(text) / 1e6, 2),
+            row = {"traces": sum(map(len, results.values())), "megabytes": round(len(text) / 1e6, 2),
                    "seconds_to_make": round(statistics.median(making), 3)}
             if opening:
                 row["seconds_to_open"] = round(statistics.median(opening), 3)

@@ -8,12 +8,11 @@ import pytest
 from conftest import MINI, read_rows, refused, write_jsonl
 
 import evaluate
-import report
 import tasks
 from cli import UserError
 from evaluate import forced_prompt, named_model
 from sample import Completion
-from summary import f1, interval, paired, pass_at, student, wilson
+from summary import all_figures, f1, interval, paired, paper_rows, pass_at, student, wilson
 from tokenizer import Tokenizer
 
 
@@ -312,7 +311,7 @@ def test_figures_stand_under_their_own_heading():
                "f1_incorrect": None, "model": "m", "questions": 100, "no_answer": 0, "wrong_form": 0}
     cells = [{**figures, "task": "large", "samples": 4, "pass": {4: 0.25}},
              {**figures, "task": "small", "samples": 34, "pass": {34: 0.75}}]
-    headings, *rows = report.table_of(cells)
+    headings, *rows = all_figures(cells)
     large, small = (dict(zip(headings, row, strict=True)) for row in rows)
     assert (large["pass@4"], large["pass@34"]) == ("25.0", "")
     assert (small["pass@4"], small["pass@34"]) == ("", "75.0")
@@ -328,7 +327,7 @@ def test_names_of_models():
 
 
 def test_paper_figures_are_printed_for_its_tasks():
-    headings, *_, last = report.paper_table({"countdown-4", "gsm8k", "mine"})
-    assert headings == ["paper, 1.5B", "countdown-4", "gsm8k"]
-    assert last == ["SkillFactory then GRPO", "42.1", "68.2"]
-    assert report.paper_table({"mine"}) == []
+    rows = paper_rows(["countdown-4", "gsm8k", "mine"], heading="paper")
+    assert len(rows) == 5
+    assert rows[-1] == {"paper": "SkillFactory then GRPO", "countdown-4": "42.1", "gsm8k": "68.2"}
+    assert paper_rows(["mine"], heading="paper") == []

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import MINI, read_rows, tiny, write_jsonl
@@ -252,6 +253,19 @@ def test_logged_groups_are_whole(cmd):
                 trained += 1
                 assert rollout["trainer_logprobs"] == pytest.approx(rollout["sampler_logprobs"], abs=1e-4)
     assert trained > 4
+
+
+@pytest.mark.parametrize("reward", [int, bool, lambda correct: correct or 0.5, np.float32],
+                         ids=["int", "bool", "mixed", "numpy"])
+def test_rewards_of_any_kind_are_numbers(cmd, monkeypatch, reward):
+    """Whatever a user's function returns."""
+    def rewards_of(group, args, step):
+        return [reward(grade.correct) for grade in group.grades]
+    monkeypatch.setattr(grpo, "rewards_of", rewards_of)
+    status, _, err = cmd(grpo, *FLAGS, "--steps", "1")
+    assert status == 0, err
+    rollouts = [rollout for row in read_rows("out/grpo/rollouts.jsonl") for rollout in row["rollouts"]]
+    assert all(type(rollout["reward"]) is float for rollout in rollouts)
 
 
 def test_no_group_is_logged_if_none_is_wanted(cmd):

@@ -185,8 +185,11 @@ def test_traces(text):
     assert shown["verdicts"] == [pair for pair in judged if pair[0] is not None]
     for attempt in attempts_in(text):
         assert text.startswith(f"<sample>{attempt.text}</sample>", attempt.at)
-    parts = quick(lambda t: parts_of(t, shown["attempts"]), text)
+    parts = parts_of(text, shown["attempts"])
     assert "".join(part for _, part in parts) == text
+    kinds = [kind for kind, part in parts if part.strip()]
+    assert kinds.count("agrees") + kinds.count("contradicts") == len(shown["verdicts"])
+    assert kinds.count("contradicts") == sum(said != actual for said, actual in shown["verdicts"])
     for i, (kind, part) in enumerate(parts):
         if kind in ("open correct", "open incorrect"):
             assert part.startswith("<sample>") and (i + 1 == len(parts) or parts[i + 1][0] != "phrase")

@@ -161,6 +161,13 @@ def test_text_of_models_is_never_markup(visit, tmp_path):
     assert again.inner_text("h3") == tab.inner_text("h3") != ""
 
 
+def test_figures_and_tables_say_the_same(visit, evaluated):
+    """Python made the tables, and rounds a tie to the even digit."""
+    tab = visit(evaluated[0])
+    shares = [k / n for n in (8, 100, 300, 400, 1000, 1319) for k in range(n + 1)]
+    assert tab.evaluate("shares => shares.map(percent)", shares) == [f"{100 * x:.1f}%" for x in shares]
+
+
 # ---- what it does ----------------------------------------------------------------------------------
 def test_filters(visit, evaluated):
     """Each against the rows themselves."""
@@ -174,7 +181,10 @@ def test_filters(visit, evaluated):
         ("Outcome", "a verdict contradicts the grade"): contradicted,
         ("Outcome", "first attempt wrong, answer right"): lambda row: row["correct"] > row["attempts"][0],
         ("Attempts", "3"): lambda row: len(row["attempts"]) == 3,
+        ("Outcome", "right, unlike base"): lambda row: row["correct"] and not base[row["id"], row["index"]],
+        ("Outcome", "wrong, unlike base"): lambda row: not row["correct"] and base[row["id"], row["index"]],
     }
+    base = {(row["id"], row["index"]): row["correct"] for row in rows if row["model"] == "base"}
     for (label, value), condition in wanted.items():
         tab.get_by_label(label, exact=True).select_option(value)
         found = matching(tab)
@@ -186,12 +196,17 @@ def test_filters(visit, evaluated):
     tab.get_by_label("Outcome", exact=True).select_option("wrong")
     assert matching(tab) == sum(100 <= row["tokens"] <= 300 and not row["correct"] for row in rows)
     assert shown(tab)[0].startswith(("✗", "○"))  # the first that matches is shown
+    # From a response that the filter hides, on to the next that it lets pass.
+    tab.locator(".members button").last.click()
+    tab.keyboard.press("k")
+    assert shown(tab)[0].startswith(("✗", "○"))
     tab.get_by_role("button", name="clear").click()
     tab.get_by_label("Text", exact=True).fill("QUESTION 7")
     count = tab.locator(".note[role=status]")
     playwright.expect(count).to_have_text("4 of 40 responses match.")
     assert tab.inner_text(".question") == "question 7"
     tab.get_by_label("Text", exact=True).fill("nowhere")
+    assert not tab.locator("article").is_visible()
     playwright.expect(count).to_have_text("0 of 40 responses match.")
 
 
@@ -220,6 +235,13 @@ def test_keys_and_links(visit, evaluated):
     assert other.locator("article h4").nth(1).inner_text()[2:].startswith("base, sample 1")
     other.get_by_label("Beside").select_option("")
     assert other.locator("article").count() == 1
+    # Buttons and choices stay, and with them the focus.
+    following = other.get_by_role("button", name="next ›")
+    following.focus()
+    for _ in range(2):
+        before = other.inner_text("article h4")
+        other.keyboard.press("Enter")
+        assert other.inner_text("article h4") != before
     # In a search field letters are letters.
     other.keyboard.press("/")
     other.keyboard.type("jjj")
@@ -304,4 +326,6 @@ def test_a_thousand_traces(visit, tmp_path):
 def test_on_paper(visit, evaluated):
     tab = visit(evaluated[0])
     tab.emulate_media(media="print")
-    assert not tab.locator("nav, .controls, .list").first.is_visible() and tab.locator("article").is_visible()
+    for unneeded in ("nav", ".controls", ".list", ".keys"):
+        assert not tab.locator(unneeded).first.is_visible()
+    assert tab.locator("article").is_visible() and tab.locator("#accuracy table").is_visible()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import re
+import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ import sft
 import tasks
 from report import parts_of, pieces_of, spread, tokens_of
 from screen import CONTROL, printable
-from summary import accuracy_table, paper_verdicts, summarise
+from summary import summarise
 from tokenizer import Tokenizer
 
 HOSTILE = ("</script><script>alert(1)</script><img src=x onerror=alert(1)> & \"'`${x} <!-- ]]> \\u003c "
@@ -134,8 +135,16 @@ def test_the_parts_of_a_trace():
     ("5", [False], ["incorrect"]),
     ("<sample>5", [False], ["open attempt", "attempt"]),  # never closed: no attempt of its own
     ("<sample>5</sample>", [], ["open attempt", "attempt", "close"]),
+    # Verdicts that do not count: outside a check, in an attempt, not the last one, unreadable.
     ("<sample>5</sample><verdict>Correct</verdict>", [False],
-     ["open incorrect", "incorrect", "close", "tag", "contradicts", "tag"]),
+     ["open incorrect", "incorrect", "close", "tag", "verdict", "tag"]),
+    ("<sample><verdict>Correct</verdict></sample>", [False],
+     ["open incorrect", "tag", "verdict", "tag", "close"]),
+    ("<sample>5</sample><reflect><verdict>Incorrect</verdict><verdict>Correct</verdict>", [False],
+     ["open incorrect", "incorrect", "close", "open reflection",
+      "tag", "verdict", "tag", "tag", "contradicts", "tag"]),
+    ("<sample>5</sample><reflect><VERDICT>correct</VERDICT>", [True],
+     ["open correct", "correct", "close", "open reflection", "tag", "agrees", "tag"]),
     ("<verdict>Correct</verdict>", [True], ["tag", "verdict", "tag"]),
     ("<sample>5</sample><reflect><verdict>maybe</verdict>", [True],
      ["open correct", "correct", "close", "open reflection", "tag", "verdict", "tag"]),
@@ -154,9 +163,10 @@ def test_tokens_lie_where_their_text_is():
     tokenizer = Tokenizer(MINI)
     for text in ("abc 12", "é中\U0001f600", "a\x1b[31m\u202e", "\ufffd", "", "\U0001f600" * 9):
         ids = tokenizer.encode(text)
+        pieces = pieces_of(tokenizer, ids)
+        assert "".join(pieces) == text and len(pieces) == len(ids)
         if text.isascii():
-            assert all(pieces_of(tokenizer, ids, text))
-        assert "".join(pieces_of(tokenizer, ids, text)) == text
+            assert pieces == [tokenizer.decode([token]) for token in ids]
         for finish, sampled in (("stop", [*ids, tokenizer.end_id]), ("length", ids)):
             rollout = {"ids": sampled, "finish": finish, "response": text,
                        "sampler_logprobs": [-0.5] * len(sampled), "trainer_logprobs": None}
@@ -174,7 +184,7 @@ def test_half_characters_have_tokens_too():
     assert len(smile) == 4
     for ids in (smile[:2], [*smile[:3], 40], [smile[0]] * 3 + smile, smile[1:] * 3):
         text = tokenizer.decode(ids)
-        pieces = pieces_of(tokenizer, ids, text)
+        pieces = pieces_of(tokenizer, ids)
         assert "".join(pieces) == text and len(pieces) == len(ids)
 
 
@@ -194,8 +204,9 @@ def test_text_is_never_markup(tmp_path):
     data = hostile.data
     group, = data["groups"]
     for text in (group["question"], group["id"], group["reference"], group["task"], data["arms"][1],
-                 group["traces"][1]["reason"], data["settings"]["x"], data["tables"]["all"][1][1]):
+                 group["traces"][1]["reason"], data["tables"]["all"][1][1]):
         assert text == printable(HOSTILE)
+    assert data["settings"]["x"] == printable(json.dumps(HOSTILE, ensure_ascii=False))
     assert "".join(text for _, text in group["traces"][0]["parts"]) == printable(HOSTILE + TRACE)
 
 
@@ -232,6 +243,8 @@ def test_figures_are_of_all_rows_and_groups_are_whole(tmp_path):
     assert 3 < len(small["groups"]) < 20
     for group in small["groups"]:
         assert group in whole["groups"] and len(group["traces"]) == 4
+    for end in (0, -1):
+        assert small["groups"][end] == whole["groups"][end]
     for name in ("cells", "tables", "lengths"):
         assert small[name] == whole[name]
     one = Page(report.of_evaluation(tmp_path, *made, 1e-9)).data
@@ -273,10 +286,9 @@ def test_what_retries_and_verdicts_did():
 
 
 def test_lengths_are_counted_in_the_same_bins():
-    rows = {("a", "t"): {i: {"tokens": i, "correct": i % 3 == 0} for i in range(100)},
-            ("b", "t"): {i: {"tokens": 1000 + i, "correct": True} for i in range(10)}}
-    found = report.lengths_of("t", ["a", "b", "c"], rows)
-    assert found["most"] == 1009
+    found = report.lengths_of({"a": [{"tokens": i, "correct": i % 3 == 0} for i in range(100)],
+                               "b": [{"tokens": 1000 + i, "correct": True} for i in range(10)]})
+    assert found["longest"] == 1009
     a, b = found["bars"]
     assert sum(a["right"]) == 34 and sum(a["wrong"]) == 66 and a["median"] == 49.5
     assert sum(a["right"][:4]) == 34 and sum(b["right"][39:]) == 10 and not any(b["wrong"])
@@ -285,12 +297,13 @@ def test_lengths_are_counted_in_the_same_bins():
 def test_the_papers_figures_stand_below_ours():
     def table(task):
         row = result("a", task=task)
-        return accuracy_table([summarise([row], [row], 1, [1])])
-    assert table("countdown-4")[0] == ["model", "countdown-4"]
-    assert table("countdown-4")[-1] == ["SkillFactory then GRPO (the paper, 1.5B)", "42.1"]
-    assert len(table("countdown-4-small")) == 2  # of which the paper has nothing
-    skills, = paper_verdicts([{"task": "countdown-3"}, {"task": "multiply-2"}])
-    assert skills[1:5] == ["countdown-3", "1.59", "1.24", "0.96 / 0.92"]
+        return report.page_tables([summarise([row], [row], 1, [1])])
+    found = table("countdown-4")
+    assert found["accuracy"][0] == ["model", "countdown-4"]
+    assert found["accuracy"][-1] == ["SkillFactory then GRPO (the paper, 1.5B)", "42.1"]
+    assert found["verdicts"][-1][1:6] == ["countdown-4", "2.34", "7.13", "0.65 / 0.97", ""]
+    found = table("countdown-4-small")  # of which the paper has nothing
+    assert len(found["accuracy"]) == len(found["verdicts"]) == 2
 
 
 # ---- folders ---------------------------------------------------------------------------------------
@@ -350,6 +363,34 @@ def test_a_run_has_a_page_from_its_first_checkpoint_on(cmd):
     assert Path("run/report.html").read_bytes() == before
 
 
+def test_a_run_has_a_page_before_its_first_checkpoint(cmd):
+    """Without tokens, whose tokenizer comes with the model."""
+    assert cmd(grpo, *GRPO, "--steps", "1")[0] == 0
+    tokens = [trace["ids"] for group in page_of()["groups"] for trace in group["traces"]]
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"):
+        Path("run", name).unlink()
+    assert cmd(report, "run")[0] == 0
+    found = [trace for group in page_of()["groups"] for trace in group["traces"]]
+    assert len(found) == len(tokens) and all("ids" not in trace for trace in found)
+
+
+def test_tokens_where_the_prompt_opens_a_thought(cmd, tmp_path):
+    """By a template that is told to: what it was told is in the run's record."""
+    shutil.copytree(MINI, "model")
+    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% if thinking %}<think>\n{% endif %}"
+                "{% endif %}")
+    config = json.loads(Path("model/tokenizer_config.json").read_text())
+    Path("model/tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    flags = [flag if flag != MINI else "model" for flag in GRPO]
+    status, _, err = cmd(grpo, *flags, "--steps", "1", "--chat-template-kwargs", '{"thinking": true}')
+    assert status == 0, err
+    for group in page_of()["groups"]:
+        assert group["prompt"].endswith("<think>\n")
+        for trace in group["traces"]:
+            assert trace["opening"] == len("<think>\n") and trace["ids"]
+
+
 def test_sft_has_curves(cmd):
     write_jsonl("chat.jsonl", CHAT[:4])
     assert cmd(sft, *FLAGS, "--data", "chat.jsonl", "--epochs", "2", "--out", "run")[0] == 0
@@ -378,7 +419,7 @@ def test_a_page_that_cannot_be_made_ends_no_run(cmd, monkeypatch):
 
 @pytest.mark.parametrize("name, change, message", [
     ("metrics.jsonl", lambda text: "{}\n", "run/metrics.jsonl:1: the key 'step' is missing"),
-    ("metrics.jsonl", None, "run/metrics.jsonl: no such file"),
+    ("metrics.jsonl", None, "run: nothing to show yet, neither metrics.jsonl nor results.jsonl"),
     ("rollouts.jsonl", lambda text: "[1]\n", "run/rollouts.jsonl:1: expected an object"),
     ("rollouts.jsonl", lambda text: text.replace('"attempts": [', '"attempts": 5, "x": [', 1),
      "run/rollouts.jsonl:1: attempts is '5'"),
@@ -386,6 +427,7 @@ def test_a_page_that_cannot_be_made_ends_no_run(cmd, monkeypatch):
      "run/rollouts.jsonl:1: rollout 1 is damaged"),
     ("run.json", None, "run: not a folder of evaluate.py, sft.py or grpo.py"),
     ("run.json", lambda text: "{", "run/run.json: not valid JSON"),
+    ("run.json", lambda text: '{"command": 5}', "run/run.json: command is '5'"),
 ])
 def test_a_damaged_run_is_named(cmd, name, change, message):
     assert cmd(grpo, *GRPO, "--steps", "1")[0] == 0
@@ -398,6 +440,8 @@ def test_a_damaged_run_is_named(cmd, name, change, message):
 
 
 @pytest.mark.parametrize("name, change, message", [
+    ("summary.json", lambda text: text.replace("1.0", "NaN", 1), "run/summary.json: damaged"),
+    ("summary.json", lambda text: "[" * 10**5, "run/summary.json: damaged"),
     ("summary.json", lambda text: "[{}]", "run/summary.json: damaged, or of another version"),
     ("summary.json", lambda text: text.replace('"retries"', '"other"'), "run/summary.json: damaged"),
     ("results.jsonl", lambda text: text[text.index("\n") + 1:], "run/results.jsonl: rows of base on multi"),

@@ -417,10 +417,12 @@ def test_masters_that_are_not_finite_are_refused(cmd):
 
 def test_a_log_knows_no_infinity(cmd, monkeypatch):
     real = grpo.measure
-    monkeypatch.setattr(grpo, "measure", lambda *args: {**real(*args), "approx_kl": float("inf")})
+    monkeypatch.setattr(grpo, "measure", lambda *args: {
+        **real(*args), "approx_kl": float("inf"), "mine": {"a": [float("nan"), 1]}})
     assert cmd(grpo, *GRPO, "--steps", "1", "--out", "run")[0] == 0
     row, = read_rows("run/metrics.jsonl")
-    assert row["approx_kl"] is None and "Infinity" not in Path("run/metrics.jsonl").read_text()
+    assert row["approx_kl"] is None and row["mine"] == {"a": [None, 1]}
+    assert "Infinity" not in Path("run/metrics.jsonl").read_text()
 
 
 # ---- processes -----------------------------------------------------------------------------------
