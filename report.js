@@ -122,7 +122,8 @@ function accuracySection() {
     panels((task) => [
       cellsOf(task).map((cell) => row(cell.model, picture(cell), percent(cell.accuracy))),
       row("", axis("0", percent(end)))]),
-    table("Accuracy in % [95%], and the paired difference to the first model", data.tables.accuracy));
+    table("Accuracy in % [95%], the paired difference to the first model, and the share of responses without a "
+      + "readable answer", data.tables.accuracy));
 }
 
 function retriesSection() {
@@ -701,7 +702,6 @@ function addressOf({ group, arm, index }) {
   return `#${["trace", ...where, index].map(encodeURIComponent).join("/")}`;
 }
 
-// Addresses are compared decoded: what passes a link on may decode it.
 function decoded(address) {
   try {
     return decodeURIComponent(address);
@@ -712,8 +712,9 @@ function decoded(address) {
 
 // Whether the address named a trace.
 function followAddress() {
-  const wanted = decoded(location.hash);
-  const trace = traces.find((candidate) => decoded(addressOf(candidate)) === wanted);
+  const { hash } = location;
+  const trace = traces.find((candidate) => addressOf(candidate) === hash)
+    ?? traces.find((candidate) => decoded(addressOf(candidate)) === decoded(hash));  // somebody decoded the link
   if (!trace) return false;
   if (!matches.includes(trace)) clearFilters();
   openTrace(trace);

@@ -44,6 +44,7 @@ def accuracy_table(cells: list[dict]) -> list[list[str]]:
         row[cell["task"]] = f"{percent(cell['accuracy'])} {bounds(cell['interval'])}"
         if "difference" in cell:
             row[cell["task"]] += f"\n{change(cell['difference'], cell['difference_interval'])}"
+        row[cell["task"]] += f"\nno answer: {percent(cell['no_answer'])}"
     paper = [{**row, "model": in_the_paper(row["model"])} for row in paper_rows(names, heading="model")]
     return with_headings([*rows.values(), *paper])
 
@@ -124,8 +125,9 @@ def parts_of(response: str, grades: list[bool]) -> list[tuple[str, str]]:
     for text in TAG.split(response):
         tag = text.rstrip("\n").lower()
         if not TAG.fullmatch(text):
-            is_inside = inner == "answer" and block != outside
-            kind = block if is_inside or not inner else inner
+            kind = inner or block
+            if inner == "answer" and block != outside:  # an attempt's own
+                kind = block
         elif tag in ("<answer>", "<verdict>", "</answer>", "</verdict>"):
             inner = {"<answer>": "answer", "<verdict>": verdict_at.get(at, "verdict")}.get(tag, "")
             kind = "tag"
@@ -327,20 +329,21 @@ def rolled_group(path: Path, line: int, start: int, tokenizer: Tokenizer | None)
         f.seek(start)
         row = row_of(f.readline(), where, GROUP)
     traces = []
-    for i, rollout in enumerate(row["rollouts"]):
-        try:
+    try:
+        prompt = tokenizer.decode(row["prompt"]) if tokenizer else ""
+        for i, rollout in enumerate(row["rollouts"]):
             check_types(rollout, ROLLOUT, where)
             trace = trace_of(rollout, index=i, reward=rollout["reward"], advantage=rollout["advantage"])
             traces.append({**trace, **(tokens_of(rollout, tokenizer) if tokenizer else {})})
-        except (KeyError, TypeError, ValueError, OverflowError) as e:
-            raise UserError(f"{where}: rollout {i + 1} is damaged; remove this line") from e
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
+        raise UserError(f"{where}: damaged; remove this line") from e
     return {
         "step": row["step"],
         "task": row["task"],
         "id": row["id"],
         "question": row["question"],
         "reference": row["reference"],
-        "prompt": tokenizer.decode(row["prompt"]) if tokenizer else "",
+        "prompt": prompt,
         "traces": traces,
     }
 

@@ -40,9 +40,9 @@ def response(rng: random.Random, words: int) -> str:
     return f"{text}</think>\n\n<answer>\n{rng.randint(6, 7)}\n</answer>"
 
 
-def made_up(traces: int, words: int) -> tuple[list[dict], dict]:
+def made_up(traces: int, words: int, seed: int) -> tuple[list[dict], dict]:
     """(cells, results) as `report.of_evaluation` takes them."""
-    rng = random.Random(traces)
+    rng = random.Random(f"{seed}/{traces}")
     task = tasks.find("multiply-2")
     results = {}
     for number in range(math.ceil(traces / (len(MODELS) * SAMPLES))):
@@ -88,7 +88,7 @@ def seconds_to_open(path: Path, repeats: int) -> list[float]:
 
 
 def main():
-    p = parser(__doc__, out=None, model="")
+    p = parser(__doc__, out=None, model=None)
     p.add_argument("--traces", default="100,1000,10000", help="how many responses, with commas between")
     p.add_argument("--words", type=positive, default=250, help="of a response, about")
     p.add_argument("--repeats", type=positive, default=5)
@@ -98,7 +98,7 @@ def main():
         out = Path(folder)
         (out / "run.json").write_text(to_json({"command": ["evaluate.py"], "flags": {}}))
         for traces in map(int, split_list(args.traces, "--traces")):
-            cells, results = made_up(traces, args.words)
+            cells, results = made_up(traces, args.words, args.seed)
             making = []
             for _ in range(args.repeats):
                 started = time.perf_counter()

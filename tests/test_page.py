@@ -253,6 +253,16 @@ def test_keys_and_links(visit, evaluated):
     assert matching(tab) == 40
 
 
+def test_names_with_slashes_are_told_apart(visit, tmp_path):
+    """q of m/n is not q/m of n, though both are written with the same slashes."""
+    rows = [result(model, id=name, response=f"{model} on {name}")
+            for model in ("n", "m/n") for name in ("q", "q/m")]
+    evaluation(tmp_path, rows)
+    report.renew(tmp_path)
+    for address, text in (("q/m%2Fn", "m/n on q"), ("q%2Fm/n", "n on q/m")):
+        assert shown(visit(tmp_path / "report.html", f"#trace/{TASK.name}/{address}/0"))[1] == text
+
+
 def test_whole_text_is_shown_and_contradictions_are_marked(visit, evaluated):
     path, rows = evaluated
     for row in rows[::7]:
