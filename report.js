@@ -632,10 +632,11 @@ const COLOURINGS = {
 const MEANING = {
   sampler: "Orange: tokens that the sampler found unlikely, in full from -5 on.",
   trainer: "Orange: tokens that the trainer finds unlikely, in full from -5 on.",
-  difference: "Orange: likelier to the trainer than to the sampler, blue: less likely; in full at 0.5.",
+  difference: "Orange: likelier to the trainer than to the sampler, blue: less likely; in full at 0.2, about "
+    + "where the clip begins.",
 };
 // Thousandths of a nat that have all the colour.
-const FULL = { sampler: 5000, trainer: 5000, difference: 500 };
+const FULL = { sampler: 5000, trainer: 5000, difference: 200 };
 
 // How strongly a token is coloured, -1..1.
 function strength(trace, i) {

@@ -340,6 +340,7 @@ def test_an_evaluation_ends_with_its_page(cmd):
         assert "".join(text for _, text in trace["parts"]) == row["response"]
         assert "".join(text for _, text in forced["parts"]) == row["forced"]["response"]
         assert trace["correct"] == row["correct"] and forced["correct"] == row["forced"]["correct"]
+        assert forced["attempts"] == row["forced"]["attempts"]
 
 
 def test_a_run_has_a_page_from_its_first_checkpoint_on(cmd):
