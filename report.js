@@ -26,7 +26,7 @@ function build(element, attributes, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (value !== null) element.setAttribute(name, value);
   }
-  element.append(...children.flat(2).filter((child) => child !== null));
+  element.append(...children.flat(3).filter((child) => child !== null));
   return element;
 }
 
@@ -54,9 +54,9 @@ function scrolling(label, ...children) {
 // The first of `rows` holds the headings; so many columns at the beginning name their row.
 function table(caption, [headings, ...rows], naming = 1) {
   const cell = (text, i) => (i < naming ? el("th", { scope: "row" }, text) : el("td", {}, text));
-  return scrolling(caption, el("table", {}, el("caption", {}, caption),
+  return [el("p", { class: "note" }, caption), scrolling(caption, el("table", {},
     el("thead", {}, el("tr", {}, headings.map((text) => el("th", { scope: "col" }, text)))),
-    el("tbody", {}, rows.map((row) => el("tr", {}, row.map(cell))))));
+    el("tbody", {}, rows.map((row) => el("tr", {}, row.map(cell))))))];
 }
 
 // legend([["right", "right answer"]])
@@ -122,8 +122,8 @@ function accuracySection() {
     panels((task) => [
       cellsOf(task).map((cell) => row(cell.model, picture(cell), percent(cell.accuracy))),
       row("", axis("0", percent(end)))]),
-    table("Accuracy in % [95%], the paired difference to the first model, and the share of responses without a "
-      + "readable answer", data.tables.accuracy));
+    table("In % [95%]: accuracy, paired difference to the first model, responses without a readable answer",
+      data.tables.accuracy));
 }
 
 function retriesSection() {
@@ -144,7 +144,8 @@ function retriesSection() {
     el("p", {}, "What became of an answer when the model tried again, and how many such retries there were."),
     legend(kinds),
     panels((task) => cellsOf(task).map(ofCell)),
-    table("Retries: first answer against final answer, in %", data.tables.retries, 2),
+    table("Retries, counted by what the attempt before was and what they were; first against final answer",
+      data.tables.retries, 2),
     table("Verdicts: answers and reflections of a response, F1, and what attempts were called",
       data.tables.verdicts, 2));
 }
@@ -212,7 +213,8 @@ function curvesSection() {
   if (!steps.length) return section("curves", "Curves", el("p", {}, "No step has been logged yet."));
   const last = steps.length - 1;
   const slider = el("input", { type: "range", id: "shown-step", min: 0, max: last,
-    oninput: () => show(slider.valueAsNumber) });
+    oninput: () => show(slider.valueAsNumber),
+    onkeydown: ({ key }) => key === "Enter" && openStep(steps[slider.valueAsNumber]) });
   const readout = el("output", { for: slider.id });
   const open = button("", () => openStep(steps[slider.valueAsNumber]));
   const drawn = charts.map((chart) => curve(chart, show));
@@ -406,6 +408,24 @@ function clearFilters() {
 const PAGE = 100;  // groups that are listed at once
 const list = el("ol", { class: "list", tabindex: -1 });
 const count = el("p", { class: "note", role: "status" });
+const notice = el("p", { class: "notice", role: "alert", hidden: "" });
+
+function tell(text) {
+  notice.textContent = text;
+  notice.hidden = !text;
+}
+
+// A link to a trace. It can be copied, or opened elsewhere; a plain click keeps the filters.
+function link(trace, text, attributes) {
+  const open = (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    history.pushState(null, "", addressOf(trace));
+    openTrace(trace);
+    showDetail();
+  };
+  return el("a", { href: addressOf(trace), onclick: open, ...attributes }, text);
+}
 
 function mark(trace) {
   if (trace.correct) return "✓";
@@ -447,7 +467,7 @@ function drawList() {
 
 // A question, with a mark for each of its traces.
 function entry(group, matching) {
-  const markOf = (trace) => button(mark(trace), () => openTrace(trace), {
+  const markOf = (trace) => link(trace, mark(trace), {
     class: `mark ${trace.correct ? "is-right" : "is-wrong"} ${matching.has(trace) ? "" : "out"}`,
     title: describe(trace), "aria-label": describe(trace), "data-at": trace.at });
   const arms = [...new Set(group.traces.map((trace) => trace.arm))];  // rollouts have none: a single row
@@ -499,10 +519,12 @@ const detail = el("div", { class: "detail", id: "trace", tabindex: -1 },
 const viewer = el("div", { class: "viewer" }, list, detail);
 
 function openTrace(trace) {
-  if (current && beside && current.group !== trace.group) {
-    beside = counterpart(beside.arm, beside.index, trace.group);
+  if (beside) {  // it stays the same sample of another model, or another sample of the same one
+    const index = beside.arm === trace.arm ? beside.index : trace.index;
+    beside = counterpart(beside.arm, index, trace.group);
   }
   current = trace;
+  tell("");
   history.replaceState(null, "", addressOf(trace));
   drawGroup();
   spoken.textContent = describe(trace);
@@ -538,7 +560,7 @@ function members(group) {
     return trace.correct ? "right" : "wrong";
   };
   const columns = {
-    "response": (trace) => button(`${mark(trace)} ${nameOf(trace)}`, () => openTrace(trace),
+    "response": (trace) => link(trace, `${mark(trace)} ${nameOf(trace)}`,
       { "aria-current": trace === current ? "true" : null }),
     "grade": grade,
     "tokens": (trace) => `${trace.length}${wasCut(trace) ? " (cut off)" : ""}`,
@@ -565,7 +587,7 @@ const TITLES = {  // of parts
   reflection: "a check",
   agrees: "a verdict that agrees with the grade",
   contradicts: "a verdict that contradicts the grade",
-  verdict: "a verdict on no graded attempt",
+  verdict: "a verdict that does not count",
   answer: "the final answer",
 };
 
@@ -575,6 +597,8 @@ function article(trace) {
   if (trace.answer !== null) facts.push(`answer ${trace.answer}`);
   if (isRun) facts.push(`reward ${short(trace.reward)}`, `advantage ${signed(trace.advantage)}`);
   if (trace.contradicted) facts.push(`verdicts against the grade: ${trace.contradicted}`);
+  const others = trace.parts.filter(([kind]) => kind === "verdict").length;
+  if (others) facts.push(`verdicts that do not count (no check of an attempt): ${others}`);
   return el("article", { class: trace.correct ? "is-right" : "is-wrong", "aria-label": nameOf(trace) },
     el("h4", {}, `${mark(trace)} ${describe(trace)}`),
     el("p", { class: "note" }, facts.join(" · ")),
@@ -629,12 +653,17 @@ const COLOURINGS = {
   trainer: "by the trainer's log-probability",
   difference: "by trainer minus sampler",
 };
-const MEANING = {
-  sampler: "Orange: tokens that the sampler found unlikely, in full from -5 on.",
-  trainer: "Orange: tokens that the trainer finds unlikely, in full from -5 on.",
-  difference: "Orange: likelier to the trainer than to the sampler, blue: less likely; in full at 0.2, about "
-    + "where the clip begins.",
-};
+
+// What the colours of a trace's tokens mean.
+function meaning({ sampler, trainer }) {
+  if (colouring === "sampler") return "Orange: unlikely to the sampler, in full from -5 on.";
+  if (!trainer) return "Not trained on (it had no advantage), so there is nothing to colour by.";
+  if (colouring === "trainer") return "Orange: unlikely to the trainer, in full from -5 on.";
+  const largest = Math.max(...sampler.map((surprise, i) => Math.abs(surprise - trainer[i]))) / 1000;
+  return "Orange: likelier to the trainer than to the sampler, blue: less likely; in full at 0.2, about "
+    + `where the clip begins. The largest difference here: ${largest}.`;
+}
+
 // Thousandths of a nat that have all the colour.
 const FULL = { sampler: 5000, trainer: 5000, difference: 200 };
 
@@ -652,7 +681,7 @@ function tokenView(trace) {
     return [el("p", { class: "note" }, "The tokens of this response are not known here."), partView(trace)];
   }
   const readout = el("p", { class: "readout", role: "status" },
-    `${MEANING[colouring]} Point at a token, or use ← and →.`);
+    `${meaning(trace)} Point at a token, or use ← and →.`);
   const tokens = tokenElements(trace);
   let chosen = null;  // its place
   const choose = (place) => {
@@ -711,21 +740,29 @@ function decoded(address) {
   }
 }
 
-// Whether the address named a trace.
 function followAddress() {
   const { hash } = location;
   const trace = traces.find((candidate) => addressOf(candidate) === hash)
-    ?? traces.find((candidate) => decoded(addressOf(candidate)) === decoded(hash));  // somebody decoded the link
-  if (!trace) return false;
+    ?? traces.find((candidate) => decoded(addressOf(candidate)) === decoded(hash));  // of a decoded link
+  if (!trace) {
+    const isLink = hash.startsWith("#trace/");
+    tell(isLink ? "The response of this link is not on this page (report.py --megabytes)." : "");
+    return;
+  }
   if (!matches.includes(trace)) clearFilters();
   openTrace(trace);
   goToDetail();
-  return true;
 }
 
 function goToDetail() {
   detail.focus();
   detail.scrollIntoView();
+}
+
+// Scroll to the response, unless its beginning can be seen.
+function showDetail() {
+  const { top } = articles.getBoundingClientRect();
+  if (top < 0 || top > 0.8 * window.innerHeight) detail.scrollIntoView();
 }
 
 // The nearest step with rollouts on the page, null if no step has any.
@@ -742,6 +779,7 @@ function openStep(step) {
   applyFilters();
   openTrace(matches[0]);
   goToDetail();
+  if (nearest !== step) tell(`No rollouts of step ${step} are on this page; these are of step ${nearest}.`);
 }
 
 // ---- the viewer: the keys ----------------------------------------------------------------------------
@@ -752,11 +790,14 @@ function move(by) {
   if (next) openTrace(next);
 }
 
+// There the same sample of the same model, if it passes the filters.
 function moveGroup(by) {
   const own = current.group.traces;
   const next = by > 0 ? matches.find((trace) => trace.at > own.at(-1).at)
     : matches.findLast((trace) => trace.at < own[0].at);
-  if (next) openTrace(matches.find((trace) => trace.group === next.group));
+  if (!next) return;
+  const same = counterpart(current.arm, current.index, next.group);
+  openTrace(matches.includes(same) ? same : matches.find((trace) => trace.group === next.group));
 }
 
 // Beside a sample the same of the next model, beside a rollout the next one; after the last, nothing.
@@ -781,23 +822,23 @@ const KEYS = {
   p: ["previous question", () => moveGroup(-1)],
   b: ["another response beside it", cycleBeside],
   c: ["another colouring", cycleColouring],
-  "/": ["search", () => filters.text.control.focus()],
+  "/": ["search; Enter or Escape leads back", () => filters.text.control.focus()],
 };
 
 function onKey(event) {
   const { key, target } = event;
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (key === "Escape" && target === filters.text.control) goToDetail();
+  if (["Enter", "Escape"].includes(key) && target === filters.text.control) goToDetail();
   if (!(key in KEYS) || target.closest("input, select")) return;
   event.preventDefault();
   const [, action] = KEYS[key];
   action();
+  if (key !== "/") showDetail();
 }
 
 // ---- the page ----------------------------------------------------------------------------------------
 function tracesSection() {
   const title = isRun ? "Rollouts" : "Responses";
-  if (!traces.length) return section("traces", title, el("p", {}, "None are kept here."));
   const useful = { step: isRun, task: tasks.length > 1, model: data.arms.length > 1 };
   const shown = Object.keys(filters).filter((name) => useful[name] ?? true);
   return section("traces", title,
@@ -809,6 +850,7 @@ function tracesSection() {
     el("details", { class: "keys" }, el("summary", {}, "Keys"), el("dl", {}, Object.entries(KEYS).map(
       ([key, [does]]) => [el("dt", {}, el("kbd", {}, key)), el("dd", {}, does)]))),
     spoken,
+    notice,
     viewer);
 }
 
@@ -826,19 +868,20 @@ function howFar() {
 
 function draw() {
   const figures = [accuracySection, retriesSection, lengthsSection, costSection, figuresSection];
-  const sections = [...(isRun ? [curvesSection] : figures), tracesSection].map((make) => make());
+  const shown = [...(isRun ? [curvesSection] : figures), ...(traces.length ? [tracesSection] : [])];
+  const sections = shown.map((make) => make());
   const links = sections.map((made) =>
     el("a", { href: `#${made.id}` }, made.querySelector("h2").textContent));
   document.body.append(
-    el("header", {}, el("h1", {}, data.title), el("p", {}, el("code", {}, data.command)), howFar(), settings(),
+    el("header", {}, el("h1", {}, data.title), el("p", {}, el("code", {}, data.command)), howFar(),
+      settings(),
       el("nav", { "aria-label": "Sections" }, links)),
     el("main", {}, sections));
   if (!traces.length) return;
   drawList();
-  if (!followAddress()) {
-    current = traces[0];
-    drawGroup();
-  }
+  current = traces[0];
+  drawGroup();
+  followAddress();
   window.addEventListener("hashchange", followAddress);
   document.addEventListener("keydown", onKey);
 }

@@ -43,7 +43,8 @@ def accuracy_table(cells: list[dict]) -> list[list[str]]:
         row = rows.setdefault(cell["model"], {"model": cell["model"], **dict.fromkeys(names, "")})
         row[cell["task"]] = f"{percent(cell['accuracy'])} {bounds(cell['interval'])}"
         if "difference" in cell:
-            row[cell["task"]] += f"\n{change(cell['difference'], cell['difference_interval'])}"
+            difference = change(cell["difference"], cell["difference_interval"])
+            row[cell["task"]] += f"\n{difference} vs {cells[0]['model']}"
         row[cell["task"]] += f"\nno answer: {percent(cell['no_answer'])}"
     paper = [{**row, "model": in_the_paper(row["model"])} for row in paper_rows(names, heading="model")]
     return with_headings([*rows.values(), *paper])
@@ -352,7 +353,7 @@ def rolled_group(path: Path, line: int, start: int, tokenizer: Tokenizer | None)
 CHARTS = (
     ("Reward", "", ("reward",)),
     ("Right answers", "%", ("correct", "val")),
-    ("Loss", "nats", ("loss", "val_loss")),
+    ("Loss", "", ("loss", "val_loss")),
     ("Length of a response", "tokens", ("response_tokens",)),
     ("Entropy", "nats a token", ("entropy",)),
     ("Cut off at the budget", "%", ("truncated",)),
@@ -361,8 +362,10 @@ CHARTS = (
     ("Gradient norm", "", ("grad_norm",)),
     ("Sampler against trainer", "nats a token", ("sampler_trainer_mean",)),
     ("Sampler against trainer, at most", "nats", ("sampler_trainer_max",)),
-    ("Divergence", "nats a token", ("approx_kl", "reference_kl")),
+    ("KL from the sampling policy and from the reference", "nats a token", ("approx_kl", "reference_kl")),
     ("Learning rate", "", ("lr",)),
+    ("Updates of a step", "", ("updates",)),
+    ("Trained tokens of a step", "", ("tokens",)),
     ("Seconds of a step", "s", ("rollout_seconds", "update_seconds")),
     ("Speed", "tokens/s", ("rollout_tokens_per_second", "tokens_per_second")),
 )

@@ -121,7 +121,7 @@ def f1(verdicts: list[tuple[bool, bool]], label: bool) -> float | None:
 # ---- what a retry did ----------------------------------------------------------------------------
 def retries_of(rows: list[dict]) -> dict[str, int]:
     """How often an attempt after another one was right or wrong, by what the one before it was."""
-    counts = {"wrong to right": 0, "right to wrong": 0, "right to right": 0, "wrong to wrong": 0}
+    counts = {"wrong to right": 0, "right to right": 0, "wrong to wrong": 0, "right to wrong": 0}
     for row in rows:
         for before, after in pairwise(row["attempts"]):
             counts[f"{'right' if before else 'wrong'} to {'right' if after else 'wrong'}"] += 1

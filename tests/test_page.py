@@ -197,7 +197,7 @@ def test_filters(visit, evaluated):
     assert matching(tab) == sum(100 <= row["tokens"] <= 300 and not row["correct"] for row in rows)
     assert shown(tab)[0].startswith(("✗", "○"))  # the first that matches is shown
     # From a response that the filter hides, on to the next that it lets pass.
-    tab.locator(".members button").last.click()
+    tab.locator(".members a").last.click()
     tab.keyboard.press("k")
     assert shown(tab)[0].startswith(("✗", "○"))
     tab.get_by_role("button", name="clear").click()
@@ -220,8 +220,8 @@ def test_keys_and_links(visit, evaluated):
     assert [title for title, _ in seen] == ["q0"] * 4 + ["q1"]
     assert [heading[2:].split(":")[0] for _, (heading, _) in seen] == [
         "base, sample 0", "base, sample 1", "sft, sample 0", "sft, sample 1", "base, sample 0"]
-    tab.keyboard.press("n")
-    tab.keyboard.press("k")
+    for key in ("n", "p", "j", "j"):  # there and back, from base's sample 1
+        tab.keyboard.press(key)
     address = tab.evaluate("location.hash")
     assert address == "#trace/multiply-2/q1/sft/1"
     other = visit(path, address)
@@ -231,10 +231,19 @@ def test_keys_and_links(visit, evaluated):
     other.keyboard.press("b")
     assert other.locator("article").count() == 2
     assert other.locator("article h4").nth(1).inner_text()[2:].startswith("base, sample 1")
-    other.keyboard.press("n")  # it stays for the next question
-    assert other.locator("article h4").nth(1).inner_text()[2:].startswith("base, sample 1")
+    other.keyboard.press("n")  # both stay for the next question
+    assert other.inner_text("h3") == "q2"
+    for place, name in enumerate(("sft, sample 1", "base, sample 1")):
+        assert other.locator("article h4").nth(place).inner_text()[2:].startswith(name)
     other.get_by_label("Beside").select_option("")
     assert other.locator("article").count() == 1
+    # Another sample of the model that is shown: the same of the other one beside it.
+    other.get_by_label("Beside").select_option(label="base, sample 1")
+    other.keyboard.press("k")
+    heads = other.locator("article h4")
+    assert heads.nth(0).inner_text()[2:].startswith("sft, sample 0")
+    assert heads.nth(1).inner_text()[2:].startswith("base, sample 0")
+    other.get_by_label("Beside").select_option("")
     # Buttons and choices stay, and with them the focus.
     following = other.get_by_role("button", name="next ›")
     following.focus()
@@ -246,11 +255,37 @@ def test_keys_and_links(visit, evaluated):
     other.keyboard.press("/")
     other.keyboard.type("jjj")
     assert other.get_by_label("Text", exact=True).input_value() == "jjj"
+    other.keyboard.press("Enter")
+    other.get_by_role("button", name="clear").click()
     # A link to what a filter hides wins over the filter; so does one that somebody has decoded.
     tab.get_by_label("Model", exact=True).select_option("0")
     tab.evaluate("location.hash = '#trace/multiply%2D2/q3/sft/0'")
     playwright.expect(tab.locator("h3")).to_have_text("q3")
     assert matching(tab) == 40
+
+
+def test_marks_are_links(visit, evaluated):
+    """One can copy them and go back; a plain click keeps the filters."""
+    tab = visit(evaluated[0], width=400)
+    tab.get_by_label("Model", exact=True).select_option("1")
+    mark = tab.locator(".list a").nth(6)
+    address = mark.get_attribute("href")
+    mark.click()
+    assert tab.evaluate("location.hash") == address and matching(tab) == 20
+    assert 0 <= tab.locator("article").bounding_box()["y"] < 800  # brought onto the screen
+    tab.locator(".members a").first.click()
+    tab.go_back()
+    assert tab.evaluate("location.hash") == address
+    name = tab.inner_text("article h4")
+    assert shown(visit(evaluated[0], address))[0] == name
+
+
+def test_a_link_to_nothing_says_so(visit, evaluated):
+    tab = visit(evaluated[0], "#trace/multiply-2/gone/base/0")
+    assert "not on this page" in tab.inner_text("[role=alert]")
+    tab.keyboard.press("j")
+    assert not tab.locator("[role=alert]").is_visible()
+    assert tab.locator("article").bounding_box()["y"] < 800  # from the top of the page to the response
 
 
 def test_names_with_slashes_are_told_apart(visit, tmp_path):
@@ -281,8 +316,10 @@ def test_a_step_leads_to_its_rollouts(visit, run):
     picture.click(position={"x": box["width"] / 2, "y": 10})
     assert matching(tab) == 8 and tab.inner_text("h3").startswith("step 2")
     assert tab.evaluate("location.hash").startswith("#trace/2/")
+    tab.get_by_label("Shown step").fill("1")
+    tab.get_by_role("button", name="rollouts of step 2").click()
     tab.get_by_label("Shown step").fill("0")
-    tab.get_by_role("button", name="rollouts of step 1").click()
+    tab.get_by_label("Shown step").press("Enter")
     assert matching(tab) == 8 and tab.inner_text("h3").startswith("step 1")
     # The whole group, with what GRPO made of it.
     group = json.loads(Path("run/rollouts.jsonl").read_text().splitlines()[0])
