@@ -124,13 +124,13 @@ def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args, done
                 if longer:
                     forced.append(longer)
                     continue  # the row is written when the rest has come
-                row["forced"] = forced_result(task, problem, completion, tokenizer)
+                row["forced"] = graded_response(task, problem, completion, tokenizer)
             yield row
         for request, _, completion in sampler.stream(forced, params, args.seed):
             progress.update()
             problem, row, beginning = request.payload
             completion.tokens = beginning + completion.tokens
-            row["forced"] = forced_result(task, problem, completion, tokenizer)
+            row["forced"] = graded_response(task, problem, completion, tokenizer)
             yield row
 
 
@@ -147,8 +147,8 @@ def forced_request(sampler, problem, row, completion, params) -> Request | None:
 
 
 def result_row(name, task, problem, index, completion, tokenizer):
-    text = tokenizer.text(completion.tokens)
-    grade = task.grade(problem, text)
+    graded = graded_response(task, problem, completion, tokenizer)
+    text = graded["response"]
     return {
         "model": name,
         "task": task.name,
@@ -156,14 +156,22 @@ def result_row(name, task, problem, index, completion, tokenizer):
         "index": index,
         "question": problem.question,
         "reference": problem.truth["answer"],
+        **graded,
+        "lenient": task.grade(problem, text, lenient=True).correct,
+        "wrong_form": graded["answer"] is None and right_in_another_form(task, problem, text),
+    }
+
+
+def graded_response(task, problem, completion, tokenizer):
+    text = tokenizer.text(completion.tokens)
+    grade = task.grade(problem, text)
+    return {
         "response": text,
         "tokens": len(completion.tokens),
         "finish": completion.finish,
         "answer": grade.answer,
         "correct": grade.correct,
         "reason": grade.reason,
-        "lenient": task.grade(problem, text, lenient=True).correct,
-        "wrong_form": grade.answer is None and right_in_another_form(task, problem, text),
         **task.skills(problem, text),
     }
 
@@ -173,20 +181,6 @@ def right_in_another_form(task, problem, text):
     boxed = last_boxed(text)
     return (task.grade(problem, text, lenient=True).correct
             or (boxed is not None and not task.check(boxed, problem.truth)))
-
-
-def forced_result(task, problem, completion, tokenizer):
-    text = tokenizer.text(completion.tokens)
-    grade = task.grade(problem, text)
-    return {
-        "response": text,
-        "tokens": len(completion.tokens),
-        "finish": completion.finish,
-        "answer": grade.answer,
-        "correct": grade.correct,
-        "reason": grade.reason,
-        **task.skills(problem, text),
-    }
 
 
 # ---- the command ---------------------------------------------------------------------------------

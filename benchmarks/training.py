@@ -114,6 +114,7 @@ def grpo_ours(args):
         seed=0,
         reward="random",
         no_std=False,
+        log_groups=0,
         truncated="keep",
         loss="token-mean",
         max_new_tokens=args.max_new_tokens,
