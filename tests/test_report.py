@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CHAT, MINI, ROOT, read_rows, refused, write_jsonl
+from test_evaluate import TRACE
 
 import evaluate
 import grpo
@@ -25,27 +26,6 @@ from tokenizer import Tokenizer
 HOSTILE = ("</script><script>alert(1)</script><img src=x onerror=alert(1)> & \"'`${x} <!-- ]]> \\u003c "
            + "".join(map(chr, CONTROL)) + "\U0001f600 é 中 \u202e")
 TASK = tasks.find("multiply-2")
-TRACE = """<think>
-<sample>
-a <answer>7</answer>
-</sample>
-<reflect>
-no <verdict>Incorrect</verdict>
-</reflect>
-Again.
-<sample>
-<answer>6</answer>
-</sample>
-<reflect>
-no <verdict>Incorrect</verdict>
-</reflect>
-</think>
-
-So
-
-<answer>
-6
-</answer>"""
 
 
 def result(model="base", number=0, index=0, response=TRACE, **change):
