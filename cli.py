@@ -339,7 +339,7 @@ def check_types(row: dict, types: dict[str, type], where: str) -> None:
 
 def row_of(line: bytes, where: str, types: dict[str, type]) -> dict:
     """The object of a line, which must have these names, with values of these types."""
-    return _row(_parsed(line, where), where, where.partition(":")[0], types)
+    return _row(_parsed(line, where), where, where.rpartition(":")[0], types)
 
 
 def refuse_published_shape(row: dict, where: str, path: str | Path) -> None:

@@ -27,7 +27,7 @@ from grading import attempts_in
 from screen import printable
 from summary import (
     ROW, all_figures, bounds, by_task, change, check_row, paper_rows, percent, printed_tables, read_paper,
-    two_places, with_headings,
+    tasks_of, two_places, with_headings,
 )
 from tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ MEGABYTES = 20.0  # of traces in a page, unless told otherwise
 # ---- tables --------------------------------------------------------------------------------------
 def accuracy_table(cells: list[dict]) -> list[list[str]]:
     """A row for each model, a column for each task; below, what the paper has of the same tasks."""
-    names = list(dict.fromkeys(cell["task"] for cell in cells))
+    names = tasks_of(cells)
     rows = {}
     for cell in cells:
         row = rows.setdefault(cell["model"], {"model": cell["model"], **dict.fromkeys(names, "")})
@@ -79,7 +79,7 @@ def page_tables(cells: list[dict]) -> dict[str, list[list[str]]]:
     """Those of an evaluation, by what they tell. The paper's figures are the last rows."""
     verdicts = [verdict_row(cell) for cell in cells]
     for task, skills in read_paper()["skills"].items():
-        if any(cell["task"] == task for cell in cells):
+        if task in tasks_of(cells):
             model = in_the_paper("SkillFactory then GRPO")
             verdicts.append(verdict_row({"model": model, "task": task, **skills}))
     return {

@@ -244,9 +244,13 @@ def figures_row(cell: dict, ks: list[int]) -> dict[str, str]:
     return row
 
 
+def tasks_of(cells: list[dict]) -> list[str]:
+    return list(dict.fromkeys(cell["task"] for cell in cells))
+
+
 def by_task(cells: list[dict]) -> list[dict]:
     """The models of one task together."""
-    names = list(dict.fromkeys(cell["task"] for cell in cells))
+    names = tasks_of(cells)
     return sorted(cells, key=lambda cell: names.index(cell["task"]))
 
 
@@ -283,7 +287,7 @@ def text_table(rows: list[list[str]]) -> str:
 def printed_tables(cells: list[dict]) -> str:
     """The table of an evaluation and, for the tasks that it has, the paper's."""
     printed = text_table(all_figures(by_task(cells)))
-    paper = paper_rows(list(dict.fromkeys(cell["task"] for cell in cells)), heading="paper, 1.5B")
+    paper = paper_rows(tasks_of(cells), heading="paper, 1.5B")
     if paper:
         printed += "\n\n" + text_table(with_headings(paper))
     return printed
