@@ -62,10 +62,9 @@ def decode_attention(
     past_v[rows, :, lengths] = v
     # The H/K query heads that share a key head become the rows of one small matrix: no key is repeated.
     q = q.reshape(B, K, H // K, D)
-    scores = (q.float() * D**-0.5) @ past_k.float().transpose(-1, -2)  # (B, K, H/K, S)
-    unseen = torch.arange(S, device=q.device) > lengths[:, None]  # (B, S)
-    scores = scores.masked_fill_(unseen[:, None, None], float("-inf"))
-    return (scores.softmax(-1).to(past_v.dtype) @ past_v).view(B, H, D)
+    seen = torch.arange(S, device=q.device) <= lengths[:, None]  # (B, S)
+    o = F.scaled_dot_product_attention(q, past_k, past_v, attn_mask=seen[:, None, None])  # (B, K, H/K, D)
+    return o.reshape(B, H, D)
 
 
 # ---- the choice of a token -----------------------------------------------------------------------
@@ -102,12 +101,10 @@ def next_tokens(
     recomputes (for temperature 0, at temperature 1).
     """
     if seen is not None:
-        own = logits / (temperature or 1)
+        own = _cooled(logits.clone(), temperature)
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
-    if temperature not in (0, 1):
-        logits = logits.div_(temperature)
-    p = logits.softmax(-1)
+    p = _cooled(logits, temperature).softmax(-1)
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)  # (B, 1)
     else:
@@ -116,6 +113,13 @@ def next_tokens(
         return tokens[:, 0], p.gather(1, tokens).log()[:, 0]
     seen.scatter_(1, tokens, True)
     return tokens[:, 0], own.log_softmax(-1).gather(1, tokens)[:, 0]
+
+
+def _cooled(logits, temperature):
+    """logits / temperature, but for a constant, in place: the difference first, or large ones lose digits."""
+    if temperature in (0, 1):
+        return logits
+    return logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
 
 
 def _cut(p, top_k, top_p, min_p):

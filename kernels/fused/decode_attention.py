@@ -13,7 +13,9 @@ and the parts merge to
 
 The first part starts from the new token itself, still in registers, and writes it to the cache; the others
 only read what was there before. So there is no second kernel for the cache and no race. The parts are cut by
-each row's own length: a long row and a small batch still fill the card.
+each row's own length. There are as many as fill the card, so that a small batch does, and enough that none is
+longer than LONGEST: else a straggler of 4,096 positions among many short rows would be walked by one program
+while the card waits. A part without positions ends at once.
 
 Bytes: the cache once, 4 K D a position in bfloat16, against 4 H D flops; so memory decides, and H100's 3.35
 TB/s is the roof.
@@ -23,6 +25,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634  # the hardware's exponential is of base 2
+LONGEST = 512  # positions of a part
+BLOCK_S = 64  # positions of a tile
 
 
 @triton.jit
@@ -41,6 +45,10 @@ def _part(
     positions = tl.cdiv(tl.cdiv(length, PARTS), BLOCK_S) * BLOCK_S
     start = part * positions
     end = tl.minimum(start + positions, length)
+    if start >= end and part > 0:
+        empty = ((b * K + head) * G + g) * PARTS + part
+        tl.store(lse + empty, tl.full((BLOCK_G,), float("-inf"), tl.float32), g < G)
+        return
     past_k += b * row_stride + head * head_stride
     past_v += b * row_stride + head * head_stride
     heads = (b * K + head) * G + g  # (BLOCK_G,)
@@ -73,8 +81,6 @@ def _part(
         m = higher
 
     rows = heads * PARTS + part
-    # A part without positions: a is 0, m is -inf, and its weight in the merge is 0.
-    l = tl.where(l == 0, 1.0, l)
     tl.store(out + rows[:, None] * D + d[None, :], a / l[:, None], (g < G)[:, None] & (d < D)[None, :])
     tl.store(lse + rows, m + tl.log2(l), g < G)
 
@@ -86,29 +92,30 @@ def _merge(parts, lse, out, D, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK
     d = tl.arange(0, BLOCK_D)
     e = tl.load(lse + head * PARTS + p, p < PARTS, float("-inf"))
     w = tl.exp2(e - tl.max(e))
-    mask = (p < PARTS)[:, None] & (d < D)[None, :]
+    mask = (w > 0)[:, None] & (d < D)[None, :]  # an empty part has written no values
     a = tl.load(parts + (head * PARTS + p[:, None]) * D + d[None, :], mask, 0.0)
     tl.store(out + head * D + d, tl.sum(w[:, None] * a, 0) / tl.sum(w), d < D)
 
 
-def _parts_that_fill(device, B, K, S):
-    """Into how many parts to cut each row's positions, so that the programs fill the card."""
-    processors = 2
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(4 * processors // (B * K), triton.cdiv(S, 256), 64))
+def parts_of(B, K, S, processors):
+    """Into how many parts to cut each row's positions, of which there may be S."""
+    filling = min(4 * processors // (B * K), triton.cdiv(S, 256), 64)
+    return max(filling, triton.cdiv(S, LONGEST))
 
 
 def decode_attention(q, k, v, past_k, past_v, lengths, parts=0):
     """As `reference.decode_attention`.
 
-    `parts`: how many to cut each row's positions into; 0 fills the card.
+    `parts`: how many to cut each row's positions into; 0 takes what suits the card.
     """
     B, H, D = q.shape
     K, S = past_k.shape[1:3]
     assert past_k.stride()[2:] == (D, 1) and past_k.stride() == past_v.stride()
     row_stride, head_stride = past_k.stride()[:2]
-    parts = parts or _parts_that_fill(q.device, B, K, S)
+    if not parts:
+        gpu = q.device.type == "cuda"
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count if gpu else 2
+        parts = parts_of(B, K, S, processors)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     pieces = out if parts == 1 else torch.empty(B, H, parts, D, device=q.device)
@@ -116,9 +123,11 @@ def decode_attention(q, k, v, past_k, past_v, lengths, parts=0):
     BLOCK_G = max(16, triton.next_power_of_2(H // K))
     BLOCK_D = triton.next_power_of_2(max(D, 16))
     scale = D**-0.5 * LOG2_E
+    # Tiles in flight. In float32 and 128 wide three of them take more shared memory than small cards have.
+    stages = 3 if BLOCK_D * q.element_size() < 512 else 2
     _part[(B, K, parts)](
         q, k, v, past_k, past_v, lengths, pieces, lse, row_stride, head_stride, scale, K, H // K, D,
-        parts, BLOCK_G, BLOCK_D, 64, num_warps=4, num_stages=3)
+        parts, BLOCK_G, BLOCK_D, BLOCK_S, num_warps=4, num_stages=stages)
     if parts > 1:
         BLOCK_P = triton.next_power_of_2(parts)
         _merge[(B * H,)](pieces, lse, out, D, parts, BLOCK_P, BLOCK_D, num_warps=2)

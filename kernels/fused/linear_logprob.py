@@ -36,8 +36,21 @@ WIDE = triton.Config({"ROWS": 128, "COLS": 256, "DEEP": 64}, num_warps=8, num_st
 SMALL = triton.Config({"ROWS": 64, "COLS": 128, "DEEP": 32}, num_warps=4, num_stages=3)
 TINY = triton.Config({"ROWS": 16, "COLS": 32, "DEEP": 16})  # the interpreter, which cannot time
 CONFIGS = [TINY] if triton.knobs.runtime.interpret else [SQUARE, WIDE, SMALL]
-# The timings are kept on disk: a run that is resumed must not choose another order of sums.
-tune = triton.autotune(CONFIGS, key=["V", "C"], cache_results=True)
+
+
+def suited(configs, given, **_):
+    """Float32 runs without tensor cores: large tiles would only spill, and take long to compile."""
+    return [SMALL] if SMALL in configs and given["hidden"].dtype == torch.float32 else configs
+
+
+def size_class(N):
+    """A tile that suits 16,000 rows does not suit 16: each power of 4 is timed by itself."""
+    return N.bit_length() // 2
+
+
+# The timings are kept on disk, so that a run that is resumed there chooses the same order of sums.
+tune = triton.autotune(
+    CONFIGS, key=["V", "C", "size"], prune_configs_by={"early_config_prune": suited}, cache_results=True)
 
 
 @triton.jit
@@ -58,9 +71,9 @@ def _tile(hidden, weight, rows, cols, N, V, C, ROWS: tl.constexpr, COLS: tl.cons
 
 
 @tune
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _forward(
-    hidden, weight, targets, top, sums, dots, hits, N, V, C, entries, temperature,
+    hidden, weight, targets, top, sums, dots, hits, N, V, C, entries, temperature, size,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr,
 ):
     """m, l, e and the target's z (if it lies here) of each row, over `entries` of the vocabulary."""
@@ -92,9 +105,9 @@ def _forward(
 
 
 @tune
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _backward(
-    hidden, weight, targets, lse, grad, d, first, N, V, C, width, pitch, temperature,
+    hidden, weight, targets, lse, grad, d, first, N, V, C, width, pitch, temperature, size,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEEP: tl.constexpr,
 ):
     """d for the `width` entries of the vocabulary from `first` on."""
@@ -123,7 +136,7 @@ class _LinearLogprob(torch.autograd.Function):
         m, l, e, hit = torch.empty(4, parts, N, device=hidden.device)
         if N:
             _forward[lambda meta: (triton.cdiv(N, meta["ROWS"]), parts)](
-                hidden, weight, targets, m, l, e, hit, N, V, C, entries, temperature)
+                hidden, weight, targets, m, l, e, hit, N, V, C, entries, temperature, size_class(N))
         lse = torch.logsumexp(m + l.log(), 0)  # (N,)
         entropy = -((m - lse).exp() * (e + l * (m - lse))).sum(0)
         ctx.save_for_backward(hidden, weight, targets, lse)
@@ -153,7 +166,8 @@ class _LinearLogprob(torch.autograd.Function):
                 return triton.cdiv(N, meta["ROWS"]), triton.cdiv(width, meta["COLS"])
 
             _backward[grid](
-                hidden, weight, targets, lse, grad, d, first, N, V, C, width, pitch, ctx.temperature)
+                hidden, weight, targets, lse, grad, d, first, N, V, C, width, pitch, ctx.temperature,
+                size_class(N))
             dh += d @ part
             if dw is not None:
                 torch.mm(d.T, hidden, out=dw[first:first + entries])

@@ -1,17 +1,23 @@
 """The choice of the next token, one program per row: no sort, no host sync, a draw that is reproducible.
 
-    z = logits (seen tokens penalised) / temperature      p = exp(z - max z)
+    z = logits, those of seen tokens penalised      p = exp((z - max z) / temperature)
     token = the first i in vocabulary order with  p_0 + ... + p_i > u sum p,  over those that survive the cuts
+
+Without cuts one sweep is enough, and a block: the sweep leaves the largest logit and the mass of each BLOCK
+logits, the sums of those say in which block the draw ends, and only that one is read again.
 
 The cuts need a threshold, not an order. Top-k keeps z >= t with t the largest value that k logits reach;
 top-p the same with probability mass in place of a count. Both are bisections over the float32 values, at most
-32 halvings, exact up to the rounding of the mass. To bisect over few numbers, the first bisection is over the
-maxima of the lanes (a lane is one of BLOCK positions that run in parallel and see every BLOCK-th logit). They
-are a subset of the row, so their threshold is a lower bound; only the logits above it, some dozens in
-practice, are collected and bisected exactly.
+32 halvings, exact up to the rounding of the mass. To bisect over few numbers, a lower bound comes first, and
+only the logits above it are collected, in a second sweep, and bisected exactly:
 
-Bytes for a row of V float32 logits: two sweeps, 8 V (10 V with a penalty). A sort would move 16 V or more,
-several times.
+- the threshold of the maxima of the lanes (a lane is one of BLOCK positions that run in parallel and see
+  every BLOCK-th logit), for they are a subset of the row: some dozens of logits lie above it in practice;
+- or, where the maxima hold less than the mass that top-p asks for, as in a flat distribution, a histogram of
+  how far each logit is below the largest. All that is in a bin counts as much as the bin's lower edge.
+
+Bytes for a row of V float32 logits: 4 V and a block without cuts, 8 V with them, 12 V with the histogram (and
+V for each sweep with a penalty). A sort would move 16 V or more, several times.
 """
 import math
 
@@ -21,56 +27,69 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)  # below every logit that counts; -inf would give inf - inf
 NO_ID = tl.constexpr(2**31 - 1)  # no id yet
+BINS = tl.constexpr(1024)  # of the histogram
+BINS_A_NAT = tl.constexpr(32)  # what is 32 nats below the largest logit is less than its rounding
 
 
 # ---- pieces --------------------------------------------------------------------------------------
 @triton.jit
-def _read(logits, seen, at, V, temperature, penalty, PENALTY: tl.constexpr):
-    """(the logits to draw from, the model's own), both divided by the temperature."""
+def _read(logits, seen, at, V, penalty, PENALTY: tl.constexpr):
+    """(the logits to draw from, the model's own)."""
     own = tl.load(logits + at, at < V, float("-inf")).to(tl.float32)
     z = own
     if PENALTY:
         marked = tl.load(seen + at, at < V, 0) != 0
         z = tl.where(marked, tl.where(z > 0, z / penalty, z * penalty), z)
-    return z / temperature, own / temperature
+    return z, own
 
 
 @triton.jit
-def _sweep(logits, seen, V, temperature, penalty, PENALTY: tl.constexpr, BLOCK: tl.constexpr):
-    """(each lane's largest logit, the row's, sum of exp(z - largest); the same two of the own logits)."""
+def _block_mass(z, cold):
+    """(the largest of a block of logits, the mass in relation to it)."""
+    best = tl.maximum(tl.max(z), LOWEST)
+    return best, tl.sum(tl.exp((z - best) * cold))
+
+
+@triton.jit
+def _sweep(logits, seen, bests, masses, V, cold, penalty, PENALTY: tl.constexpr, BLOCK: tl.constexpr):
+    """Write each block's largest logit and mass. Returns (each lane's largest, own largest, own mass)."""
     lane = tl.arange(0, BLOCK)
-    best = tl.full((BLOCK,), LOWEST, tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    own_best = best
-    own_sums = sums
+    lanes = tl.full((BLOCK,), LOWEST, tl.float32)
+    own_top = tl.max(lanes)
+    own_total = 0.0
     for start in tl.range(0, V, BLOCK, num_stages=3):
-        z, own = _read(logits, seen, start + lane, V, temperature, penalty, PENALTY)
-        higher = tl.maximum(best, z)
-        sums = sums * tl.exp(best - higher) + tl.exp(z - higher)
-        best = higher
+        z, own = _read(logits, seen, start + lane, V, penalty, PENALTY)
+        lanes = tl.maximum(lanes, z)
+        best, mass = _block_mass(z, cold)
+        tl.store(bests + start // BLOCK, best)
+        tl.store(masses + start // BLOCK, mass)
         if PENALTY:
-            higher = tl.maximum(own_best, own)
-            own_sums = own_sums * tl.exp(own_best - higher) + tl.exp(own - higher)
-            own_best = higher
-    top = tl.max(best)
-    total = tl.sum(sums * tl.exp(best - top))
-    if PENALTY:
-        own_top = tl.max(own_best)
-        own_total = tl.sum(own_sums * tl.exp(own_best - own_top))
-    else:
-        own_top = top
-        own_total = total
-    return best, top, total, own_top, own_total
+            best, mass = _block_mass(own, cold)
+        higher = tl.maximum(own_top, best)
+        own_total = own_total * tl.exp((own_top - higher) * cold) + mass * tl.exp((best - higher) * cold)
+        own_top = higher
+    tl.debug_barrier()  # Triton's block barrier: a lane reads what the others wrote
+    return lanes, own_top, own_total
 
 
 @triton.jit
-def _mass(values, n, t, top, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of the first n values reach t, or the sum of their exp(value - top)."""
+def _blocks(bests, masses, V, cold, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """What `_sweep` wrote: (each block's largest logit, the row's, each block's mass in relation to it)."""
+    j = tl.arange(0, BLOCKS)
+    best = tl.load(bests + j, j * BLOCK < V, LOWEST)
+    top = tl.max(best)
+    mass = tl.load(masses + j, j * BLOCK < V, 0.0)
+    return best, top, mass * tl.exp((best - top) * cold)
+
+
+@triton.jit
+def _mass(values, n, t, top, cold, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of the first n values reach t, or their mass."""
     found = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(values + at, at < n, float("-inf"))
-        found += tl.where((at < n) & (z >= t), tl.exp(z - top) if MASS else 1.0, 0.0)
+        found += tl.where((at < n) & (z >= t), tl.exp((z - top) * cold) if MASS else 1.0, 0.0)
     return tl.sum(found)
 
 
@@ -88,16 +107,33 @@ def _unsortable(i):
 
 
 @triton.jit
-def _threshold(values, n, goal, lowest, top, MASS: tl.constexpr, BLOCK: tl.constexpr):
+def _threshold(values, n, goal, lowest, top, cold, MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest t in lowest..top that enough of the first n values reach; `lowest` if none does."""
     low = _sortable(lowest)
     high = _sortable(top) + 1
     while high - low > 1:
         middle = (low + high) >> 1
-        enough = _mass(values, n, _unsortable(middle), top, MASS, BLOCK) >= goal
+        enough = _mass(values, n, _unsortable(middle), top, cold, MASS, BLOCK) >= goal
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
     return _unsortable(low)
+
+
+@triton.jit
+def _bound_by_histogram(
+    logits, seen, V, goal, lowest, top, cold, penalty, PENALTY: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """A value above which lies a mass of `goal` or more; `lowest` if the bins do not reach so deep."""
+    counts = tl.zeros((BINS,), tl.int32)
+    for start in tl.range(0, V, BLOCK):
+        z, own = _read(logits, seen, start + tl.arange(0, BLOCK), V, penalty, PENALTY)
+        depth = tl.minimum((top - z) * cold * BINS_A_NAT, BINS - 1)
+        counts += tl.histogram(depth.to(tl.int32), BINS)
+    bins = tl.arange(0, BINS)
+    least = tl.where(bins < BINS - 1, counts * tl.exp(-(bins + 1.0) / BINS_A_NAT), 0.0)  # the last is endless
+    first = tl.min(tl.where(tl.cumsum(least) >= goal, bins, BINS))
+    # A bin deeper than its edge: for rounding.
+    return tl.where(first == BINS, lowest, tl.maximum(lowest, top - (first + 2.0) / BINS_A_NAT / cold))
 
 
 @triton.jit
@@ -111,75 +147,92 @@ def _draw(p, ids, before, aim, first, last):
 
 @triton.jit
 def _write(
-    row, logits, seen, tokens, logprobs, first, last, V, temperature, own_top, own_total,
-    PENALTY: tl.constexpr,
+    row, logits, seen, tokens, logprobs, first, last, V, cold, own_top, own_total, PENALTY: tl.constexpr,
 ):
     # Rounding may leave the aim just out of reach.
     token = tl.minimum(tl.where(first == NO_ID, last, first), V - 1)
-    z, own = _read(logits, seen, token, V, temperature, 1.0, PENALTY=False)
+    own = tl.load(logits + token).to(tl.float32)
     tl.store(tokens + row, token.to(tl.int64))
     # The difference first: logits of -30,000 leave no digits for a sum with the small logarithm.
-    tl.store(logprobs + row, (own - own_top) - tl.log(own_total))
+    tl.store(logprobs + row, (own - own_top) * cold - tl.log(own_total))
     if PENALTY:
         tl.store(seen + token, 1)
 
 
 # ---- the two kernels -----------------------------------------------------------------------------
+# `cold` is 1 / temperature. `bests` and `masses` (B, BLOCKS) have room for what a sweep finds in each block.
 @triton.jit
 def _choose(
-    logits, u, seen, tokens, logprobs, V, row_stride, temperature, penalty,
-    GREEDY: tl.constexpr, PENALTY: tl.constexpr, BLOCK: tl.constexpr,
+    logits, u, seen, tokens, logprobs, bests, masses, V, row_stride, cold, penalty,
+    GREEDY: tl.constexpr, PENALTY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):
     """Without cuts: the largest logit, or a draw from the whole distribution."""
     row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
     logits += row * row_stride
     seen += row * V
-    best, top, total, own_top, own_total = _sweep(logits, seen, V, temperature, penalty, PENALTY, BLOCK)
+    bests += row * BLOCKS
+    masses += row * BLOCKS
+    _, own_top, own_total = _sweep(logits, seen, bests, masses, V, cold, penalty, PENALTY, BLOCK)
 
-    aim = tl.load(u + row) * total
-    before, first, last = 0.0, NO_ID, 0
-    for start in tl.range(0, V, BLOCK, num_stages=3):
-        z, own = _read(logits, seen, start + lane, V, temperature, penalty, PENALTY)
-        if GREEDY:
-            first = tl.minimum(first, tl.min(tl.where(z == top, start + lane, NO_ID)))
-        else:
-            before, first, last = _draw(tl.exp(z - top), start + lane, before, aim, first, last)
-    _write(row, logits, seen, tokens, logprobs, first, last, V, temperature, own_top, own_total, PENALTY)
+    # In which block it ends: as in `_draw`, by the blocks' masses.
+    j = tl.arange(0, BLOCKS)
+    best, top, mass = _blocks(bests, masses, V, cold, BLOCK, BLOCKS)
+    aim = tl.load(u + row) * tl.sum(mass)
+    if GREEDY:
+        block = tl.min(tl.where(best == top, j, BLOCKS - 1))
+    else:
+        _, block, last = _draw(mass, j, 0.0, aim, NO_ID, 0)
+        block = tl.where(block == NO_ID, last, block)
+
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    z, own = _read(logits, seen, ids, V, penalty, PENALTY)
+    if GREEDY:
+        first = tl.min(tl.where(z == top, ids, NO_ID))
+        last = 0
+    else:
+        before = tl.sum(tl.where(j < block, mass, 0.0))
+        _, first, last = _draw(tl.exp((z - top) * cold), ids, before, aim, NO_ID, 0)
+    _write(row, logits, seen, tokens, logprobs, first, last, V, cold, own_top, own_total, PENALTY)
 
 
 @triton.jit
 def _choose_cut(
-    logits, u, seen, tokens, logprobs, maxima, kept, kept_ids, V, row_stride,
-    temperature, penalty, top_k, top_p, log_min_p,
-    PENALTY: tl.constexpr, BLOCK: tl.constexpr,
+    logits, u, seen, tokens, logprobs, bests, masses, maxima, kept, kept_ids, V, row_stride,
+    cold, penalty, top_k, top_p, min_p_depth,
+    PENALTY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):
     """With cuts. `maxima` (B, BLOCK) has room for lanes' bests, `kept`, `kept_ids` (B, V) for candidates."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     logits += row * row_stride
     seen += row * V
+    bests += row * BLOCKS
+    masses += row * BLOCKS
     maxima += row * BLOCK
     kept += row * V
     kept_ids += row * V
-    best, top, total, own_top, own_total = _sweep(logits, seen, V, temperature, penalty, PENALTY, BLOCK)
+    lanes, own_top, own_total = _sweep(logits, seen, bests, masses, V, cold, penalty, PENALTY, BLOCK)
+    _, top, mass = _blocks(bests, masses, V, cold, BLOCK, BLOCKS)
 
-    # A lower bound of every survivor: what min-p leaves, raised by the lanes' maxima.
-    lowest = tl.maximum(top + log_min_p, LOWEST)
+    # A lower bound of every survivor: what min-p leaves, raised by the lanes' maxima or the histogram.
+    lowest = tl.maximum(top - min_p_depth, LOWEST)
     bound = lowest
-    tl.store(maxima + lane, best)
-    tl.debug_barrier()  # Triton's block barrier: a lane reads what the others wrote
+    tl.store(maxima + lane, lanes)
+    tl.debug_barrier()
     if top_k > 0:
-        bound = _threshold(maxima, BLOCK, top_k, lowest, top, False, BLOCK)
+        bound = _threshold(maxima, BLOCK, top_k, lowest, top, cold, False, BLOCK)
     elif top_p < 1:
-        bound = _threshold(maxima, BLOCK, top_p * total, lowest, top, True, BLOCK)
+        goal = top_p * tl.sum(mass)
+        bound = _threshold(maxima, BLOCK, goal, lowest, top, cold, True, BLOCK)
+        if bound == lowest:
+            bound = _bound_by_histogram(logits, seen, V, goal, lowest, top, cold, penalty, PENALTY, BLOCK)
 
     # The second sweep collects, in vocabulary order, what reaches the bound, and sums what min-p leaves.
     n = 0
     left = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, V, BLOCK, num_stages=3):
-        z, own = _read(logits, seen, start + lane, V, temperature, penalty, PENALTY)
-        left += tl.where(z >= lowest, tl.exp(z - top), 0.0)
+        z, own = _read(logits, seen, start + lane, V, penalty, PENALTY)
+        left += tl.where(z >= lowest, tl.exp((z - top) * cold), 0.0)
         candidate = ((start + lane < V) & (z >= bound)).to(tl.int32)
         to = n + tl.cumsum(candidate) - 1
         tl.store(kept + to, z, candidate > 0)
@@ -188,24 +241,24 @@ def _choose_cut(
     tl.debug_barrier()
 
     # The cuts, each on what the one before has left.
-    mass = tl.sum(left)
+    left_mass = tl.sum(left)
     cut = bound
     if top_k > 0:
-        cut = _threshold(kept, n, top_k, bound, top, False, BLOCK)
-        mass = _mass(kept, n, cut, top, True, BLOCK)
+        cut = _threshold(kept, n, top_k, bound, top, cold, False, BLOCK)
+        left_mass = _mass(kept, n, cut, top, cold, True, BLOCK)
     if top_p < 1:
-        cut = _threshold(kept, n, top_p * mass, cut, top, True, BLOCK)
-        mass = _mass(kept, n, cut, top, True, BLOCK)
+        cut = _threshold(kept, n, top_p * left_mass, cut, top, cold, True, BLOCK)
+        left_mass = _mass(kept, n, cut, top, cold, True, BLOCK)
 
-    aim = tl.load(u + row) * mass
+    aim = tl.load(u + row) * left_mass
     before, first, last = 0.0, NO_ID, 0
     for start in range(0, n, BLOCK):
         at = start + lane
         z = tl.load(kept + at, at < n, float("-inf"))
         ids = tl.load(kept_ids + at, at < n, 0)
-        p = tl.where(z >= cut, tl.exp(z - top), 0.0)
+        p = tl.where(z >= cut, tl.exp((z - top) * cold), 0.0)
         before, first, last = _draw(p, ids, before, aim, first, last)
-    _write(row, logits, seen, tokens, logprobs, first, last, V, temperature, own_top, own_total, PENALTY)
+    _write(row, logits, seen, tokens, logprobs, first, last, V, cold, own_top, own_total, PENALTY)
 
 
 def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, seen=None):
@@ -220,18 +273,21 @@ def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penal
     greedy = temperature == 0
     temperature = float(temperature or 1)
     BLOCK = min(4096, triton.next_power_of_2(V))
+    BLOCKS = triton.next_power_of_2(triton.cdiv(V, BLOCK))
     warps = max(1, BLOCK // 256)
+    bests, masses = torch.empty(2, B, BLOCKS, device=device)
     top_k = top_k if top_k < V else 0
     if greedy or not (top_k or top_p < 1 or min_p):
         _choose[(B,)](
-            logits, u, marks, tokens, logprobs, V, logits.stride(0), temperature, float(penalty),
-            greedy, penalised, BLOCK, num_warps=warps)
+            logits, u, marks, tokens, logprobs, bests, masses, V, logits.stride(0), 1 / temperature,
+            float(penalty), greedy, penalised, BLOCK, BLOCKS, num_warps=warps)
         return tokens, logprobs
     maxima = torch.empty(B, BLOCK, device=device)
     kept = torch.empty(B, V, device=device)
     kept_ids = torch.empty(B, V, device=device, dtype=torch.int32)
-    log_min_p = math.log(min_p) if min_p else float("-inf")
+    min_p_depth = -math.log(min_p) * temperature if min_p else float("inf")
     _choose_cut[(B,)](
-        logits, u, marks, tokens, logprobs, maxima, kept, kept_ids, V, logits.stride(0),
-        temperature, float(penalty), top_k, float(top_p), log_min_p, penalised, BLOCK, num_warps=warps)
+        logits, u, marks, tokens, logprobs, bests, masses, maxima, kept, kept_ids, V, logits.stride(0),
+        1 / temperature, float(penalty), top_k, float(top_p), min_p_depth, penalised, BLOCK, BLOCKS,
+        num_warps=warps)
     return tokens, logprobs

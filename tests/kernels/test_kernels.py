@@ -185,6 +185,17 @@ def test_decode_attention(kind, dtype, H, K, D, parts):
         assert torch.equal(cache[B:], old[B:])
 
 
+@pytest.mark.parametrize("B, K, S, most", [(1, 2, 4096, 64), (128, 2, 4096, 8), (166, 2, 4352, 9), (4, 8, 100, 1)])
+def test_no_part_of_attention_is_long(B, K, S, most):
+    """166 rows once gave one part: a straggler of 4,096 positions was walked by one program, 64 tiles long."""
+    module = importlib.import_module("kernels.fused.decode_attention")
+    parts = module.parts_of(B, K, S, processors=132)
+    assert 1 <= parts <= most
+    for length in (1, S // 3, S - 1):
+        tiles = -(-length // module.BLOCK_S)
+        assert -(-tiles // parts) * module.BLOCK_S <= module.LONGEST
+
+
 # ---- the choice of a token -----------------------------------------------------------------------
 def splitmix(key, position):
     """The mixer on Python's unbounded integers."""
@@ -269,6 +280,26 @@ def test_next_tokens_invert_the_distribution(kind, cuts, V, ties):
     close(logp.cpu(), exact, torch.float32, "log-probability")
 
 
+@pytest.mark.parametrize("cuts", [(1.0, 0, 0.95, 0.0), (0.5, 0, 0.9, 0.0), (1.0, 0, 0.95, 1e-4)], ids=str)
+def test_top_p_of_a_flat_distribution(cuts, monkeypatch):
+    """Its lanes' maxima hold too little mass, and once the whole vocabulary was collected and bisected.
+
+    Little more than what survives is collected, and the draw is the equation's.
+    """
+    V = 20_000
+    logits = 1.5 * random(3, V, seed=5)
+    u = [1e-3, 0.5, 0.999]
+    kept = torch.full((3, V), -1, device=DEVICE, dtype=torch.int32)
+    real = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, **kw: kept if kw.get("dtype") == torch.int32 else real(*shape, **kw))
+    tokens, _ = operation("next_tokens", "triton")(logits, torch.tensor(u, device=DEVICE), *cuts)
+    for row in range(3):
+        want = survivors(logits[row].cpu(), *cuts)
+        assert tokens[row] == torch.searchsorted(want.cumsum(0), u[row])
+        assert (want > 0).sum() <= (kept[row] >= 0).sum() < 1.5 * (want > 0).sum()
+
+
 @both
 @pytest.mark.parametrize("cuts", [{}, {"top_k": 7, "top_p": 0.9}])
 def test_extreme_u_and_logits(kind, cuts):
@@ -289,11 +320,10 @@ def test_extreme_u_and_logits(kind, cuts):
 @pytest.mark.parametrize("cuts", [{}, {"top_k": 7}, {"temperature": 0.01}, {"penalty": 1.0}])
 def test_logprobs_of_far_logits(kind, cuts):
     """Logits of -30,000 once cost the log-probability a thousandth, at a low temperature four hundredths."""
-    spread = 0 if "temperature" in cuts else 0.01  # divided by 0.01, the logits themselves lose their digits
-    logits = (spread * random(6, 500).cpu().double() - 3e4).float()
+    logits = (0.01 * random(6, 500).cpu().double() - 3e4).float()
     seen = {"seen": torch.zeros(6, 500, dtype=torch.bool, device=DEVICE)} if "penalty" in cuts else {}
     u = torch.rand(6, device=DEVICE)
-    tokens, logp = operation("next_tokens", kind)(logits.to(DEVICE), u, **cuts, **seen)
+    tokens, logp = operation("next_tokens", kind)(logits.clone().to(DEVICE), u, **cuts, **seen)
     exact = (logits.double() / cuts.get("temperature", 1)).log_softmax(-1)
     want = exact.gather(1, tokens.cpu()[:, None])[:, 0]
     close(logp.cpu(), want, torch.float32, "log-probability")
