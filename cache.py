@@ -2,20 +2,22 @@
 
     cache = KVCache(config, slots=128, capacity=4608, device=device, dtype=dtype)
     model(prompts, attend=cache.prefill([0, 1]))                # the keys and values of two prompts
-    cache.copy(0, [2, 3], length=150)                           # one of them forked to two more samples
+    cache.copy([Move(0, 2, length=150), Move(0, 3, length=150)])  # one of them forked to two more samples
     model(tokens[:, None], lengths[:, None], attend=cache.decode(lengths, longest))     # one more in each
 
 `model.py` knows nothing of it: `prefill` and `decode` return an Attend, which writes the cache and then
-attends. When a row ends, the sampler copies the last live row into its slot (`Sampler.close`).
+attends. When a row ends, the sampler copies the last live row into its slot (`Sampler.close`). What the host
+tells a GPU is sent without waiting for it, and all that changes between two steps goes together.
 
 Left out: pages (a slot is one stretch of memory), quantised caches, moving slots to the host.
 """
+import gc
 import math
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +27,33 @@ from model import Attend, Config, causal
 
 
 # ---- keys and values -----------------------------------------------------------------------------
+PREFILL_TOKENS = 8192  # of prompts that are run together, or of slots that are copied together
+
+
+def in_batches(items: list, length: Callable[[Any], int], most: int = PREFILL_TOKENS) -> Iterator[list]:
+    """Items in batches of similar length: padded to its longest, each has at most `most` (or is one item)."""
+    batch = []
+    for item in sorted(items, key=length):
+        if batch and (len(batch) + 1) * length(item) > most:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def sent(numbers: list, device: torch.device) -> Tensor:
+    """A list of integers as a tensor there. No wait: what a device still has to do before goes on."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
+
+
+class Move(NamedTuple):
+    """The first `length` positions of a slot are to be those of another."""
+    source: int
+    target: int
+    length: int
+
+
 class KVCache:
     """Keys and values of every layer in slots of fixed capacity: k, v (layers, slots, K, capacity, D).
 
@@ -53,7 +82,7 @@ class KVCache:
 
         What lands beyond a prompt's length is overwritten by decoding before anything reads it.
         """
-        slots = torch.tensor(slot_ids, device=self.k.device)
+        slots = sent(slot_ids, self.k.device)
 
         def attend(layer, q, k, v):
             width = k.shape[1]
@@ -76,11 +105,14 @@ class KVCache:
             return o[:, None]  # (B, 1, H, D)
         return attend
 
-    def copy(self, source: int, targets: list[int], length: int) -> None:
-        """Copy the first `length` positions of a slot to others."""
-        # (layers, n, K, length, D) from (layers, 1, K, length, D)
-        self.k[:, targets, :, :length] = self.k[:, source, None, :, :length]
-        self.v[:, targets, :, :length] = self.v[:, source, None, :, :length]
+    def copy(self, moves: list[Move]) -> None:
+        """Copy positions to other slots, of which none is a source. What lies beyond may come along."""
+        for batch in in_batches(moves, lambda move: move.length):
+            sources = sent([move.source for move in batch], self.k.device)
+            targets = sent([move.target for move in batch], self.k.device)
+            longest = batch[-1].length
+            for cache in (self.k, self.v):
+                cache[:, targets, :, :longest] = cache[:, sources, :, :longest]  # (layers, n, K, longest, D)
 
 
 class SlotState:
@@ -90,9 +122,10 @@ class SlotState:
     """
 
     def __init__(self, slots: int, device: torch.device):
-        self.tokens = torch.zeros(slots, dtype=torch.long, device=device)  # what each feeds next
-        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # positions in its cache
-        self.noise_keys = torch.zeros(slots, dtype=torch.long, device=device)  # names its random numbers
+        self.of_slots = torch.zeros(3, slots, dtype=torch.long, device=device)  # these move together:
+        self.tokens = self.of_slots[0]  # what each feeds next
+        self.lengths = self.of_slots[1]  # positions in its cache
+        self.noise_keys = self.of_slots[2]  # names its random numbers
         self.logprobs = torch.zeros(slots, device=device)  # of `tokens`, once they were sampled
         self.seen: Tensor | None = None  # (slots, vocab) bool: the ids it has met, for a repetition penalty
 
@@ -101,21 +134,28 @@ class SlotState:
         if self.seen is None:
             self.seen = torch.zeros(len(self.tokens), vocab, dtype=torch.bool, device=self.tokens.device)
 
-    def fill(self, slot: int, prompt: list[int], noise_key: int) -> None:
+    def fill(self, first: int, prompts: list[list[int]], noise_keys: list[int]) -> None:
+        """Samples of these prompts begin in the slots from `first` on."""
         # Prefill leaves out the last prompt token: the first decoding step feeds it, so tokens are chosen in
         # one place only.
-        self.tokens[slot] = prompt[-1]
-        self.lengths[slot] = len(prompt) - 1
-        self.noise_keys[slot] = noise_key
+        device = self.of_slots.device
+        last_tokens = [prompt[-1] for prompt in prompts]
+        lengths = [len(prompt) - 1 for prompt in prompts]
+        end = first + len(prompts)
+        self.of_slots[:, first:end] = sent([last_tokens, lengths, noise_keys], device)
         if self.seen is not None:
-            self.seen[slot] = False
-            self.seen[slot, torch.tensor(prompt, device=self.seen.device)] = True
+            self.seen[first:end] = False
+            slots = [slot for slot, prompt in enumerate(prompts, first) for _ in prompt]
+            ids = [token for prompt in prompts for token in prompt]
+            self.seen[sent(slots, device), sent(ids, device)] = True
 
-    def move(self, source: int, target: int) -> None:
-        """What goes with `KVCache.copy` when a row moves; its log-probability has been read already."""
-        for state in (self.tokens, self.lengths, self.noise_keys, self.seen):
-            if state is not None:
-                state[target] = state[source]
+    def move(self, moves: list[Move]) -> None:
+        """What goes with `KVCache.copy` when rows move; their log-probabilities have been read already."""
+        sources = sent([move.source for move in moves], self.of_slots.device)
+        targets = sent([move.target for move in moves], self.of_slots.device)
+        self.of_slots[:, targets] = self.of_slots[:, sources]
+        if self.seen is not None:
+            self.seen[targets] = self.seen[sources]
 
 
 # ---- how long a slot is, how many there are, how many a step runs --------------------------------
@@ -240,6 +280,11 @@ class Graphs:
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            step()
+        gc.collect()
+        gc.disable()  # what it would free meanwhile, such as another graph, no capture allows
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                step()
+        finally:
+            gc.enable()
         return graph.replay

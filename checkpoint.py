@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import UserError, read_json, write_whole
+from cli import UserError
+from files import read_json, write_whole
 from kernels import uses_triton
 from model import Config, Transformer
 from screen import say

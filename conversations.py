@@ -1,5 +1,6 @@
 """A row of chat data, checked: what its fields mean is used, or the row is refused with its line."""
-from cli import UserError, to_json
+from cli import UserError
+from files import to_json
 
 # Fields of a row or a turn that change what it says and cannot be used here. Empty ones say nothing.
 UNSUPPORTED = ("tool_calls", "function_call", "refusal", "audio", "images", "videos", "tools", "functions",

@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from cli import UserError, command, parser, read_jsonl, refuse_existing, to_json, write_whole
+from cli import UserError, command, parser
+from files import read_jsonl, refuse_existing, to_json, write_whole
 from equivalence import flaw_of_gold
 from grading import last_boxed
 from questions import as_text

@@ -4,10 +4,8 @@ Groups, completions and grades are those of `grpo.py`.
 """
 import json
 
-import torch
-
-from cli import to_json
-from processes import gathered, summed
+from files import to_json
+from processes import gathered
 from run import Run
 from screen import say
 from tokenizer import Tokenizer
@@ -18,23 +16,14 @@ SUMMED = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "reference_kl"
 
 
 # ---- figures -------------------------------------------------------------------------------------
-def measure(groups: list, update_results: list[tuple], device: torch.device) -> dict:
-    """The figures of a step over all processes: means per rollout or per trained token.
+def measure(groups: list, update_results: list[tuple]) -> dict:
+    """The figures of a step: means per rollout or per trained token.
 
     `update_results`: the (gradient norm, sums) of each mini-batch. `loss`, without a KL term, is the sum of
     theirs, `grad_norm` the mean. A trained token is one of a response in the loss that has an advantage.
     """
     completions = [c for group in groups for c in group.completions]
-    counts = summed({
-        "groups": len(groups),
-        "mixed": sum(len(set(group.rewards)) > 1 for group in groups),
-        "rollouts": len(completions),
-        "reward": sum(sum(group.rewards) for group in groups),
-        "correct": sum(grade.correct for group in groups for grade in group.grades),
-        "tokens": sum(len(c.tokens) for c in completions),
-        "truncated": sum(c.finish == "length" for c in completions),
-    }, device)
-    n = counts["rollouts"]
+    n = len(completions)
     norms = [norm for norm, _ in update_results if norm is not None]
     sums = {name: sum(s[name] for _, s in update_results) for name in SUMMED}
     trained = max(1, sums["trained_tokens"])
@@ -42,11 +31,11 @@ def measure(groups: list, update_results: list[tuple], device: torch.device) -> 
     if sums["reference_tokens"]:
         reference_kl = sums["reference_kl"] / sums["reference_tokens"]
     row = {
-        "reward": counts["reward"] / n,
-        "correct": counts["correct"] / n,
-        "groups_with_signal": counts["mixed"] / counts["groups"],
-        "response_tokens": counts["tokens"] / n,
-        "truncated": counts["truncated"] / n,
+        "reward": sum(sum(group.rewards) for group in groups) / n,
+        "correct": sum(grade.correct for group in groups for grade in group.grades) / n,
+        "groups_with_signal": sum(len(set(group.rewards)) > 1 for group in groups) / len(groups),
+        "response_tokens": sum(len(c.tokens) for c in completions) / n,
+        "truncated": sum(c.finish == "length" for c in completions) / n,
         "loss": sums["loss"],
         "grad_norm": sum(norms) / len(norms) if norms else None,
         "updates": len(norms),
@@ -113,10 +102,13 @@ BYTES_A_TOKEN = 30  # of rollouts.jsonl, about: its text, its id, two log-probab
 
 def log_rollouts(run: Run, groups: list, tokenizer: Tokenizer, step: int, most: int) -> None:
     """The first `most` questions of a step for rollouts.jsonl, each whole. All processes must call it."""
-    mine = [(group.place, group_row(step, group, tokenizer)) for group in groups if group.place < most]
-    found = [pair for text in gathered(to_json(mine)) for pair in json.loads(text)]
-    for _, row in sorted(found, key=lambda pair: pair[0]):
-        run.log(row, "rollouts.jsonl")
+    logged = groups[:most]
+    mine = [list(group.trainer_logprobs.items()) for group in logged]
+    for text in gathered(to_json(mine)):  # each process has trained some of the responses
+        for group, theirs in zip(logged, json.loads(text), strict=True):
+            group.trainer_logprobs.update(theirs)
+    for group in logged:
+        run.log(group_row(step, group, tokenizer), "rollouts.jsonl")
 
 
 def group_row(step: int, group, tokenizer: Tokenizer) -> dict:

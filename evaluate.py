@@ -21,10 +21,8 @@ from pathlib import Path
 
 import tasks
 from checkpoint import device_and_dtype, load, read_folder
-from cli import (
-    UserError, command, natural, number, parser, positive, read_rows_so_far, resume_flag,
-    split_list, to_json, write_whole,
-)
+from cli import UserError, command, natural, number, parser, positive, resume_flag, split_list
+from files import read_rows_so_far, to_json, write_whole
 from grading import last_boxed
 from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, world
 from record import (

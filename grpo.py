@@ -12,11 +12,13 @@ log-probabilities are the sampler's own, so the ratio is to the policy that real
 and trainer are apart is in the log of every step.
 
 Words: a *rollout* is one sampled answer, from the sampler a `Completion`, in the loss a `Response`; a *group*
-is a question with its rollouts. In training the responses of a micro-batch attend to one copy of their prompt
-(`shared_prompt`).
+is a question with its rollouts. In training a micro-batch holds responses of one or more groups, and those of
+a group attend to one copy of their prompt (`shared_prompt`).
 
 To try another reward, edit `rewards_of`. Left out: asynchronous rollouts, a value model, tools.
 """
+import json
+import math
 import random
 import time
 from collections import Counter
@@ -31,14 +33,17 @@ import tasks
 from checkpoint import device_and_dtype, load
 from cli import UserError, command, natural, number, parser, positive, wants_plan
 from diagnostics import SUMMED, log_rollouts, measure, show_rollouts, warnings_of
+from files import to_json
 from model import Attend, Transformer
-from processes import evenly, largest, rank, shard, start_processes, summed, total, twin, world
+from processes import (
+    balanced, evenly, gathered, largest, rank, shard, start_processes, summed, total, twin, world,
+)
 from record import model_fingerprint, questions_fingerprint, refuse_wrong_out
 from run import Run, StopRequest, interruptible
 from sample import Completion, Params, Sampler, say_what_the_context_cuts
 from screen import Progress, say
 from tokenizer import Tokenizer
-from train import Optimizer, check_finite, lr_or_default, micro_batches, training_flags
+from train import Optimizer, check_finite, lr_or_default, micro_batches, settle_flags, training_flags
 
 MINIATURE_LR = 4e-4
 # Of the memory that is free before the first step: on a GPU the cache stays while the model trains.
@@ -85,7 +90,7 @@ def policy_loss(
     clip_high: float = 0.2,
     reference: Tensor | None = None,
     kl: float = 0.0,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped objective (Schulman et al. 2017), to be minimised.
 
     All tensors are (N,), one entry per response token. `weight` holds the division (`token_weight`).
@@ -106,18 +111,18 @@ def policy_loss(
     loss = -(weight * torch.minimum(ratio * advantage, clipped * advantage)).sum()
     trained = advantage != 0
     stats = {
-        "loss": loss.item(),
-        "trained_tokens": trained.sum().item(),
-        "clip_fraction": (ratio * advantage > clipped * advantage).sum().item(),
-        "approx_kl": (ratio - 1 - log_ratio)[trained].sum().item(),
+        "loss": loss,
+        "trained_tokens": trained.sum(),
+        "clip_fraction": (ratio * advantage > clipped * advantage).sum(),
+        "approx_kl": torch.where(trained, ratio - 1 - log_ratio, 0).sum(),
     }
     if reference is not None:
         gap = reference - logp
         k3 = gap.exp() - gap - 1
         loss = loss + kl * (weight * k3).sum()
-        stats["reference_kl"] = k3.sum().item()
-        stats["reference_tokens"] = len(logp)
-    return loss, stats
+        stats["reference_kl"] = k3.sum()
+        stats["reference_tokens"] = torch.tensor(len(logp))
+    return loss, {name: value.detach() for name, value in stats.items()}
 
 
 # ---- one prompt, many responses ------------------------------------------------------------------
@@ -155,33 +160,48 @@ def shared_prompt(P: int, n: int, L: int, device: torch.device) -> Attend:
     return attend
 
 
-def response_logprobs(
-    model: Transformer, prompt: list[int], responses: list[list[int]], temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) of every token of `responses` after `prompt`: flat, (N,), response by response.
+def side_by_side(attends: list[Attend], sizes: list[int]) -> Attend:
+    """An Attend for one row of several parts, of `sizes` tokens, that see nothing of each other."""
+    def attend(layer, q, k, v):  # each (1, sum of sizes, heads, D)
+        parts = zip(attends, q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
+        return torch.cat([attend_part(layer, *qkv) for attend_part, *qkv in parts], 1)
+    return attend
 
-    A finished response ends with the stop token that the sampler chose: it is a target like any other.
+
+def response_logprobs(
+    model: Transformer, asked: list[tuple[list[int], list[list[int]]]], temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) of every token of the responses in `asked`: [(prompt, responses to it)].
+
+    Flat, (N,), response by response. A finished response ends with the stop token that the sampler chose: it
+    is a target like any other.
     """
-    P = len(prompt)
-    L = max(map(len, responses)) - 1  # a response's last token is predicted but never fed
-    tokens = list(prompt)
-    positions = list(range(P))
+    device = model.device
+    attends, sizes = [], []
+    tokens, positions = [], []
     predicting = []  # where in the flat row the next token is predicted, for each token of the responses
     targets = []
-    for response in responses:
-        first_fed = len(tokens)
-        fed = response[:-1]
-        tokens += fed + [0] * (L - len(fed))
-        positions += range(P, P + L)
-        predicting.append(P - 1)  # the prompt's last token predicts every response's first
-        predicting += range(first_fed, first_fed + len(fed))  # then each fed token predicts the next
-        targets += response
-    device = model.device
+    for prompt, responses in asked:
+        P = len(prompt)
+        L = max(map(len, responses)) - 1  # a response's last token is predicted but never fed
+        attends.append(shared_prompt(P, len(responses), L, device))
+        sizes.append(P + len(responses) * L)
+        tokens += prompt
+        positions += range(P)
+        end_of_prompt = len(tokens) - 1
+        for response in responses:
+            first_fed = len(tokens)
+            fed = response[:-1]
+            tokens += fed + [0] * (L - len(fed))
+            positions += range(P, P + L)
+            predicting.append(end_of_prompt)  # it predicts every response's first token
+            predicting += range(first_fed, first_fed + len(fed))  # then each fed token predicts the next
+            targets += response
     tokens = torch.tensor([tokens], device=device)  # (1, T)
     positions = torch.tensor([positions], device=device)  # (1, T)
     predicting = torch.tensor(predicting, device=device)  # (N,)
     targets = torch.tensor(targets, device=device)  # (N,)
-    hidden = model(tokens, positions, shared_prompt(P, len(responses), L, device))[0]  # (T, C)
+    hidden = model(tokens, positions, side_by_side(attends, sizes))[0]  # (T, C)
     return model.logprobs(hidden[predicting], targets, temperature)
 
 
@@ -213,26 +233,44 @@ def choose(problems: list, step: int, count: int, seed: int) -> list:
 
 
 def roll_out(sampler: Sampler, chosen: list, args, params: Params, step: int) -> list[Group]:
-    """This process's part of the step's questions [(task, problem)], answered, graded and compared.
+    """The step's questions [(task, problem)]; this process's part of them answered, graded and compared.
 
     None of them, if the sampler was stopped.
     """
     tokenizer = sampler.tokenizer
     groups = []
-    for place, (task, problem) in list(enumerate(chosen))[rank()::world()]:
+    for place, (task, problem) in enumerate(chosen):
         groups.append(Group(place, task, problem, prompt=tokenizer.chat(task.prompt(problem))))
-    prompts = [group.prompt for group in groups]
-    identities = [f"step {step}/{group.problem.id}" for group in groups]
+    mine = groups[rank()::world()]
+    prompts = [group.prompt for group in mine]
+    identities = [f"step {step}/{group.problem.id}" for group in mine]
     answered = sampler.generate(prompts, args.rollouts, params, args.seed, identities)
     sampler.release()
     if sampler.stop():
-        return []
-    for group, completions in zip(groups, answered, strict=True):
+        return groups
+    for group, completions in zip(mine, answered, strict=True):
         group.completions = completions
         group.grades = [group.task.grade(group.problem, tokenizer.text(c.tokens)) for c in completions]
         group.rewards = [float(reward) for reward in rewards_of(group, args, step)]
         group.advantages = advantages(torch.tensor(group.rewards), normalise=not args.no_std).tolist()
     return groups
+
+
+def exchange(groups: list[Group]) -> None:
+    """Give every process what the others have rolled out of the step's questions."""
+    if world() == 1:
+        return
+    mine = []
+    for group in groups[rank()::world()]:
+        mine.append({"completions": [vars(completion) for completion in group.completions],
+                     "grades": [vars(grade) for grade in group.grades],
+                     "rewards": group.rewards, "advantages": group.advantages})
+    for r, text in enumerate(gathered(to_json(mine))):
+        for group, row in zip(groups[r::world()], json.loads(text), strict=True):
+            group.completions = [Completion(**fields) for fields in row["completions"]]
+            group.grades = [tasks.Grade(**fields) for fields in row["grades"]]
+            group.rewards = row["rewards"]
+            group.advantages = row["advantages"]
 
 
 def rewards_of(group: Group, args, step: int) -> list[float]:
@@ -274,8 +312,19 @@ class Response:
     cost: int  # about the tokens it puts through the model: its own, and its part of the prompt they share
 
 
-# A prompt and a response to it that weighs nothing: what a process runs where only others have something to.
-NOTHING = ([0], [Response(0, Completion([0], [0], [0.0]), advantage=0.0, weight=0.0, cost=1)])
+@dataclass
+class Part:
+    """Responses of one group that are run together."""
+    group: Group
+    responses: list[Response]
+
+
+def cost_of(part: Part) -> int:
+    return sum(response.cost for response in part.responses)
+
+
+# A response that weighs nothing: what a process runs where only others have something to.
+NOTHING = Part(Group(math.inf, None, None, [0]), [Response(0, Completion([0], [0], [0.0]), 0.0, 0.0, cost=1)])
 
 
 def update(
@@ -286,39 +335,55 @@ def update(
     args,
     lr: float,
 ) -> tuple[float | None, dict[str, float]]:
-    """One optimizer step on a mini-batch, of which `groups` is this process's part: (gradient norm, sums).
+    """One optimizer step on a mini-batch, of which every process has all groups: (gradient norm, sums).
 
-    Groups that are to be logged keep the log-probabilities that it computes. The norm is None if no response
-    of any process has a gradient. The weights stay then: a step on zeros would still move them by momentum.
+    The responses are dealt to the processes by what they cost. Groups that are to be logged keep the
+    log-probabilities that this process computes. The norm is None if no response of any process has a
+    gradient. The weights stay then: a step on zeros would still move them by momentum.
     """
-    counted = [c for group in groups for c in group.completions if in_loss(c, args)]
-    n_responses, n_tokens = total([len(counted), sum(len(c.tokens) for c in counted)], model.device)
-    keep_all = reference is not None
-    sums = dict.fromkeys(SUMMED, 0.0)
-    largest_difference = 0.0  # of sampler and trainer, at one token
-    parts = []  # (group, some of its responses)
-    for group in groups:
-        responses = responses_to_train(group, args, n_responses, n_tokens, keep_all)
-        for part in micro_batches(responses, lambda response: response.cost, args.micro_batch_tokens):
-            parts.append((group, part))
-    for part in evenly(parts, model.device):
-        if part is None:
-            backward(model, reference, *NOTHING, args)
-            continue
-        group, responses = part
-        logprobs, stats = backward(model, reference, group.prompt, responses, args)
-        if group.place < args.log_groups:
-            for response, of_tokens in zip(responses, logprobs, strict=True):
-                group.trainer_logprobs[response.index] = of_tokens.tolist()
-        largest_difference = max(largest_difference, stats.pop("largest_difference"))
+    sums = dict.fromkeys(SUMMED, torch.zeros((), dtype=torch.float64, device=model.device))
+    largest_difference = torch.zeros((), device=model.device)  # of sampler and trainer, at one token
+    mine = balanced(parts_to_train(groups, args, keep_all=reference is not None), cost_of)
+    for parts in evenly(micro_batches(mine, cost_of, args.micro_batch_tokens, waste=math.inf), model.device):
+        stats = backward(model, reference, parts or [NOTHING], args)
+        largest_difference = torch.maximum(largest_difference, stats.pop("largest_difference"))
         for name, value in stats.items():
-            sums[name] += value
-    sums = summed(sums, model.device)
-    sums["largest_difference"] = largest(largest_difference, model.device)
+            sums[name] = sums[name] + value
+    figures = torch.stack([largest_difference.double(), *sums.values()]).tolist()  # the one wait
+    sums = summed(dict(zip(sums, figures[1:], strict=True)), model.device)
+    sums["largest_difference"] = largest(figures[0], model.device)
     check_finite(sums["loss"], "loss")
     check_finite(sums["reference_kl"], "divergence from the reference")
     norm = optimizer.step(lr) if sums["trained_tokens"] + sums["reference_tokens"] else None
     return norm, sums
+
+
+def parts_to_train(groups: list[Group], args, keep_all: bool) -> list[Part]:
+    """The responses that have an advantage, or all if a KL term needs them, in parts of similar length.
+
+    None is so large that a process would have to do more than its share.
+    """
+    counted = [c for group in groups for c in group.completions if in_loss(c, args)]
+    n_tokens = sum(len(c.tokens) for c in counted)
+    live = []
+    for group in groups:
+        kept = []
+        for i, (completion, advantage) in enumerate(zip(group.completions, group.advantages, strict=True)):
+            if in_loss(completion, args) and (advantage != 0 or keep_all):
+                kept.append((i, completion, advantage))
+        responses = []
+        for i, completion, advantage in kept:
+            length = len(completion.tokens)
+            weight = token_weight(length, args.loss, len(counted), n_tokens, args.max_new_tokens)
+            cost = length + len(group.prompt) // len(kept)
+            responses.append(Response(i, completion, advantage, weight, cost))
+        live.append(Part(group, responses))
+    share = sum(map(cost_of, live)) // world()
+    parts = []
+    for part in live:
+        for some in micro_batches(part.responses, lambda r: r.cost, min(args.micro_batch_tokens, share)):
+            parts.append(Part(part.group, some))
+    return parts
 
 
 def in_loss(completion: Completion, args) -> bool:
@@ -326,55 +391,40 @@ def in_loss(completion: Completion, args) -> bool:
     return args.truncated == "keep" or completion.finish == "stop"
 
 
-def responses_to_train(group: Group, args, n_responses: int, n_tokens: int, keep_all: bool) -> list[Response]:
-    """The rollouts of a group that are run: those with an advantage, or all if a KL term needs them."""
-    kept = []
-    for i, (completion, advantage) in enumerate(zip(group.completions, group.advantages, strict=True)):
-        if in_loss(completion, args) and (advantage != 0 or keep_all):
-            kept.append((i, completion, advantage))
-    responses = []
-    for i, completion, advantage in kept:
-        length = len(completion.tokens)
-        weight = token_weight(length, args.loss, n_responses, n_tokens, args.max_new_tokens)
-        cost = length + len(group.prompt) // len(kept)
-        responses.append(Response(i, completion, advantage, weight, cost))
-    return responses
-
-
-def backward(
-    model: Transformer, reference: Transformer | None, prompt: list[int], responses: list[Response], args,
-) -> tuple[list[Tensor], dict[str, float]]:
-    """Backpropagate the loss of responses that share a prompt.
-
-    Returns (the log-probabilities of each response's tokens, statistics: sums over tokens, and one maximum).
-    """
-    ids = [r.completion.tokens for r in responses]
-    lengths = [len(tokens) for tokens in ids]
+def backward(model: Transformer, reference: Transformer | None, parts: list[Part], args) -> dict[str, Tensor]:
+    """Backpropagate the loss of a micro-batch. Returns statistics: sums over tokens, and one maximum."""
+    responses = [response for part in parts for response in part.responses]
+    asked = [(part.group.prompt, [r.completion.tokens for r in part.responses]) for part in parts]
+    lengths = [len(response.completion.tokens) for response in responses]
 
     def by_token(values):
-        repeats = torch.tensor(lengths, device=model.device)
-        return torch.tensor(values, device=model.device).repeat_interleave(repeats)
+        repeated = [value for value, n in zip(values, lengths, strict=True) for _ in range(n)]
+        return torch.tensor(repeated, device=model.device)
 
     advantage = by_token([r.advantage for r in responses])  # (N,)
     weight = by_token([r.weight for r in responses])  # (N,)
     old_logprobs = [x for r in responses for x in r.completion.logprobs]
     old_logp = torch.tensor(old_logprobs, device=model.device)  # (N,)
-    logp, entropy = response_logprobs(model, prompt, ids, args.temperature)
+    logp, entropy = response_logprobs(model, asked, args.temperature)
     reference_logp = None
     if reference is not None:
         with torch.no_grad():
-            reference_logp, _ = response_logprobs(reference, prompt, ids, args.temperature)
+            reference_logp, _ = response_logprobs(reference, asked, args.temperature)
     loss, stats = policy_loss(
         logp, old_logp, advantage, weight, args.clip_low, args.clip_high, reference_logp, args.kl)
     loss.backward()
-    trained = advantage != 0
     logp = logp.detach()
+    groups = [part.group for part in parts for _ in part.responses]
+    for group, response, logprobs in zip(groups, responses, logp.split(lengths), strict=True):
+        if group.place < args.log_groups:
+            group.trainer_logprobs[response.index] = logprobs.tolist()
+    trained = advantage != 0
     difference = (logp - old_logp).abs()
-    return list(logp.split(lengths)), {
+    return {
         **stats,
-        "entropy": entropy[trained].sum().item(),
-        "difference": difference[trained].sum().item(),
-        "largest_difference": difference.max().item(),
+        "entropy": torch.where(trained, entropy, 0).sum(),
+        "difference": torch.where(trained, difference, 0).sum(),
+        "largest_difference": difference.max(),
     }
 
 
@@ -507,6 +557,7 @@ def main():
     args.model, args.out = from_where_to_where(args.model, args.out)
     refuse_wrong_out(args.resume, Path(args.out))
     device, _ = device_and_dtype(args.device)
+    settle_flags(args, device)
     start_processes(device, args.timeout)
     problems, held_out = read_problems(args)
     model, tokenizer = load(
@@ -558,15 +609,16 @@ def main():
             groups = roll_out(sampler, chosen, args, params, step)
             # No weight has changed since the last step: a rollout that was cut short is made again.
             run.leave_if_asked(optimizer, tokenizer, asked, step=step - 1, updates=updates)
+            exchange(groups)
             rolled_out = time.time()
 
             update_results = []
             for first in range(0, args.questions_per_step, args.mini_batch):
-                batch = [group for group in groups if first <= group.place < first + args.mini_batch]
+                batch = groups[first:first + args.mini_batch]
                 update_results.append(update(model, reference, optimizer, batch, args, lr))
             optimizer.refresh(policy)
 
-            row = {"step": step, **measure(groups, update_results, device), "lr": lr}
+            row = {"step": step, **measure(groups, update_results), "lr": lr}
             updates += row["updates"]
             rollout_seconds = rolled_out - started
             tokens = row["response_tokens"] * args.questions_per_step * args.rollouts

@@ -47,7 +47,7 @@ from model import Config, Transformer
 from sample import NoRoom, Params, Request, Sampler
 from screen import say
 from tokenizer import Tokenizer
-from train import Optimizer, micro_batches
+from train import Optimizer, micro_batches, settle_flags
 
 MIB, GIB = 2**20, 2**30
 MARGIN = 0.1  # of a GPU's memory
@@ -329,7 +329,8 @@ def of_sft(args) -> None:
         batches = sft.all_batches(examples, flags, model)
         onto_nothing, onto_gradients = [], []  # micro-batches that are the first in a step, or are not
         for batch in batches:
-            parts = [micro_batches(batch[r::n], len, flags.micro_batch_tokens) for r in range(n)]
+            dealt = [processes.balanced(batch, len, r, n) for r in range(n)]
+            parts = [micro_batches(mine, len, flags.micro_batch_tokens) for mine in dealt]
             for part in parts:
                 onto_nothing += part[:1]
                 onto_gradients += part[1:]
@@ -377,13 +378,17 @@ def of_grpo(args) -> None:
         optimizer = make_optimizer(model, flags, ledger)
         sampler = Sampler(policy, tokenizer, flags.slots, grpo.SAMPLER_CACHE_FRACTION)
         prompt = prompts[-1]
-        responses = largest_responses(prompt, context, flags)
+        responses = largest_responses(prompt, context, flags, target.processes)
+        cost = len(prompt) + sum(map(len, responses))
+
+        groups = max(1, min(flags.micro_batch_tokens // cost, flags.mini_batch // target.processes))
+        micro_batch = [(prompt, responses)] * groups
 
         def forward():
-            logp, _ = grpo.response_logprobs(model, prompt, responses, flags.temperature)
+            logp, _ = grpo.response_logprobs(model, micro_batch, flags.temperature)
             if reference is not None:
                 with torch.no_grad():
-                    grpo.response_logprobs(reference, prompt, responses, flags.temperature)
+                    grpo.response_logprobs(reference, micro_batch, flags.temperature)
             return logp.sum()
         asked = of_a_process(prompts[-flags.questions_per_step:], target)
         sampling_step(sampler, requests_of(asked, flags.rollouts), params, ledger)  # this decides the slots
@@ -392,7 +397,7 @@ def of_grpo(args) -> None:
         cache_line = sampling_step(sampler, requests_of(asked, flags.rollouts), params, ledger)
         if to_validate:
             sampling_step(sampler, requests_of(of_a_process(to_validate, target), 1), params, ledger)
-        alone = len(responses) == flags.rollouts and flags.mini_batch <= target.processes
+        alone = groups * len(responses) * target.processes >= flags.mini_batch * flags.rollouts
         training_step(optimizer, [forward] if alone else [forward, forward], ledger)
         optimizer.refresh(policy)
         rollouts = flags.questions_per_step * flags.rollouts
@@ -400,8 +405,8 @@ def of_grpo(args) -> None:
         updates = flags.questions_per_step // flags.mini_batch
         return [
             cache_line,
-            f"the largest micro-batch: {len(responses)} responses of {len(responses[0]):,} tokens to a "
-            f"prompt of {len(prompt):,}",
+            f"the largest micro-batch: {len(responses)} responses of {len(responses[0]):,} tokens to "
+            f"{'a prompt' if groups == 1 else f'each of {groups} prompts'} of {len(prompt):,}",
             f"{flags.steps:,} steps of {rollouts:,} rollouts and {updates:,} updates; at most "
             f"{flags.steps * rollouts * flags.max_new_tokens:,} sampled tokens, and as many to train on",
             f"rollouts.jsonl: at most about {in_units(flags.steps * logged * BYTES_A_TOKEN)}",
@@ -409,14 +414,16 @@ def of_grpo(args) -> None:
     print_plan(args, folder, measure)
 
 
-def largest_responses(prompt: list[int], context: int, flags) -> list[list[int]]:
+def largest_responses(prompt: list[int], context: int, flags, processes: int) -> list[list[int]]:
     """Responses that fill --micro-batch-tokens best, or one that is longer than that."""
-    share = len(prompt) // flags.rollouts  # of the prompt, in what a response costs
+    prompt_share = len(prompt) // flags.rollouts  # of the prompt, in what a response costs
     longest = min(flags.max_new_tokens, context - len(prompt))
+    of_a_process = flags.mini_batch * flags.rollouts * (longest + prompt_share) // processes
+    budget = min(flags.micro_batch_tokens, of_a_process)
 
     def length(rows):
-        return max(1, min(longest, flags.micro_batch_tokens // rows - share)) if rows > 1 else longest
-    rows = max(range(1, flags.rollouts + 1), key=lambda rows: rows * (length(rows) + share))
+        return max(1, min(longest, budget // rows - prompt_share)) if rows > 1 else longest
+    rows = max(range(1, flags.rollouts + 1), key=lambda rows: rows * (length(rows) + prompt_share))
     return [[0] * length(rows)] * rows
 
 
@@ -458,6 +465,8 @@ def print_plan(args, folder: tuple, measure: Callable) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     target = target_of(args)
+    if hasattr(args, "micro_batch_tokens"):
+        settle_flags(args, torch.device("cuda" if target.gpu else "cpu"))
     if target.fused and not kernels.has_triton():
         say("Triton is not installed here: this plan is of plain PyTorch's operations, which hold more")
     ledger, lines = measured(folder, measure, args, target)

@@ -8,10 +8,11 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from hashlib import blake2b
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -198,6 +199,22 @@ def rows_of(all_rows: Tensor, tensor: Tensor) -> Tensor:
         return all_rows
     chunk = math.ceil(len(all_rows) / world())
     return all_rows[rank() * chunk:(rank() + 1) * chunk]
+
+
+def balanced(
+    items: list, cost: Callable[[Any], int], who: int | None = None, everybody: int | None = None,
+) -> list:
+    """The share of process `who` (this one) of items that all know.
+
+    The dearest go first, each to the process that has least to do so far.
+    """
+    shares = [[] for _ in range(everybody or world())]
+    loads = [0] * len(shares)
+    for item in sorted(items, key=cost, reverse=True):
+        least = loads.index(min(loads))
+        shares[least].append(item)
+        loads[least] += cost(item)
+    return shares[rank() if who is None else who]
 
 
 def evenly(parts: list, device: torch.device) -> list:

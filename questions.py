@@ -4,7 +4,8 @@ import math
 import unicodedata
 from decimal import Decimal
 
-from cli import UserError, refuse_published_shape
+from cli import UserError
+from files import refuse_published_shape
 from equivalence import check_math, flaw_of_gold
 from grading import Check, check_choice, check_integer, integer_of, unwrap
 

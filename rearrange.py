@@ -22,10 +22,8 @@ from itertools import groupby
 from pathlib import Path
 
 import tasks
-from cli import (
-    UserError, command, natural, parser, positive, read_jsonl, refuse_existing, split_list, to_json,
-    write_whole,
-)
+from cli import UserError, command, natural, parser, positive, split_list
+from files import read_jsonl, refuse_existing, to_json, write_whole
 from grading import TRACE_TAGS, malformed
 from screen import printable
 

@@ -22,7 +22,8 @@ from typing import BinaryIO
 import torch
 
 from checkpoint import device_and_dtype, files_of_weights, find_folder
-from cli import Stopped, UserError, read_json
+from cli import Stopped, UserError
+from files import read_json
 from processes import barrier, rank, world
 from screen import say
 from tasks import Problem, Task

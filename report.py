@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from cli import UserError, bare_parser, check_types, command, number, read_json, row_of, write_whole
+from cli import UserError, bare_parser, command, number
+from files import check_types, read_json, row_of, write_whole
 from grading import attempts_in
 from screen import printable
 from summary import (

@@ -27,9 +27,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import save as save_model_folder
-from cli import (
-    Stopped, UserError, check_types, handlers, read_json, read_rows_so_far, row_of, to_json, write_whole,
-)
+from cli import Stopped, UserError, handlers
+from files import check_types, read_json, read_rows_so_far, row_of, to_json, write_whole
 from processes import barrier, naming_the_missing, rank, total
 from record import is_written, start_or_check, sweep
 from screen import say

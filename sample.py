@@ -22,19 +22,22 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import tasks
 from cache import (
-    GRAIN, MOST_SLOTS, Graphs, KVCache, SlotState, bucket, free_memory, slot_capacity, slot_count,
+    GRAIN, MOST_SLOTS, Graphs, KVCache, Move, SlotState, bucket, free_memory, in_batches, slot_capacity,
+    slot_count,
 )
 from checkpoint import device_and_dtype, load
 from cli import (
-    UserError, command, natural, number, parser, plan_flags, positive, read_rows_so_far, refuse_folder,
-    resume_flag, split_list, to_json, wants_plan,
+    UserError, command, natural, number, parser, plan_flags, positive, resume_flag, split_list,
+    wants_plan,
 )
+from files import read_rows_so_far, refuse_folder, to_json
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
 from model import Transformer
@@ -100,9 +103,11 @@ class Sequence:
 
 
 # ---- the sampler ---------------------------------------------------------------------------------
-PREFILL_TOKENS = 8192  # of one prefill batch, padding included: bounds its activations
 # Tokens that every row chooses before the host reads them back; those after a row's end are dropped.
 TOKENS_PER_SYNC = {"cpu": 1, "cuda": 8}
+# Of the slots: so many are free before new prompts are run. On a GPU a prompt, which is no graph, costs about
+# as much time as ten steps, however short it is.
+FREE_TO_PREFILL = {"cpu": 0, "cuda": 1 / 8}
 CACHE_FRACTION = 0.6  # of the free memory, for a cache that `release` gives back
 
 
@@ -111,18 +116,6 @@ def noise_key(seed: int, request: Request, index: int) -> int:
     identity = request.identity if request.identity is not None else json.dumps(request.prompt)
     digest = hashlib.blake2b(f"{seed}/{index}/{identity}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
-
-
-def prefill_batches(prompts: list[tuple[int, list[int]]]) -> Iterator[list[tuple[int, list[int]]]]:
-    """(slot, ids) in batches of similar length, of at most PREFILL_TOKENS with padding (or of one prompt)."""
-    batch = []
-    for slot, ids in sorted(prompts, key=lambda pair: len(pair[1])):
-        if batch and (len(batch) + 1) * len(ids) > PREFILL_TOKENS:
-            yield batch
-            batch = []
-        batch.append((slot, ids))
-    if batch:
-        yield batch
 
 
 class NoRoom(UserError):
@@ -148,6 +141,7 @@ class Sampler:
         self.wanted_slots = slots
         self.cache_fraction = cache_fraction
         self.tokens_per_sync = TOKENS_PER_SYNC[model.device.type]
+        self.free_to_prefill = FREE_TO_PREFILL[model.device.type]
         self.graphed = model.device.type == "cuda" and uses_triton(model.device, model.dtype)
         self.stop: Callable[[], bool] = lambda: False  # looked at between steps: what is not done is dropped
         # Of the present call of `stream`.
@@ -253,47 +247,55 @@ class Sampler:
     # ---- schedule: give free slots to waiting samples ---------------------------------------------
     @torch.inference_mode()
     def schedule(self, queue: deque[Request]) -> None:
-        to_prefill = []  # (slot, prompt without its last token)
-        to_fork = []  # (source, targets, length)
+        first = len(self.live)
+        prompts_to_run = []  # (slot, prompt without its last token)
+        forks = []
+        may_prefill = self.is_worth_a_prefill(queue)
         while queue and len(self.live) < self.cache.slots:
             request = queue[0]
             if self.room(request) + self.tokens_per_sync - 1 > self.cache.capacity:
                 break  # it came late: it and all behind it wait for the others to end, and for longer slots
-            prompt = request.prompt[:-1]
             # Any live sample of the request has the prompt in its first positions, which never change.
             source = next((slot for slot, s in enumerate(self.live) if s.request is request), None)
+            if source is None and not may_prefill:
+                break
+            prompt = request.prompt[:-1]
             free = self.cache.slots - len(self.live)
-            indices = request.indices[request.started:request.started + free]
-            targets = list(range(len(self.live), len(self.live) + len(indices)))
-            for index in indices:
-                self.start(request, index)
-            if source is None and targets:
-                source = targets.pop(0)
-                to_prefill.append((source, prompt))
-            if targets:
-                to_fork.append((source, targets, len(prompt)))
-            request.started += len(indices)
+            for index in request.indices[request.started:request.started + free]:
+                slot = len(self.live)
+                if source is None:
+                    source = slot
+                    prompts_to_run.append((slot, prompt))
+                else:
+                    forks.append(Move(source, slot, len(prompt)))
+                budget = self.room(request) - len(request.prompt)
+                self.live.append(Sequence(request, index, budget, Completion(request.prompt)))
+                request.started += 1
             if request.started == len(request.indices):
                 queue.popleft()
-        self.run_prompts(to_prefill)
-        for source, targets, length in to_fork:
-            self.cache.copy(source, targets, length)
+        self.run_prompts(prompts_to_run)
+        self.cache.copy(forks)
+        if new := self.live[first:]:
+            keys = [noise_key(self.seed, s.request, s.index) for s in new]
+            self.slot_state.fill(first, [s.request.prompt for s in new], keys)
 
-    def start(self, request: Request, index: int) -> None:
-        """Put a sample into the next free slot."""
-        budget = self.room(request) - len(request.prompt)
-        self.slot_state.fill(len(self.live), request.prompt, noise_key(self.seed, request, index))
-        self.live.append(Sequence(request, index, budget, Completion(request.prompt)))
+    def is_worth_a_prefill(self, queue: deque[Request]) -> bool:
+        """Whether enough slots are free for new prompts, or all that waits fits into them."""
+        free = self.cache.slots - len(self.live)
+        if free >= self.free_to_prefill * self.cache.slots:
+            return True
+        return sum(len(r.indices) - r.started for r in islice(queue, free + 1)) <= free
 
     def run_prompts(self, prompts: list[tuple[int, list[int]]]) -> None:
         """Run prompts (slot, ids) through the model, to fill their slots of the cache."""
-        for batch in prefill_batches([(slot, ids) for slot, ids in prompts if ids]):
+        for batch in in_batches([pair for pair in prompts if pair[1]], lambda pair: len(pair[1])):
             width = max(len(ids) for _, ids in batch)
             padded = torch.zeros(len(batch), width, dtype=torch.long)  # (B, T)
             for row, (_, ids) in zip(padded, batch, strict=True):
                 row[:len(ids)] = torch.tensor(ids)
             slots = [slot for slot, _ in batch]
-            self.model(padded.to(self.model.device), attend=self.cache.prefill(slots))
+            padded = padded.to(self.model.device, non_blocking=True)
+            self.model(padded, attend=self.cache.prefill(slots))
 
     # ---- step: the next token, or the next few, of every live row ------------------------------------------
     @torch.inference_mode()
@@ -357,9 +359,8 @@ class Sampler:
 
     # ---- postprocess: hand out finished rows, close the gaps they leave ---------------------------
     def postprocess(self) -> list[tuple[Request, int, Completion]]:
-        done = []
-        for slot in reversed(range(len(self.live))):  # from the end: closing moves the last row into the gap
-            sequence = self.live[slot]
+        done, ended = [], []
+        for slot, sequence in enumerate(self.live):
             completion = sequence.completion
             if completion.tokens[-1] in self.tokenizer.stop_ids:
                 completion.finish = "stop"
@@ -368,19 +369,24 @@ class Sampler:
             else:
                 continue
             done.append((sequence.request, sequence.index, completion))
-            self.close(slot)
-        return done[::-1]
+            ended.append(slot)
+        if ended:
+            self.close(ended)
+        return done
 
     @torch.inference_mode()
-    def close(self, slot: int) -> None:
-        """Move the last live row into the slot, so that live rows stay a prefix of the cache."""
-        last = self.live.pop()
-        end = len(self.live)
-        if slot == end:
-            return
-        self.live[slot] = last
-        self.cache.copy(end, [slot], last.cached)
-        self.slot_state.move(end, slot)
+    def close(self, ended: list[int]) -> None:
+        """Move the last live rows into the slots that ended, so that live rows stay a prefix of the cache."""
+        remaining = len(self.live) - len(ended)
+        gaps = [slot for slot in ended if slot < remaining]
+        last = sorted(set(range(remaining, len(self.live))) - set(ended))
+        moves = []
+        for gap, slot in zip(gaps, last, strict=True):
+            self.live[gap] = self.live[slot]
+            moves.append(Move(slot, gap, self.live[gap].cached))
+        del self.live[remaining:]
+        self.cache.copy(moves)
+        self.slot_state.move(moves)
 
 
 def say_what_the_context_cuts(prompts: list[list[int]], model: Transformer, max_new_tokens: int) -> int:

@@ -21,16 +21,17 @@ import torch
 from torch import Tensor
 
 from checkpoint import device_and_dtype, load
-from cli import UserError, command, natural, number, parser, positive, read_jsonl, split_list, wants_plan
+from cli import UserError, command, natural, number, parser, positive, split_list, wants_plan
+from files import read_jsonl
 from conversations import plain_messages
 from model import Config, Transformer
-from processes import evenly, rank, start_processes, total, world
+from processes import balanced, evenly, start_processes, total, world
 from record import file_fingerprints, model_fingerprint, refuse_wrong_out
 from run import Run, interruptible
 from screen import Progress, say
 from tasks import hundredth
 from tokenizer import Tokenizer
-from train import Optimizer, check_finite, lr_or_default, micro_batches, training_flags
+from train import Optimizer, check_finite, lr_or_default, micro_batches, settle_flags, training_flags
 
 MINIATURE_LR = 1.5e-3
 MINIATURE_EPOCHS = 3
@@ -157,7 +158,7 @@ def loss_of(model: Transformer, examples: list[Example]) -> Tensor:
 @torch.no_grad()
 def held_out_loss(model: Transformer, examples: list[Example], args) -> float:
     """The loss on examples that nothing is trained on, a mean over their trained tokens on all processes."""
-    mine = micro_batches(examples[rank()::world()], len, args.micro_batch_tokens)
+    mine = micro_batches(balanced(examples, len), len, args.micro_batch_tokens)
     loss = 0.0
     for part in evenly(mine, model.device):
         one = loss_of(model, part or examples[:1])  # sharded weights come only if all processes run
@@ -214,6 +215,7 @@ def main():
         return
     refuse_wrong_out(args.resume, Path(args.out))
     device, _ = device_and_dtype(args.device)
+    settle_flags(args, device)
     start_processes(device, args.timeout)
     model, tokenizer = load(
         args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
@@ -242,16 +244,16 @@ def main():
             batch = batches[step - 1]
             lr = learning_rate(step, steps, peak)
             count = sum(len(example.targets) for example in batch)  # of the whole step, on every process
-            mine = batch[rank()::world()]
-            my_loss = 0.0
-            for part in evenly(micro_batches(mine, len, args.micro_batch_tokens), device):
+            mine = micro_batches(balanced(batch, len), len, args.micro_batch_tokens)
+            my_loss = torch.zeros((), dtype=torch.float64, device=device)
+            for part in evenly(mine, device):
                 if part is None:  # only for the sake of the others, who need this process's weights
                     (0 * loss_of(model, batch[:1])).backward()
                     continue
                 micro = loss_of(model, part) / count
                 micro.backward()
-                my_loss += micro.item()
-            loss, = total([my_loss], device)
+                my_loss += micro.detach()
+            loss, = total([my_loss.item()], device)
             check_finite(loss, "loss")
             norm = optimizer.step(lr)
             speed = sum(map(len, batch)) / (time.time() - started)

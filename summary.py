@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError, check_types
+from cli import UserError
+from files import check_types
 
 Interval = tuple[float, float]
 

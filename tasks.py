@@ -19,7 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from string import ascii_lowercase
 
-from cli import UserError, read_jsonl, refuse_repeated, split_list
+from cli import UserError, refuse_repeated, split_list
+from files import read_jsonl
 from equivalence import check_math, load_math_verify
 from grading import (
     OPERATORS, Check, attempts_in, check_choice, check_countdown, check_exact, check_integer, check_word,

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import UserError, write_whole
+from cli import UserError
+from files import write_whole
 from processes import all_or_none, rank, world
 
 

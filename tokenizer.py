@@ -22,7 +22,8 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as BPE
 
-from cli import UserError, read_json
+from cli import UserError
+from files import read_json
 
 # ---- the chat template ---------------------------------------------------------------------------
 CHATML = (  # for a folder that has no template of its own, as most base models

@@ -25,15 +25,20 @@ from tensors import check_all
 
 
 # ---- flags ---------------------------------------------------------------------------------------
+# By device. A GPU would wait for the host to launch the kernels of fewer; a CPU gains nothing by more.
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+
 def training_flags(p: argparse.ArgumentParser) -> None:
     """Add the flags that both trainers have."""
     p.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's, on matrices only")
     p.add_argument("--max-norm", type=number(float, 0), default=1.0,
                    help="clip the gradient to this norm; 0 does not")
     g = p.add_argument_group("memory and checkpoints")
-    g.add_argument("--micro-batch-tokens", type=positive, default=2048,
-                   help="tokens (padding included) that go through the model at once; in GRPO about, "
-                        "and of responses to one prompt; lower it if memory runs out")
+    g.add_argument("--micro-batch-tokens", type=positive, default=None,
+                   help="tokens (padding included; in GRPO about) that go through the model at once; if not "
+                        "given, {cpu}, or {cuda} on a GPU; lower it if memory runs out"
+                        .format(**MICRO_BATCH_TOKENS))
     g.add_argument("--recompute", action="store_true",
                    help="keep no activations inside the layers and compute them again: "
                         "much less memory, a third more work")
@@ -46,6 +51,11 @@ def training_flags(p: argparse.ArgumentParser) -> None:
     plan_flags(g)
     g.add_argument("--timeout", type=number(float, 0, 10**6, open_low=True), default=60.0,
                    help="of several processes: minutes that they wait for one that is dead or stuck")
+
+
+def settle_flags(args, device: torch.device) -> None:
+    """Give the flags their defaults that depend on the device, for run.json."""
+    args.micro_batch_tokens = args.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
 
 
 def lr_or_default(lr: float | None, model: Transformer, miniature: float) -> float:

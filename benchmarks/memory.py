@@ -25,7 +25,8 @@ import grpo
 import sample
 import sft
 from checkpoint import find_folder
-from cli import UserError, command, parser, positive, to_json
+from cli import UserError, command, parser, positive
+from files import to_json
 from plan import GIB, Memory
 
 ROOT = Path(__file__).resolve().parent.parent

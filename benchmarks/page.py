@@ -19,7 +19,8 @@ from common import write  # first of ours: it sets the path
 
 import report
 import tasks
-from cli import command, parser, positive, split_list, to_json
+from cli import command, parser, positive, split_list
+from files import to_json
 from grading import dictionary
 from summary import summarise
 

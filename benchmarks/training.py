@@ -34,7 +34,8 @@ import grpo
 import sft
 import tasks
 from checkpoint import device_and_dtype, find_folder
-from cli import UserError, command, parser, positive, read_jsonl
+from cli import UserError, command, parser, positive
+from files import read_jsonl
 from sample import Params, Sampler
 from tokenizer import Tokenizer
 from train import Optimizer, micro_batches

@@ -63,7 +63,8 @@ from tokenizers import Tokenizer as BPE  # noqa: E402
 
 import tasks  # noqa: E402
 from checkpoint import config_of, save  # noqa: E402
-from cli import command, number, parser, positive, refuse_existing  # noqa: E402
+from cli import command, number, parser, positive  # noqa: E402
+from files import refuse_existing  # noqa: E402
 from model import Transformer  # noqa: E402
 from tokenizer import CHATML, Tokenizer  # noqa: E402
 from train import check_finite, micro_batches  # noqa: E402

@@ -11,6 +11,7 @@ import torch
 from conftest import MINI, ROOT, environment, refused, write_jsonl
 
 import cli
+import files
 import evaluate
 import grpo
 import rearrange
@@ -85,7 +86,7 @@ def test_ctrl_c_is_130(cmd):
 def test_jsonl_errors_name_the_line(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(cli.UserError, match=message):
-        list(cli.read_jsonl(tmp_path / "a.jsonl", ("a",)))
+        list(files.read_jsonl(tmp_path / "a.jsonl", ("a",)))
 
 
 ROWS = [{"a": 1}, {"a": "é"}, {"a": [2]}]
@@ -107,7 +108,7 @@ ARRAY = json.dumps(ROWS, indent=2, ensure_ascii=False).encode()
 def test_rows_as_people_have_them(tmp_path, name, content, places):
     path = tmp_path / name
     path.write_bytes(content)
-    found = list(cli.read_jsonl(path, ("a",)))
+    found = list(files.read_jsonl(path, ("a",)))
     assert [row for _, row in found] == ROWS
     places = places.split("::") if "item" in places else places.split()
     assert [where.removeprefix(str(path)).strip(":") for where, _ in found] == [p.strip(":") for p in places]
@@ -127,7 +128,7 @@ def test_rows_as_people_have_them(tmp_path, name, content, places):
 def test_other_shapes_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(cli.UserError, match=message):
-        list(cli.read_jsonl(tmp_path / name, ("a",)))
+        list(files.read_jsonl(tmp_path / name, ("a",)))
 
 
 @pytest.mark.parametrize("text, message", [("a,,b", "nothing between two commas"), ("", "nothing between"),

@@ -111,7 +111,7 @@ def test_shared_prompt_equals_separate_rows(family, lengths):
     ours, _ = tiny(family)
     plain, _ = tiny(family)
     upstream = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(2))
-    logp, entropy = response_logprobs(ours, PROMPT, responses, 0.7)
+    logp, entropy = response_logprobs(ours, [(PROMPT, responses)], 0.7)
     (logp * upstream).sum().backward()
     want, want_entropy = [], []
     for tokens in responses:
@@ -126,6 +126,17 @@ def test_shared_prompt_equals_separate_rows(family, lengths):
         assert torch.allclose(a.grad, b.grad, atol=1e-4, rtol=1e-3)
 
 
+def test_groups_side_by_side_see_nothing_of_each_other():
+    """Several prompts with their responses in one row, against each by itself."""
+    model, _ = tiny("qwen3")
+    asked = [(PROMPT, [c.tokens for c in completions((4, 9, 1))]), ([7], [[3, 4, 5]]), ([8, 8], [[1], [2]])]
+    with torch.no_grad():
+        logp, entropy = response_logprobs(model, asked, 0.7)
+        alone = [response_logprobs(model, [one], 0.7) for one in asked]
+    assert torch.allclose(logp, torch.cat([one for one, _ in alone]), atol=1e-5)
+    assert torch.allclose(entropy, torch.cat([one for _, one in alone]), atol=1e-5)
+
+
 def test_end_tokens_are_trained_and_prompts_are_not():
     """Rule 10: the targets are the responses with their end tokens; no token of the prompt is one."""
     model, tokenizer = tiny()
@@ -137,7 +148,7 @@ def test_end_tokens_are_trained_and_prompts_are_not():
         return real(hidden, targets, temperature)
     model.logprobs = logprobs
     a, b = completions((4, 3))
-    response_logprobs(model, PROMPT, [a.tokens, b.tokens], 1.0)
+    response_logprobs(model, [(PROMPT, [a.tokens, b.tokens])], 1.0)
     assert seen == a.tokens + b.tokens and seen.count(tokenizer.end_id) == 2
 
 
@@ -163,10 +174,22 @@ def close(a, b, atol=1e-5):
 
 def test_micro_batches_do_not_change_the_gradient():
     """Rule 9 for GRPO."""
-    group = group_of(completions(), [1.0, -0.5, 0.5, -1.0])
-    whole, _ = gradient(group)
-    for budget in (1, 12, 20):
-        assert close(gradient(group, micro_batch_tokens=budget)[0], whole)
+    groups = [group_of(completions(), [1.0, -0.5, 0.5, -1.0]),
+              group_of(completions((3, 2), seed=4), [0.7, -0.7], place=1)]
+    whole, _ = gradient(*groups)
+    for budget in (1, 12, 20, 30):
+        assert close(gradient(*groups, micro_batch_tokens=budget)[0], whole)
+
+
+def test_small_groups_are_run_together(monkeypatch):
+    """A micro-batch of one small group leaves a GPU to wait for the host's launches."""
+    ran = []
+    real = grpo.response_logprobs
+    monkeypatch.setattr(grpo, "response_logprobs", lambda model, asked, t: ran.append(len(asked)) or real(
+        model, asked, t))
+    groups = [group_of(completions((3, 2)), [0.7, -0.7], place) for place in range(6)]
+    gradient(*groups, micro_batch_tokens=31)  # a group's responses and prompt have 10 tokens
+    assert ran == [3, 3]
 
 
 def test_equal_rewards_give_no_gradient_and_count_in_the_divisor():

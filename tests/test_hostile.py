@@ -16,7 +16,8 @@ from conftest import MINI
 from test_grading import reference_answer
 
 import tasks
-from cli import UserError, read_jsonl
+from cli import UserError
+from files import read_jsonl
 from grading import (
     Rejected, attempts_in, check_countdown, extract_answer, last_boxed, malformed, parse, unwrap, verdict,
 )

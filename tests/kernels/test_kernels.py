@@ -185,9 +185,9 @@ def test_decode_attention(kind, dtype, H, K, D, parts):
         assert torch.equal(cache[B:], old[B:])
 
 
-@pytest.mark.parametrize("B, K, S, most", [(1, 2, 4096, 64), (128, 2, 4096, 8), (166, 2, 4352, 9), (4, 8, 100, 1)])
+@pytest.mark.parametrize("B, K, S, most", [(1, 2, 4096, 64), (128, 2, 4096, 8), (166, 2, 4352, 9)])
 def test_no_part_of_attention_is_long(B, K, S, most):
-    """166 rows once gave one part: a straggler of 4,096 positions was walked by one program, 64 tiles long."""
+    """166 rows once gave one part: a straggler of 4,096 positions was walked by one program alone."""
     module = importlib.import_module("kernels.fused.decode_attention")
     parts = module.parts_of(B, K, S, processors=132)
     assert 1 <= parts <= most
