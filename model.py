@@ -31,6 +31,11 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import add_norm, linear_float32, linear_logprob, rotate, swiglu
 
+# Of torch on a GPU: cuDNN's attention makes a plan for every new shape, which takes longer than itself; and a
+# product in bfloat16 that is cut along its depth has its parts added up in float32.
+torch.backends.cuda.enable_cudnn_sdp(False)
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
 # Attention is an argument of `forward`: (layer, q (B, T, H, D), k and v (B, T, K, D)) -> (B, T, H, D).
 # Training passes `causal`; the sampler passes what its cache returns, which first writes k and v there.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

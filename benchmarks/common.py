@@ -133,12 +133,12 @@ def machine():
 def write(name, args, **figures):
     """Write figures with machine, versions and flags to --out, or to benchmarks/results/NAME.json."""
     versions = run_record(args)["versions"]
-    for package in ("transformers", "trl", "vllm"):
+    for package in ("transformers", "trl", "vllm", "openvino_genai"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             pass
-    paths = ("model", "out", "data")
+    paths = ("model", "out", "data", "openvino", "samples")
     record = {
         "machine": machine(),
         "threads": torch.get_num_threads(),

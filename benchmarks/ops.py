@@ -6,7 +6,8 @@
 Times are medians of --repeats turns, the two in turns; the bytes and flops are those of the forward pass in
 each kernel's file, and the roof is a large copy or matrix product measured in the same run. The plain version
 of the linear + log-probability is the dense one (logits, log-softmax, gather), with its peak memory beside
-ours. Liger's kernels are not compared.
+ours. On a CPU the product of the head is also set against one with weights packed for oneDNN. Liger's kernels
+are not compared.
 """
 import statistics
 from collections.abc import Callable
@@ -45,14 +46,12 @@ def dense_logprob(hidden, weight, targets):
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-def masked_attention(q, k, v, past_k, past_v, lengths):
-    """torch's own fused attention, with a mask for the ragged rows."""
+def dense_attention(q, k, v, past_k, past_v, lengths):
+    """torch's own fused attention: all rows are full here, so it needs no mask."""
     rows = torch.arange(len(q), device=q.device)
     past_k[rows, :, lengths] = k
     past_v[rows, :, lengths] = v
-    mask = torch.arange(past_k.shape[2], device=q.device) <= lengths[:, None]
-    mask = mask[:, None, None]
-    return F.scaled_dot_product_attention(q[:, :, None], past_k, past_v, attn_mask=mask, enable_gqa=True)
+    return F.scaled_dot_product_attention(q[:, :, None], past_k, past_v, enable_gqa=True)
 
 
 def cases(scale, device, dtype):
@@ -83,26 +82,37 @@ def cases(scale, device, dtype):
     yield Case("swiglu", lambda g, u: (kernels.swiglu(g, u),), "torch", lambda g, u: (F.silu(g) * u,),
                trained=(random(N, M), random(N, M)), bytes=3 * N * M * size)
 
+    N = max(4, N // 4)  # 4,096 rows: more dense logits do not fit into 24 GB
     targets = torch.randint(0, V, (N,), device=device)
     yield Case("linear + log-probability", lambda h, w: kernels.linear_logprob(h, w, targets)[:1], "dense",
                lambda h, w: dense_logprob(h, w, targets)[:1],
                trained=(random(N, C), random(V, C) / C**0.5), flops=2 * N * V * C)
+
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        for n in (16, 128):
+            h, w = random(n, C), random(V, C)
+            packed = torch.ops.mkldnn._reorder_linear_weight(w, n)
+            yield Case(f"head, {n} rows", lambda h=h, w=w: kernels.linear_float32(h, w), "packed by oneDNN",
+                       lambda h=h, packed=packed: torch.ops.mkldnn._linear_pointwise(
+                           h, packed, None, "none", [], ""), flops=2 * n * V * C)
 
     for B in (1, 8, 128):
         lengths = torch.full((B,), S - 1, device=device)
         new = (random(B, H, D), random(B, K, D), random(B, K, D))
         inputs = (*new, random(B, K, S, D), random(B, K, S, D), lengths)
         name = f"decode attention, {B} rows over {S}"
-        yield Case(name, kernels.decode_attention, "torch", masked_attention,
+        yield Case(name, kernels.decode_attention, "torch", dense_attention,
                    others=inputs, bytes=2 * B * K * S * D * size)
         logits = 3 * torch.randn(B, V, device=device)
         u = torch.rand(B, device=device)
-        for name, cuts in (("plain", {}), ("top-k 20, top-p 0.8", {"top_k": 20, "top_p": 0.8})):
+        kinds = {"plain": {}, "top-k 20, top-p 0.8": {"top_k": 20, "top_p": 0.8},
+                 "top-p 0.95": {"top_p": 0.95}}
+        for name, cuts in kinds.items():
             # The reference writes over its logits, but at temperature 1 leaves them as they are.
             ours = partial(kernels.next_tokens, **cuts)
             plain = partial(reference.next_tokens, **cuts)
             yield Case(f"next token, {name}, {B} rows", ours, "torch", plain,
-                       others=(logits, u), bytes=2 * B * V * 4)
+                       others=(logits, u), bytes=(2 if cuts else 1) * B * V * 4)
 
 
 # ---- how -----------------------------------------------------------------------------------------

@@ -6,15 +6,19 @@
     python benchmarks/sampling.py --load chat --model FOLDER --peers generate   # 8 x 16 rows: for a CPU
     python benchmarks/sampling.py --load group --model mini --scale 0.1 --repeats 1      # to see that it runs
 
-Peers: `transformers` is its continuous batching, `generate` its plain generate (all rows of a batch to the
-slowest), `vllm` is not among the requirements (pip install vllm). On a GPU ours takes 0.3 of the free memory
-for its cache when a peer runs beside it, transformers 0.4, vllm 0.3 of all. Random weights unless --model
-says otherwise; stops are ignored but for chat.
+Each engine is a process of its own, so that its peak memory is its own too. Peers: `transformers` is its
+continuous batching, `generate` its plain generate (all rows of a batch to the slowest); `vllm` and `openvino`
+(GenAI) are not among the requirements. OpenVINO reads a folder that optimum-cli exported: --openvino FOLDER.
+On a GPU ours takes 0.3 of the free memory for its cache when a peer runs beside it, transformers 0.4, vllm
+0.3 of all. Random weights unless --model says otherwise; stops are ignored but for chat.
 """
+import multiprocessing
 import random
+import resource
 import time
 from collections import deque
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from common import (  # first of ours: it sets the path
     compare, folder_of, load_model, name_of, refuse_missing, roofline, seconds_of, short_name, synchronize,
@@ -23,9 +27,10 @@ from common import (  # first of ours: it sets the path
 
 import torch
 
-from checkpoint import device_and_dtype
+from checkpoint import device_and_dtype, find_folder
 from cli import UserError, command, number, parser, positive
 from sample import KVCache, Params, Request, Sampler
+from tokenizer import Tokenizer
 
 QUESTIONS = (
     "What is 17 * 23?",
@@ -69,9 +74,10 @@ def requests(args, tokenizer):
     return [Work(ids, scaled(16), scaled(256)) for ids in chats], 1.0
 
 
-# ---- engines: each takes a seed, does the work and returns the tokens it made --------------------
-def ours(model, tokenizer, work, temperature, alone):
-    sampler = Sampler(model, tokenizer, cache_fraction=0.6 if alone else 0.3)
+# ---- engines: each returns a function that takes a seed, does the work and returns the tokens it made ---
+def ours(args, folder, device, dtype, tokenizer, work, temperature):
+    model, _ = load_model(folder, args)
+    sampler = Sampler(model, tokenizer, cache_fraction=0.3 if args.peers else 0.6)
 
     def run(seed):
         queue = deque()
@@ -81,7 +87,7 @@ def ours(model, tokenizer, work, temperature, alone):
     return run
 
 
-def continuous_batching(folder, device, dtype, tokenizer, work, temperature):
+def continuous_batching(args, folder, device, dtype, tokenizer, work, temperature):
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     config = transformers.GenerationConfig(
@@ -113,11 +119,10 @@ def continuous_batching(folder, device, dtype, tokenizer, work, temperature):
             elif result is None and not manager.is_running():
                 raise UserError("transformers' continuous batching stopped before all requests were done")
         return tokens
-    run.stop = lambda: manager.stop(block=True)  # its thread would keep the process alive
     return run
 
 
-def generate(folder, device, dtype, tokenizer, work, temperature):
+def generate(args, folder, device, dtype, tokenizer, work, temperature):
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     rows = [w for w in work for _ in range(w.samples)]
@@ -160,13 +165,14 @@ def generate(folder, device, dtype, tokenizer, work, temperature):
     return run
 
 
-def vllm(folder, device, dtype, tokenizer, work, temperature):
+def vllm(args, folder, device, dtype, tokenizer, work, temperature):
     from vllm import LLM, SamplingParams
     longest = max(len(w.prompt) + w.budget for w in work)
     engine = LLM(folder, dtype=name_of(dtype), skip_tokenizer_init=True, max_model_len=longest,
                  gpu_memory_utilization=0.3)
 
     def run(seed):
+        engine.reset_prefix_cache()  # else a turn finds the prompts of the one before
         params = []
         for w in work:
             params.append(SamplingParams(
@@ -182,11 +188,83 @@ def vllm(folder, device, dtype, tokenizer, work, temperature):
     return run
 
 
+def openvino(args, folder, device, dtype, tokenizer, work, temperature):
+    import numpy
+    import openvino_genai
+    from openvino import Tensor
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.max_num_seqs = 256
+    scheduler.cache_size = 4  # GB
+    scheduler.enable_prefix_caching = False
+    precision = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[name_of(dtype)],
+                 "INFERENCE_NUM_THREADS": torch.get_num_threads(), "KV_CACHE_PRECISION": "f32"}
+    engine = openvino_genai.ContinuousBatchingPipeline(args.openvino, scheduler, "CPU", precision)
+
+    def run(seed):
+        ids, configs = [], []
+        for i, w in enumerate(work):
+            config = openvino_genai.GenerationConfig()
+            config.num_return_sequences = w.samples
+            config.do_sample = True
+            config.temperature = temperature
+            config.max_new_tokens = w.budget
+            config.ignore_eos = not tokenizer.stop_ids
+            config.stop_token_ids = set(tokenizer.stop_ids)
+            config.rng_seed = 1000 * seed + i
+            ids.append(Tensor(numpy.array([w.prompt])))
+            configs.append(config)
+        out = engine.generate(ids, configs)
+        return sum(len(tokens) for result in out for tokens in result.m_generation_ids)
+    return run
+
+
 PEERS = {  # name: (package, engine)
     "transformers": ("transformers", continuous_batching),
     "generate": ("transformers", generate),
     "vllm": ("vllm", vllm),
+    "openvino": ("openvino_genai", openvino),
 }
+
+
+def serve(name, args, folder, pipe):
+    """An engine's process: a turn for every seed that comes."""
+    device, dtype = device_and_dtype(args.device, args.dtype)
+    tokenizer = Tokenizer(find_folder(folder))
+    work, temperature = requests(args, tokenizer)
+    if args.load != "chat":
+        tokenizer.stop_ids = []
+    engine = ours if name == "ours" else PEERS[name][1]
+    run = engine(args, folder, device, dtype, tokenizer, work, temperature)
+    while True:
+        seed = pipe.recv()
+        started = time.perf_counter()
+        tokens = run(seed)
+        synchronize(device)
+        seconds = time.perf_counter() - started
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_reserved() / 2**30
+        pipe.send({"tokens": tokens, "seconds": round(seconds, 2),
+                   "tokens_per_second": round(tokens / seconds, 1), "peak_gib": round(peak, 2)})
+
+
+def turns_of(name, args, folder):
+    """A function that has one turn of an engine done, in a process that stays."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    args = SimpleNamespace(**vars(args))  # argparse's own cannot be sent
+    process = context.Process(target=serve, args=(name, args, folder, other), daemon=name != "vllm")
+    process.start()
+    other.close()
+
+    def turn(seed):
+        try:
+            pipe.send(seed)
+            return pipe.recv()
+        except (EOFError, BrokenPipeError) as e:
+            raise UserError(f"the process of {name} has ended; its last words are above") from e
+    turn.end = process.kill
+    return turn
 
 
 # ---- one decoding step ---------------------------------------------------------------------------
@@ -237,6 +315,7 @@ def arguments():
     p.add_argument("--load", choices=["nano-vllm", "group", "chat", "decode"], default="group",
                    help="which requests")
     p.add_argument("--peers", default="none", help=f"separated by commas: {', '.join(PEERS)}, or none")
+    p.add_argument("--openvino", default=None, help="the folder that OpenVINO reads")
     p.add_argument("--scale", type=number(float, 0, 1, open_low=True), default=1.0,
                    help="shrink counts and lengths by this, to try it out")
     p.add_argument("--repeats", type=positive, default=5, help="turns of each engine")
@@ -246,48 +325,30 @@ def arguments():
         if peer not in PEERS:
             raise UserError(f"--peers {peer}: give {', '.join(PEERS)} or none")
         refuse_missing(PEERS[peer][0])
+    if "openvino" in args.peers and not args.openvino:
+        raise UserError("--peers openvino: give the folder that optimum-cli exported as --openvino")
     args.shape = short_name(args.model)
     return args
-
-
-def timed(engine, device):
-    def turn(seed):
-        synchronize(device)
-        started = time.perf_counter()
-        tokens = engine(seed)
-        seconds = time.perf_counter() - started
-        speed = round(tokens / seconds, 1)
-        return {"tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": speed}
-    return turn
 
 
 def main():
     args = arguments()
     device, dtype = device_and_dtype(args.device, args.dtype)
     folder = folder_of(args.model, dtype)
-    model, tokenizer = load_model(folder, args)
     print(f"{args.shape}, {args.load}, {dtype}, {device}", flush=True)
     if args.load == "decode":
+        model, tokenizer = load_model(folder, args)
         decode(args, model, tokenizer, device, dtype)
         return
-    work, temperature = requests(args, tokenizer)
-    if args.load != "chat":
-        tokenizer.stop_ids = []
-    engines = {"ours": ours(model, tokenizer, work, temperature, alone=not args.peers)}
-    for peer in args.peers:
-        _, engine = PEERS[peer]
-        engines[peer] = engine(folder, device, dtype, tokenizer, work, temperature)
+    runs = {name: turns_of(name, args, folder) for name in ("ours", *args.peers)}
     try:
         if device.type == "cuda":  # a turn that does not count: kernels compile, graphs are captured
-            for name, engine in engines.items():
-                print(f"warming up {name}: {engine(0):,} tokens", flush=True)
-        name = f"sampling-{args.load}-{args.shape}-{name_of(dtype)}"
-        runs = {who: timed(engine, device) for who, engine in engines.items()}
-        compare(name, args, runs, "tokens_per_second")
+            for name, turn in runs.items():
+                print(f"warming up {name}: {turn(0)}", flush=True)
+        compare(f"sampling-{args.load}-{args.shape}-{name_of(dtype)}", args, runs, "tokens_per_second")
     finally:
-        for engine in engines.values():
-            if hasattr(engine, "stop"):
-                engine.stop()
+        for turn in runs.values():
+            turn.end()
 
 
 if __name__ == "__main__":
