@@ -1,9 +1,10 @@
 """How many slots there are, how long they are and which graphs run them: few, and never more than fit."""
 import pytest
 import torch
+from conftest import tiny
 
 import cache
-from cache import Graphs, bucket, host_memory, slot_capacity, slot_count
+from cache import Graphs, KVCache, Move, bucket, host_memory, in_batches, slot_capacity, slot_count
 
 
 @pytest.mark.parametrize("needed, current, growing, want", [
@@ -34,6 +35,21 @@ def test_slot_capacity_never_doubles_beyond_the_context():
 ])
 def test_slot_count(waiting, current, wanted, fitting, want):
     assert slot_count(waiting, current, wanted, fitting, most=128) == want
+
+
+def test_batches_are_of_similar_length_and_bounded():
+    assert list(in_batches([5, 1, 4, 2, 30], int, most=8)) == [[1, 2], [4], [5], [30]]
+    assert list(in_batches([3, 3, 3], int, most=9)) == [[3, 3, 3]] and not list(in_batches([], int))
+
+
+def test_slots_are_copied_whatever_their_lengths():
+    slots = KVCache(tiny()[0].config, 6, 32, torch.device("cpu"), torch.float32)
+    slots.k.normal_()
+    before = slots.k.clone()
+    slots.copy([Move(0, 3, 5), Move(1, 4, 30), Move(1, 5, 1)])
+    for source, target, length in ((0, 3, 5), (1, 4, 30), (1, 5, 1)):
+        assert torch.equal(slots.k[:, target, :, :length], before[:, source, :, :length])
+    assert torch.equal(slots.k[:, :3], before[:, :3])
 
 
 def test_buckets():

@@ -2,6 +2,7 @@
 
 The reference is the slow and sure way: the whole sequence through the model for every token.
 """
+import random
 from collections import Counter, deque
 from pathlib import Path
 
@@ -245,6 +246,72 @@ def test_looking_less_often_changes_nothing(monkeypatch, params):
     graphs = sampler.graphs
     sampler.release()
     assert sample_all(sampler) == want and sampler.graphs is graphs  # the cache and its graphs stayed
+
+
+def watched():
+    """A Sampler of 8 slots that looks every 4 tokens, and the samples that were running at each look."""
+    model, tokenizer = tiny()
+    sampler = Sampler(model, tokenizer, 8)
+    sampler.tokens_per_sync = 4
+    sampler.free_to_prefill = 1 / 2
+    looks = []
+    real = sampler.step
+    sampler.step = lambda: looks.append([s.request.payload for s in sampler.live]) or real()
+    return sampler, looks
+
+
+def test_prompts_wait_until_enough_slots_are_free():
+    """On a GPU to run a prompt costs ten steps. Further samples of a prompt that is there come at once."""
+    sampler, looks = watched()
+    queue = deque(Request(PROMPTS[0], [0], f"{i}", max_new_tokens=4 * (1 + i), payload=i) for i in range(8))
+    queue.append(Request(PROMPTS[1], list(range(9)), "nine", max_new_tokens=40, payload="nine"))
+    queue.append(Request(PROMPTS[2], [0], "last", max_new_tokens=4, payload="last"))
+    sampler.tokenizer.stop_ids = []
+    done = [r.payload for r, _, _ in sampler.stream(queue, Params(99))]
+    rows = [look.count("nine") for look in looks]
+    # One slot is free at the second look, two at the third, ...: its prompt is run at the fifth, with four.
+    assert rows[:9] == [0, 0, 0, 0, 4, 5, 6, 7, 8]
+    assert sorted(map(str, done)) == sorted([*map(str, range(8)), *["nine"] * 9, "last"])
+
+
+def test_the_last_prompts_do_not_wait():
+    """All that waits fits: nothing is gained by waiting."""
+    sampler, looks = watched()
+    sampler.tokenizer.stop_ids = []
+    budgets = [4, *[40] * 7]
+    queue = deque(Request(PROMPTS[0], [0], f"{i}", max_new_tokens=n, payload=i) for i, n in enumerate(budgets))
+    queue.append(Request(PROMPTS[1], [0], "last", max_new_tokens=4, payload="last"))
+    assert len(list(sampler.stream(queue, Params(99)))) == 9
+    assert "last" in looks[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_workloads_equal_one_row_at_a_time(seed):
+    """Rule 4, for prompts, groups, budgets, slots and policies of any kind: forks, refills, closes, late ones."""
+    rng = random.Random(seed)
+    model, tokenizer = tiny(rng.choice(["qwen2", "qwen3"]))
+    params = rng.choice([Params(40), Params(40, 0.8, 20, 0.9, repetition_penalty=1.2)])
+    requests = []
+    for i in range(12):
+        prompt = [rng.randrange(250) for _ in range(rng.choice([1, 2, 9, 40]))]
+        requests.append((prompt, rng.randint(1, 5), rng.randint(1, 40)))
+
+    def sample_all(sampler, late):
+        queue = deque(Request(prompt, list(range(n)), f"{i}", budget, payload=i)
+                      for i, (prompt, n, budget) in enumerate(requests))
+        waiting = [queue.pop() for _ in range(late)]
+        found = {}
+        for request, index, c in sampler.stream(queue, params, seed):
+            found[request.payload, index] = c.tokens
+            if waiting:
+                queue.append(waiting.pop())
+        return found
+    want = sample_all(Sampler(model, tokenizer, 1), 0)
+    sampler = Sampler(model, tokenizer, rng.randint(2, 9))
+    sampler.tokens_per_sync = rng.choice([1, 3, 8])
+    sampler.free_to_prefill = rng.choice([0, 1 / 8, 1 / 2])
+    assert sample_all(sampler, rng.randint(0, 5)) == want
+    assert len(want) == sum(n for _, n, _ in requests)
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 In the interpreter on a CPU, with CUDA graphs on a GPU.
 """
+import random
 import subprocess
 import sys
+from collections import deque
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from conftest import environment, tiny
 
 import kernels
 from cli import UserError
-from sample import Params, Sampler
+from sample import Params, Request, Sampler
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -121,6 +123,29 @@ def test_sampling(use, family, params):
             for w in model.parameters():
                 w.mul_(1.2).add_(0.01)
     assert not GPU or any(samplers["triton"].graphs.replays.values())
+
+
+def test_random_workloads(use):
+    """Forks, refills and closes with every kernel in place: the tokens of plain PyTorch, one row at a time."""
+    rng = random.Random(1)
+    model, tokenizer = tiny_there("qwen3")
+    requests = []
+    for _ in range(5):
+        prompt = [rng.randrange(250) for _ in range(rng.choice([1, 6, 70]))]
+        requests.append((prompt, rng.randint(1, 3), rng.randint(2, 9)))
+
+    def sample_all(sampler):
+        queue = deque(Request(prompt, list(range(n)), f"{i}", budget, payload=i)
+                      for i, (prompt, n, budget) in enumerate(requests))
+        return {(r.payload, index): c.tokens for r, index, c in sampler.stream(queue, Params(9))}
+    use("reference")
+    want = sample_all(Sampler(model, tokenizer, 1))
+    use("triton")
+    sampler = Sampler(model, tokenizer, 4)
+    sampler.tokens_per_sync = 3
+    sampler.free_to_prefill = 1 / 2
+    sampler.graphed = GPU
+    assert sample_all(sampler) == want
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
