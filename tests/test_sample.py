@@ -279,22 +279,22 @@ def test_the_last_prompts_do_not_wait():
     sampler, looks = watched()
     sampler.tokenizer.stop_ids = []
     budgets = [4, *[40] * 7]
-    queue = deque(Request(PROMPTS[0], [0], f"{i}", max_new_tokens=n, payload=i) for i, n in enumerate(budgets))
+    queue = deque(Request(PROMPTS[0], [0], f"{i}", n, payload=i) for i, n in enumerate(budgets))
     queue.append(Request(PROMPTS[1], [0], "last", max_new_tokens=4, payload="last"))
     assert len(list(sampler.stream(queue, Params(99)))) == 9
     assert "last" in looks[1]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_workloads_equal_one_row_at_a_time(seed):
-    """Rule 4, for prompts, groups, budgets, slots and policies of any kind: forks, refills, closes, late ones."""
+    """Rule 4, for prompts, groups, budgets, slots and policies of any kind, requests that come late included."""
     rng = random.Random(seed)
-    model, tokenizer = tiny(rng.choice(["qwen2", "qwen3"]))
-    params = rng.choice([Params(40), Params(40, 0.8, 20, 0.9, repetition_penalty=1.2)])
+    model, tokenizer = tiny(rng.choice(["qwen2", "qwen3"]), dtype=torch.float64)  # no near-ties
+    params = rng.choice([Params(), Params(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.2)])
     requests = []
-    for i in range(12):
+    for _ in range(9):
         prompt = [rng.randrange(250) for _ in range(rng.choice([1, 2, 9, 40]))]
-        requests.append((prompt, rng.randint(1, 5), rng.randint(1, 40)))
+        requests.append((prompt, rng.randint(1, 4), rng.randint(1, 20)))
 
     def sample_all(sampler, late):
         queue = deque(Request(prompt, list(range(n)), f"{i}", budget, payload=i)

@@ -126,7 +126,7 @@ def test_sampling(use, family, params):
 
 
 def test_random_workloads(use):
-    """Forks, refills and closes with every kernel in place: the tokens of plain PyTorch, one row at a time."""
+    """Forks, refills and closes with every kernel in place: the tokens of one row at a time without any."""
     rng = random.Random(1)
     model, tokenizer = tiny_there("qwen3")
     requests = []
