@@ -165,8 +165,9 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
         p.add_argument("--device", default="auto",
                        help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
         p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                       help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU (no float16: small "
-                            "gradients vanish in it, and float32 masters come too late to save them)")
+                       help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU (where bfloat16 is "
+                            "faster too if lscpu names avx512_bf16 or amx_bf16, but rounds more; no float16: "
+                            "small gradients vanish in it, and float32 masters come too late to save them)")
         p.add_argument("--chat-template-kwargs", type=json_object, default=None, metavar="JSON",
                        help="for the model's chat template, such as '{\"enable_thinking\": false}'; "
                             "if not given, what the run that made the model was given")

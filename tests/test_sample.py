@@ -287,7 +287,7 @@ def test_the_last_prompts_do_not_wait():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_workloads_equal_one_row_at_a_time(seed):
-    """Rule 4, for prompts, groups, budgets, slots and policies of any kind, requests that come late included."""
+    """Rule 4, for prompts, groups, budgets, slots and policies of any kind, and requests that come late."""
     rng = random.Random(seed)
     model, tokenizer = tiny(rng.choice(["qwen2", "qwen3"]), dtype=torch.float64)  # no near-ties
     params = rng.choice([Params(), Params(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.2)])
