@@ -5,7 +5,8 @@
 
 The sampler is the real one as it runs on a GPU (8 tokens between two looks of the host), with a model that
 ends each row where the file's attempt of that question ended, --stretch times as long. `operations` are those
-of PyTorch that the host starts between steps, of which each is a kernel or a copy on a GPU.
+of PyTorch that the host starts between steps, of which each is a kernel or a copy on a GPU. `steps_in_all`
+counts a prefill as PREFILL_STEPS of them: about what launching its kernels takes, by arithmetic.
 """
 import json
 import random
@@ -19,11 +20,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
+from cache import in_batches
 from cli import command, natural, number, parser, positive
 from sample import Params, Request, Sampler
 from tokenizer import Tokenizer
 
 STOP = 1
+PREFILL_STEPS = 10
 
 
 class Operations(TorchDispatchMode):
@@ -87,7 +90,8 @@ class StubSampler(Sampler):
 
         def counted(moves):
             self.counts["moved_slots"] += len(moves)
-            self.counts["moved_positions"] += sum(move.length for move in moves)
+            batches = in_batches(moves, lambda move: move.length)  # as `copy` makes them
+            self.counts["moved_positions"] += sum(len(batch) * batch[-1].length for batch in batches)
             copy(self.cache, moves)
         self.cache.copy = counted
 
@@ -148,6 +152,7 @@ def run(groups, slots, free_to_prefill):
         "free_to_prefill": free_to_prefill,
         "rows_in_use": round(counts["rows"] / looks / slots, 3),
         "steps": looks * sampler.tokens_per_sync,
+        "steps_in_all": looks * sampler.tokens_per_sync + PREFILL_STEPS * counts["prefills"],
         "tokens": tokens,
         "prefills_a_look": round(counts["prefills"] / looks, 3),
         "prefill_positions_a_token": round(counts["prefill_positions"] / tokens, 3),
@@ -163,12 +168,13 @@ def main():
     groups = groups_of(args)
     groups = [(max(2, round(args.stretch * prompt)), [max(2, round(args.stretch * n)) for n in lengths])
               for prompt, lengths in groups]
+    run(groups[:20], args.slots, 0.0)  # does not count: torch sets itself up
     turns = []
     for share in (0.0, 1 / 16, 1 / 8, 1 / 4):
         turns.append(run(groups, args.slots, share))
         print(turns[-1], flush=True)
     print(machine())
-    write("scheduler", args, turns=turns)
+    write(f"scheduler-{args.stretch:g}", args, turns=turns)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Commands that torchrun starts in several processes write what one process writes, after a kill too."""
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from conftest import MINI, children, finish, read_rows, refused, start
 
 import sample
-from processes import join_parts
+from processes import balanced, join_parts
 
 SAMPLE = ("--model", MINI, "--device", "cpu", "--questions", "5", "--attempts", "2",
           "--max-new-tokens", "60", "--slots", "4")
@@ -77,3 +78,20 @@ def test_evaluating_in_two_processes_writes_the_rows_of_one():
         assert Path(out, "summary.json").read_bytes() == Path("one/summary.json").read_bytes()
     assert len(rows("one/results.jsonl")) == 2 * 2 * 7 * 2
     assert sorted(os.listdir("cut")) == ["report.html", "results.jsonl", "run.json", "summary.json"]
+
+
+@pytest.mark.parametrize("everybody", [2, 4, 8])
+def test_work_is_dealt_evenly(everybody):
+    """Questions dealt by place, some without signal, left one process of 4 with 1.4 times the mean to do."""
+    rng = random.Random(everybody)
+    for _ in range(20):
+        costs = []
+        for _ in range(32):  # questions of a mini-batch, of which half have a signal
+            if rng.random() < 0.5:
+                costs += [round(rng.lognormvariate(6, 0.7)) for _ in range(4)]  # in four parts
+        shares = [balanced(costs, int, who, everybody) for who in range(everybody)]
+        assert sorted(sum(shares, [])) == sorted(costs)
+        loads = [sum(share) for share in shares]
+        fair = max(sum(costs) / everybody, max(costs))
+        assert max(loads) < 1.1 * fair
+    assert balanced([], int, 0, 2) == [] and balanced([5], int, 1, 2) == []
