@@ -257,17 +257,17 @@ def roll_out(sampler: Sampler, chosen: list, args, params: Params, step: int) ->
 
 
 def exchange(groups: list[Group]) -> None:
-    """Give every process what the others have rolled out of the step's questions."""
+    """Give every process what the others have rolled out of the step's questions: 30 bytes a token."""
     if world() == 1:
         return
     mine = []
     for group in groups[rank()::world()]:
-        mine.append({"completions": [vars(completion) for completion in group.completions],
+        mine.append({"completions": [(c.tokens, c.logprobs, c.finish) for c in group.completions],
                      "grades": [vars(grade) for grade in group.grades],
                      "rewards": group.rewards, "advantages": group.advantages})
     for r, text in enumerate(gathered(to_json(mine))):
         for group, row in zip(groups[r::world()], json.loads(text), strict=True):
-            group.completions = [Completion(**fields) for fields in row["completions"]]
+            group.completions = [Completion(group.prompt, *fields) for fields in row["completions"]]
             group.grades = [tasks.Grade(**fields) for fields in row["grades"]]
             group.rewards = row["rewards"]
             group.advantages = row["advantages"]
@@ -344,12 +344,15 @@ def update(
     sums = dict.fromkeys(SUMMED, torch.zeros((), dtype=torch.float64, device=model.device))
     largest_difference = torch.zeros((), device=model.device)  # of sampler and trainer, at one token
     mine = balanced(parts_to_train(groups, args, keep_all=reference is not None), cost_of)
-    for parts in evenly(micro_batches(mine, cost_of, args.micro_batch_tokens, waste=math.inf), model.device):
-        stats = backward(model, reference, parts or [NOTHING], args)
+    for parts in evenly(together(mine, args.micro_batch_tokens), model.device):
+        if parts is None:
+            backward(model, reference, [NOTHING], args)
+            continue
+        stats = backward(model, reference, parts, args)
         largest_difference = torch.maximum(largest_difference, stats.pop("largest_difference"))
         for name, value in stats.items():
             sums[name] = sums[name] + value
-    figures = torch.stack([largest_difference.double(), *sums.values()]).tolist()  # the one wait
+    figures = torch.stack([largest_difference.double(), *sums.values()]).tolist()
     sums = summed(dict(zip(sums, figures[1:], strict=True)), model.device)
     sums["largest_difference"] = largest(figures[0], model.device)
     check_finite(sums["loss"], "loss")
@@ -389,6 +392,29 @@ def parts_to_train(groups: list[Group], args, keep_all: bool) -> list[Part]:
 def in_loss(completion: Completion, args) -> bool:
     """Whether a rollout is part of the loss and its divisor."""
     return args.truncated == "keep" or completion.finish == "stop"
+
+
+def size_of(part: Part) -> int:
+    """About the tokens that it takes memory for.
+
+    Those that are fed, and an eighth for each token of the prompt whose keys and values a response copies.
+    """
+    P = len(part.group.prompt)
+    longest = max(len(response.completion.tokens) for response in part.responses)
+    return P + len(part.responses) * (longest + P // 8)
+
+
+def together(parts: list[Part], budget: int) -> list[list[Part]]:
+    """Micro-batches of at most `budget` tokens, or of one part."""
+    batches = []
+    room = 0
+    for part in sorted(parts, key=size_of, reverse=True):
+        if size_of(part) > room:
+            batches.append([])
+            room = budget
+        batches[-1].append(part)
+        room -= size_of(part)
+    return batches
 
 
 def backward(model: Transformer, reference: Transformer | None, parts: list[Part], args) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ from checkpoint import device_and_dtype, read_folder
 from cli import UserError
 from diagnostics import BYTES_A_TOKEN
 from model import Config, Transformer
-from sample import NoRoom, Params, Request, Sampler
+from sample import Completion, NoRoom, Params, Request, Sampler
 from screen import say
 from tokenizer import Tokenizer
 from train import Optimizer, micro_batches, settle_flags
@@ -379,9 +379,13 @@ def of_grpo(args) -> None:
         sampler = Sampler(policy, tokenizer, flags.slots, grpo.SAMPLER_CACHE_FRACTION)
         prompt = prompts[-1]
         responses = largest_responses(prompt, context, flags, target.processes)
-        cost = len(prompt) + sum(map(len, responses))
 
-        groups = max(1, min(flags.micro_batch_tokens // cost, flags.mini_batch // target.processes))
+        part = grpo.Part(
+            grpo.Group(0, None, None, prompt),
+            [grpo.Response(0, Completion(prompt, tokens), 0.0, 0.0, 0) for tokens in responses])
+        groups = min(flags.micro_batch_tokens // grpo.size_of(part),
+                     math.ceil(flags.mini_batch / target.processes))
+        groups = max(1, groups)
         micro_batch = [(prompt, responses)] * groups
 
         def forward():

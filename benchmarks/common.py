@@ -182,6 +182,12 @@ def compare(name, args, runs, figure, better="higher"):
     write(name, args, median=medians, ratio=ratios, peak_gib=peaks or None, turns=turns)
 
 
+def torchs_own_settings():
+    """For a peer: model.py has changed them for this process."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+
+
 def refuse_missing(package):
     try:
         metadata.version(package)

@@ -13,6 +13,7 @@ On a GPU ours takes 0.3 of the free memory for its cache when a peer runs beside
 0.3 of all. Random weights unless --model says otherwise; stops are ignored but for chat.
 """
 import multiprocessing
+import os
 import random
 import resource
 import time
@@ -22,7 +23,7 @@ from types import SimpleNamespace
 
 from common import (  # first of ours: it sets the path
     compare, folder_of, load_model, name_of, refuse_missing, roofline, seconds_of, short_name, synchronize,
-    write,
+    torchs_own_settings, write,
 )
 
 import torch
@@ -166,6 +167,7 @@ def generate(args, folder, device, dtype, tokenizer, work, temperature):
 
 
 def vllm(args, folder, device, dtype, tokenizer, work, temperature):
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its memory is to be this process's
     from vllm import LLM, SamplingParams
     longest = max(len(w.prompt) + w.budget for w in work)
     engine = LLM(folder, dtype=name_of(dtype), skip_tokenizer_init=True, max_model_len=longest,
@@ -233,7 +235,10 @@ def serve(name, args, folder, pipe):
     work, temperature = requests(args, tokenizer)
     if args.load != "chat":
         tokenizer.stop_ids = []
-    engine = ours if name == "ours" else PEERS[name][1]
+    engine = ours
+    if name != "ours":
+        engine = PEERS[name][1]
+        torchs_own_settings()
     run = engine(args, folder, device, dtype, tokenizer, work, temperature)
     while True:
         seed = pipe.recv()
@@ -261,7 +266,7 @@ def turns_of(name, args, folder):
         try:
             pipe.send(seed)
             return pipe.recv()
-        except (EOFError, BrokenPipeError) as e:
+        except (EOFError, ConnectionError) as e:
             raise UserError(f"the process of {name} has ended; its last words are above") from e
     turn.end = process.kill
     return turn

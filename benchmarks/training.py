@@ -26,6 +26,7 @@ from types import SimpleNamespace
 
 from common import (  # first of ours: it sets the path
     compare, folder_of, load_model, name_of, refuse_missing, roofline, short_name, synchronize,
+    torchs_own_settings,
 )
 
 import torch
@@ -38,7 +39,7 @@ from cli import UserError, command, parser, positive
 from files import read_jsonl
 from sample import Params, Sampler
 from tokenizer import Tokenizer
-from train import Optimizer, micro_batches
+from train import Optimizer, micro_batches, settle_flags
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -165,6 +166,7 @@ def step_timer():
 
 
 def trl_flags(args, out):
+    torchs_own_settings()
     device, dtype = device_and_dtype(args.device, args.dtype)
     return {
         "output_dir": out,
@@ -234,7 +236,7 @@ def arguments():
     p.add_argument("--questions", type=positive, default=4, help="grpo")
     p.add_argument("--rollouts", type=positive, default=8, help="grpo")
     p.add_argument("--max-new-tokens", type=positive, default=128, help="grpo")
-    p.add_argument("--micro-batch-tokens", type=positive, default=2048, help="as in sft.py and grpo.py")
+    p.add_argument("--micro-batch-tokens", type=positive, default=None, help="as in sft.py and grpo.py")
     p.add_argument("--recompute", action="store_true",
                    help="as in sft.py and grpo.py (TRL recomputes by default)")
     p.add_argument("--steps", type=positive, default=1,
@@ -281,7 +283,8 @@ def turns_of(who, args):
 def main():
     args = arguments()
     shape = short_name(args.model)
-    _, dtype = device_and_dtype(args.device, args.dtype)
+    device, dtype = device_and_dtype(args.device, args.dtype)
+    settle_flags(args, device)
     args.model = folder_of(args.model, dtype)
     if args.stage in TURNS:
         run_turn(args)

@@ -188,8 +188,30 @@ def test_small_groups_are_run_together(monkeypatch):
     monkeypatch.setattr(grpo, "response_logprobs", lambda model, asked, t: ran.append(len(asked)) or real(
         model, asked, t))
     groups = [group_of(completions((3, 2)), [0.7, -0.7], place) for place in range(6)]
-    gradient(*groups, micro_batch_tokens=31)  # a group's responses and prompt have 10 tokens
+    gradient(*groups, micro_batch_tokens=35)  # a group's responses and prompt have 11 tokens with padding
     assert ran == [3, 3]
+
+
+def test_micro_batches_hold_what_is_fed():
+    """Parts of many groups, each with a prompt of 2,000 tokens and one odd response, once had 64,128."""
+    groups = [Group(place, None, None, [5] * 2000, completions([5, *[400] * 15]), advantages=[1.0] * 16)
+              for place in range(8)]
+    args = SimpleNamespace(**{**vars(ARGS), "micro_batch_tokens": 8192})
+    batches = grpo.together(grpo.parts_to_train(groups, args, keep_all=False), 8192)
+    assert sum(len(part.responses) for parts in batches for part in parts) == 8 * 16
+    for parts in batches:
+        fed = sum(2000 + len(p.responses) * max(len(r.completion.tokens) for r in p.responses) for p in parts)
+        assert fed <= 8192 or len(parts) == 1
+
+
+def test_who_has_nothing_to_do_adds_nothing(monkeypatch):
+    """Where only others have a response a process runs one that weighs nothing: it once was in the figures."""
+    groups = [group_of(completions(), [1.0, -0.5, 0.5, -1.0])]
+    optimizer = SimpleNamespace(step=lambda lr: 0.0)
+    alone = grpo.update(tiny()[0], None, optimizer, groups, ARGS, lr=0.1)[1]
+    real = grpo.evenly
+    monkeypatch.setattr(grpo, "evenly", lambda parts, device: real(parts, device) + [None])
+    assert grpo.update(tiny()[0], None, optimizer, groups, ARGS, lr=0.1)[1] == alone
 
 
 def test_equal_rewards_give_no_gradient_and_count_in_the_divisor():

@@ -14,7 +14,8 @@ only the logits above it are collected, in a second sweep, and bisected exactly:
 - the threshold of the maxima of the lanes (a lane is one of BLOCK positions that run in parallel and see
   every BLOCK-th logit), for they are a subset of the row: some dozens of logits lie above it in practice;
 - or, where the maxima hold less than the mass that top-p asks for, as in a flat distribution, a histogram of
-  how far each logit is below the largest. All that is in a bin counts as much as the bin's lower edge.
+  how far each logit is below the largest. All that is in a bin counts as much as the bin's lower edge, which
+  loses 2% of the mass: from a top-p of 0.98 on a flat distribution is collected whole.
 
 Bytes for a row of V float32 logits: 4 V and a block without cuts, 8 V with them, 12 V with the histogram (and
 V for each sweep with a penalty). A sort would move 16 V or more, several times.
@@ -123,7 +124,7 @@ def _threshold(values, n, goal, lowest, top, cold, MASS: tl.constexpr, BLOCK: tl
 def _bound_by_histogram(
     logits, seen, V, goal, lowest, top, cold, penalty, PENALTY: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """A value above which lies a mass of `goal` or more; `lowest` if the bins do not reach so deep."""
+    """A value above which lies a mass of `goal` or more; `lowest` if what the bins are sure of is less."""
     counts = tl.zeros((BINS,), tl.int32)
     for start in tl.range(0, V, BLOCK):
         z, own = _read(logits, seen, start + tl.arange(0, BLOCK), V, penalty, PENALTY)
