@@ -205,7 +205,7 @@ def test_micro_batches_hold_what_is_fed():
 
 
 def test_who_has_nothing_to_do_adds_nothing(monkeypatch):
-    """Where only others have a response a process runs one that weighs nothing: it once was in the figures."""
+    """Where only others have a response a process runs one that weighs nothing: once it was counted."""
     groups = [group_of(completions(), [1.0, -0.5, 0.5, -1.0])]
     optimizer = SimpleNamespace(step=lambda lr: 0.0)
     alone = grpo.update(tiny()[0], None, optimizer, groups, ARGS, lr=0.1)[1]
