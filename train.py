@@ -26,7 +26,7 @@ from tensors import check_all
 
 # ---- flags ---------------------------------------------------------------------------------------
 # By device. A GPU would wait for the host to launch the kernels of fewer; a CPU gains nothing by more.
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
 
 
 def training_flags(p: argparse.ArgumentParser) -> None:
