@@ -96,7 +96,7 @@ def cases(scale, device, dtype):
                        lambda h=h, packed=packed: torch.ops.mkldnn._linear_pointwise(
                            h, packed, None, "none", [], ""), flops=2 * n * V * C)
 
-    for B in (1, 8, 128):
+    for B in sorted({1, 8, max(1, round(scale * 128))}):
         lengths = torch.full((B,), S - 1, device=device)
         new = (random(B, H, D), random(B, K, D), random(B, K, D))
         inputs = (*new, random(B, K, S, D), random(B, K, S, D), lengths)
