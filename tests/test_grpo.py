@@ -208,10 +208,12 @@ def test_who_has_nothing_to_do_adds_nothing(monkeypatch):
     """Where only others have a response a process runs one that weighs nothing: once it was counted."""
     groups = [group_of(completions(), [1.0, -0.5, 0.5, -1.0])]
     optimizer = SimpleNamespace(step=lambda lr: 0.0)
-    alone = grpo.update(tiny()[0], None, optimizer, groups, ARGS, lr=0.1)[1]
+    reference, _ = tiny(seed=1)
+    alone = grpo.update(tiny()[0], reference, optimizer, groups, ARGS, lr=0.1)[1]
     real = grpo.evenly
     monkeypatch.setattr(grpo, "evenly", lambda parts, device: real(parts, device) + [None])
-    assert grpo.update(tiny()[0], None, optimizer, groups, ARGS, lr=0.1)[1] == alone
+    assert grpo.update(tiny()[0], reference, optimizer, groups, ARGS, lr=0.1)[1] == alone
+    assert alone["reference_tokens"] == sum(len(c.tokens) for c in groups[0].completions)
 
 
 def test_equal_rewards_give_no_gradient_and_count_in_the_divisor():
