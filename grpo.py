@@ -235,7 +235,7 @@ def choose(problems: list, step: int, count: int, seed: int) -> list:
 def roll_out(sampler: Sampler, chosen: list, args, params: Params, step: int) -> list[Group]:
     """The step's questions [(task, problem)]; this process's part of them answered, graded and compared.
 
-    None of them, if the sampler was stopped.
+    None is answered, if the sampler was stopped.
     """
     tokenizer = sampler.tokenizer
     groups = []

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from checkpoint import device_and_dtype, load
 from cli import UserError, command, natural, number, parser, positive, split_list, wants_plan
-from files import read_jsonl
 from conversations import plain_messages
+from files import read_jsonl
 from model import Config, Transformer
 from processes import balanced, evenly, start_processes, total, world
 from record import file_fingerprints, model_fingerprint, refuse_wrong_out
