@@ -446,18 +446,30 @@ def phrases() -> list[str]:
     pieces |= {"What is ", ", target ", ".\n", " = ", "\n\n"}
     pieces |= {f"{bracket} {op} " for op in "+-*" for bracket in ("", ")")}
     pieces |= {"<verdict>Correct</verdict>", "<verdict>Incorrect</verdict>"}
-    for tag in ("think", "sample", "reflect", "answer"):
-        pieces |= {f"<{tag}>", f"</{tag}>"}
+    pieces |= {"<answer>", "</answer>"}
     pieces |= {tasks.MUST_ANSWER, *(instruction for _, instruction in tasks.STYLES.values())}
     for part in tasks.REFLECT.split("{question}"):
         pieces |= set(part.split("{attempt}"))
-    glue = json.loads((ROOT / "phrases.json").read_text())
     openings = OPENINGS.values()
     others = (INSIDE, CHECKS, HITS, MISSES, MISUSED, GUESSES, RECITE, COPY, SHEETS, LAYOUT)
-    for texts in (*openings, *others, *glue.values()):
+    for texts in (*openings, *others, *trace_lines()):
         pieces |= set(texts)
     pieces |= {HAVE, LEFT, NONE_LEFT, EXPRESS, "target "}
     return sorted(pieces)
+
+
+def trace_lines() -> tuple[list[str], list[str]]:
+    """The lines that traces hold and no document does: tags and what stands between attempts, and what
+    announces the final answer.
+
+    Each is one token with the line break after it, as the lines of the LAYOUT are. Were the break a token of
+    its own, the model would have to look past it to see after which line it stands.
+    """
+    glue = json.loads((ROOT / "phrases.json").read_text())
+    between = ["<think>\n", "<sample>\n", "</sample>\n", "<reflect>\n", "</reflect>\n", "</think>\n\n"]
+    between += [f"{text}\n" for kind in ("correct", "incorrect", "neutral") for text in glue[kind]]
+    announcing = [f"{text}\n" for kind in ("closing", "confirming", "returning") for text in glue[kind]]
+    return sorted(between), sorted(announcing)
 
 
 def make_tokenizer(folder: Path) -> Tokenizer:
@@ -571,31 +583,29 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw_new(embedding: Tensor, new: list[int], seen: Tensor, seed: int) -> None:
-    """Give phrases that no document holds (the tags, what stands between attempts) embeddings of their own.
+def draw_new(embedding: Tensor, new: list[int], like: list[int], seed: int) -> None:
+    """Give tokens that no document holds embeddings of their own, drawn like those of other tokens.
 
     Every step of training pushes all of them away in one direction, and they end as the same vector: a model
     that is fine-tuned on them could neither read nor write one apart from another. Words that are new to a
-    language model have pieces that are not. So each is drawn as if it were one of the trained tokens, with
-    their mean and covariance (Hewitt 2021, "Initializing new word embeddings for pretrained language
-    models"). Numbers that no document holds stay as they are, so that nothing makes them likely.
+    language model have pieces that are not. So each is drawn from the normal distribution that has the mean
+    and the covariance of the tokens that it is to be `like` (Hewitt 2021, "Initializing new word embeddings
+    for pretrained language models").
 
-    embedding (V, C), seen (V,) of True and False.
+    embedding (V, C); new and like are ids.
     """
-    trained = embedding[seen]  # (n, C)
+    trained = embedding[like]  # (n, C)
     mean = trained.mean(0)
     weights = torch.randn(len(new), len(trained), generator=torch.Generator().manual_seed(seed))
     embedding[new] = mean + weights @ (trained - mean) / len(trained) ** 0.5
 
 
-def train(model: Transformer, tokenizer: Tokenizer, data, args) -> Tensor:
-    """Returns which tokens the documents held, (V,) of True and False."""
+def train(model: Transformer, tokenizer: Tokenizer, data, args) -> None:
     matrices, others = [], []
     for name, w in model.named_parameters():
         (matrices if w.ndim == 2 and "embed" not in name else others).append(w)
     muon = Muon(matrices)
     adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    read = torch.zeros(tokenizer.size, dtype=torch.bool)
     steps = math.ceil(args.tokens / args.batch)
     started = time.time()
     tokens = 0
@@ -607,7 +617,6 @@ def train(model: Transformer, tokenizer: Tokenizer, data, args) -> Tensor:
     for step in range(1, steps + 1):
         ids, positions, real = next(data)
         targets = ids[:, 1:][real]  # (N,)
-        read[targets] = True
         hidden = model(ids[:, :-1], positions[:, :-1])[real]  # (N, C)
         logp, _ = model.logprobs(hidden, targets)
         loss = -logp.mean()
@@ -627,7 +636,6 @@ def train(model: Transformer, tokenizer: Tokenizer, data, args) -> Tensor:
                   f"{tokens / (time.time() - started):,.0f} tokens/s", flush=True)
             losses.clear()
             comparing.clear()
-    return read
 
 
 def arguments():
@@ -657,9 +665,11 @@ def main():
     print(f"{size / 1e6:.2f}M parameters, {tokenizer.size} tokens in the vocabulary")
 
     data = batches(tokenizer, Author(args.seed, args.without), args.batch)
-    read = train(model, tokenizer, data, args)
-    new = [i for phrase in phrases() for i in tokenizer.encode(phrase) if not read[i]]
-    draw_new(model.model.embed_tokens.weight, new, read, args.seed)
+    train(model, tokenizer, data, args)
+    # A line of a trace is drawn like the lines that stand in its place in a sheet.
+    for new, like in zip(trace_lines(), (LAYOUT, COPY), strict=True):
+        new_ids, like_ids = (sorted(tokenizer.encode(line)[0] for line in lines) for lines in (new, like))
+        draw_new(model.model.embed_tokens.weight, new_ids, like_ids, args.seed)
     save(args.out, model, tokenizer)
     print(f"wrote {args.out}")
 
