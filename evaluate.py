@@ -202,7 +202,7 @@ def arguments():
                    help="responses to each question; 0: 4, or 34 where fewer than 100 questions are asked")
     p.add_argument("--k", default=None,
                    help="pass@k for these k, separated by commas; if not given, for the number of samples")
-    p.add_argument("--max-new-tokens", type=positive, default=512, help="budget of a response")
+    p.add_argument("--max-new-tokens", type=positive, default=1024, help="budget of a response")
     p.add_argument("--budget-forcing", action="store_true",
                    help="also let responses that ended go on with a new <sample>, up to twice the budget")
     p.add_argument("--style", default="plain", choices=list(tasks.STYLES),

@@ -202,7 +202,8 @@ def response_logprobs(
     predicting = torch.tensor(predicting, device=device)  # (N,)
     targets = torch.tensor(targets, device=device)  # (N,)
     hidden = model(tokens, positions, side_by_side(attends, sizes))[0]  # (T, C)
-    return model.logprobs(hidden[predicting], targets, temperature)
+    # Not hidden[predicting]: places repeat, and its backward adds them up in whatever order threads come.
+    return model.logprobs(hidden.index_select(0, predicting), targets, temperature)
 
 
 # ---- rollouts ------------------------------------------------------------------------------------

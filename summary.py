@@ -129,6 +129,25 @@ def retries_of(rows: list[dict]) -> dict[str, int]:
     return counts
 
 
+def checked_by_number(rows: list[dict]) -> list[dict[str, float]]:
+    """How many first, second, ... attempts there are, and the share of them that a <reflect> follows at once.
+
+    Where the share falls with the number, a model has not learned the form of a trace but that of its first
+    pairs. An attempt with which a response was cut off is not counted.
+    """
+    counts = []  # [attempts, checked ones]
+    for row in rows:
+        for number, after in enumerate(row["response"].split("</sample>")[1:]):
+            after = after.lstrip()
+            if row["finish"] == "length" and "<reflect>".startswith(after):
+                continue
+            if number == len(counts):
+                counts.append([0, 0])
+            counts[number][0] += 1
+            counts[number][1] += after.startswith("<reflect>")
+    return [{"attempts": n, "checked": checked / n} for n, checked in counts]
+
+
 # ---- a cell: one model on one task ---------------------------------------------------------------
 def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int]) -> dict:
     """The figures of a cell: one model on one task, each question asked `samples` times, pass@k for `ks`.
@@ -177,6 +196,7 @@ def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int
         },
         "retried": float(np.mean([len(row["attempts"]) > 1 for row in rows])),
         "retries": retries_of(rows),
+        "checked": checked_by_number(rows),
         "gain": float((right - first).mean()),  # over the first attempt
         "gain_interval": paired((right - first).mean(1)),
     }
@@ -237,6 +257,8 @@ def figures_row(cell: dict, ks: list[int]) -> dict[str, str]:
     row["tokens"] = f"{cell['tokens']:.0f}"
     row["answers"] = two_places(cell["answers"])
     row["reflects"] = two_places(cell["reflections"])
+    shares = [percent(x["checked"]).removesuffix(".0") for x in cell["checked"][:5]]
+    row["checked, by attempt"] = " ".join(shares)
     row["first / any right"] = f"{percent(cell['first_attempt'])} / {percent(cell['any_attempt'])}"
     row["F1 right/wrong"] = f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}"
     if "forced" in cell:

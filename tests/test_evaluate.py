@@ -12,7 +12,7 @@ import tasks
 from cli import UserError
 from evaluate import forced_prompt, named_model
 from sample import Completion
-from summary import all_figures, f1, interval, paired, paper_rows, pass_at, student, wilson
+from summary import all_figures, checked_by_number, f1, interval, paired, paper_rows, pass_at, student, wilson
 from tokenizer import Tokenizer
 
 
@@ -307,14 +307,25 @@ def test_bad_input(cmd, flags, message):
 def test_figures_stand_under_their_own_heading():
     """A set of 100 questions and one of 30 have pass@4 and pass@34: each column holds its own figures."""
     figures = {"accuracy": 0.5, "interval": (0.4, 0.6), "lenient": 0.5, "truncated": 0, "tokens": 9,
-               "answers": 1, "reflections": 0, "first_attempt": 0.5, "any_attempt": 0.5, "f1_correct": None,
-               "f1_incorrect": None, "model": "m", "questions": 100, "no_answer": 0, "wrong_form": 0}
+               "answers": 1, "reflections": 0, "first_attempt": 0.5, "any_attempt": 0.5, "checked": [],
+               "f1_correct": None, "f1_incorrect": None, "model": "m", "questions": 100, "no_answer": 0,
+               "wrong_form": 0}
     cells = [{**figures, "task": "large", "samples": 4, "pass": {4: 0.25}},
              {**figures, "task": "small", "samples": 34, "pass": {34: 0.75}}]
     headings, *rows = all_figures(cells)
     large, small = (dict(zip(headings, row, strict=True)) for row in rows)
     assert (large["pass@4"], large["pass@34"]) == ("25.0", "")
     assert (small["pass@4"], small["pass@34"]) == ("", "75.0")
+
+
+def test_attempts_that_are_checked_by_number():
+    """A second `</sample>` in place of <reflect> is one attempt that nobody checked; a cut says nothing."""
+    whole = "<sample>\n1\n</sample>\n<reflect>\nno\n</reflect>\n"
+    responses = [(whole * 2, "stop"), (whole + "<sample>2</sample></sample>", "stop"),
+                 (whole + "<sample>2</sample>\n<ref", "length"), ("5", "stop")]
+    rows = [{"response": text, "finish": finish} for text, finish in responses]
+    assert checked_by_number(rows) == [{"attempts": 3, "checked": 1.0}, {"attempts": 2, "checked": 0.5},
+                                       {"attempts": 1, "checked": 0.0}]
 
 
 def test_names_of_models():
