@@ -34,7 +34,6 @@ bench: .venv/installed
 	  python benchmarks/ops.py --scale 0.01 $$out/ops.json; \
 	  TRITON_INTERPRET=1 KERNELS=triton python benchmarks/ops.py --scale 0.0005 --device cpu --dtype float32 $$out/ops-interpreted.json; \
 	  for load in nano-vllm group chat decode; do python benchmarks/sampling.py --model mini --load $$load --scale 0.03 $$out/$$load.json; done; \
-	  python benchmarks/memory.py --model mini --processes 1 --commands sft --out out/benchmarks/memory.json; \
 	  python benchmarks/scheduler.py --groups 5 --slots 16 --out out/benchmarks/scheduler.json; \
 	  python benchmarks/dtypes.py --model mini --device cpu --max-new-tokens 8 $$out/dtypes.json; \
 	  printf '{"question": "What is 7 * 8?"}\n%.0s' {1..60} > out/benchmarks/questions.jsonl; \

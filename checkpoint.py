@@ -119,10 +119,8 @@ def slides(read: Reader) -> bool:
 
 
 # ---- finding and loading a folder ----------------------------------------------------------------
-def find_folder(model: str | Path, weights: bool = True) -> Path:
+def find_folder(model: str | Path) -> Path:
     """The local folder of a model: itself, or the hub's, fetched with huggingface_hub.
-
-    `weights`: whether these are fetched too.
 
     The only code that uses the network.
     """
@@ -137,9 +135,8 @@ def find_folder(model: str | Path, weights: bool = True) -> Path:
         raise UserError(f"--model {name}: no such folder (a hub id looks like Qwen/Qwen2.5-1.5B-Instruct)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    wanted = ["config.json", "adapter_config.json", *TOKENIZER_FILES]
-    if weights:
-        wanted += ["*.safetensors", "*.safetensors.index.json"]
+    wanted = ["config.json", "adapter_config.json", *TOKENIZER_FILES, "*.safetensors",
+              "*.safetensors.index.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     # ValueError: not a valid hub id.
@@ -220,15 +217,13 @@ def read_config(folder: Path) -> Config:
 
 
 def read_folder(
-    model: str | Path, template_kwargs: dict | None = None, weights: bool = True,
+    model: str | Path, template_kwargs: dict | None = None,
 ) -> tuple[Path, Config, Tokenizer]:
-    """All of a folder but its weights, which need not even be there without `weights`.
-
-    Raises UserError for anything wrong in it.
+    """All of a folder but its weights. Raises UserError for anything wrong in it.
 
     `template_kwargs` go to the chat template; None takes those of the run that made the folder, if one did.
     """
-    folder = find_folder(model, weights)
+    folder = find_folder(model)
     config = read_config(folder)
     record = folder / "run.json"
     if template_kwargs is None and record.is_file():

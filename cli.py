@@ -226,19 +226,6 @@ def resume_flag(p: argparse.ArgumentParser) -> None:
                         "auto: if it is there, else start it")
 
 
-def plan_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--plan", nargs="?", type=positive, const=0, default=None, metavar="PROCESSES",
-                   help="load nothing; only tell what the run would hold in memory and how long it is, in "
-                        "so many processes (if no number is given, in one, or those of torchrun)")
-    p.add_argument("--plan-memory", type=number(float, 0, open_low=True), default=None, metavar="GIB",
-                   help="such a plan for GPUs of this size (with --device cpu: for so much memory), "
-                        "whatever this machine has")
-
-
-def wants_plan(args) -> bool:
-    return args.plan is not None or args.plan_memory is not None
-
-
 def split_list(text: str, flag: str) -> list[str]:
     """The parts of a list with commas. Raises UserError if one is empty or there twice."""
     parts = [part.strip() for part in text.split(",")]

@@ -97,9 +97,6 @@ def collapse(rewards: list[float]) -> tuple[float, float]:
 
 
 # ---- rollouts to read ----------------------------------------------------------------------------
-BYTES_A_TOKEN = 30  # of rollouts.jsonl, about: its text, its id, two log-probabilities
-
-
 def log_rollouts(run: Run, groups: list, tokenizer: Tokenizer, step: int, most: int) -> None:
     """The first `most` questions of a step for rollouts.jsonl, each whole. All processes must call it."""
     logged = groups[:most]

@@ -31,7 +31,7 @@ from torch import Tensor
 
 import tasks
 from checkpoint import device_and_dtype, load
-from cli import UserError, command, natural, number, parser, positive, wants_plan
+from cli import UserError, command, natural, number, parser, positive
 from diagnostics import SUMMED, log_rollouts, measure, show_rollouts, warnings_of
 from files import to_json
 from model import Attend, Transformer
@@ -577,10 +577,6 @@ def copies_of(model: Transformer, device: torch.device, kl: float) -> tuple[Tran
 
 def main():
     args = arguments()
-    if wants_plan(args):
-        import plan
-        plan.of_grpo(args)
-        return
     args.model, args.out = from_where_to_where(args.model, args.out)
     refuse_wrong_out(args.resume, Path(args.out))
     device, _ = device_and_dtype(args.device)

@@ -201,20 +201,18 @@ def rows_of(all_rows: Tensor, tensor: Tensor) -> Tensor:
     return all_rows[rank() * chunk:(rank() + 1) * chunk]
 
 
-def balanced(
-    items: list, cost: Callable[[Any], int], who: int | None = None, everybody: int | None = None,
-) -> list:
-    """The share of process `who` (this one) of items that all know.
+def balanced(items: list, cost: Callable[[Any], int]) -> list:
+    """This process's share of items that all know.
 
     The dearest go first, each to the process that has least to do so far.
     """
-    shares = [[] for _ in range(everybody or world())]
+    shares = [[] for _ in range(world())]
     loads = [0] * len(shares)
     for item in sorted(items, key=cost, reverse=True):
         least = loads.index(min(loads))
         shares[least].append(item)
         loads[least] += cost(item)
-    return shares[rank() if who is None else who]
+    return shares[rank()]
 
 
 def evenly(parts: list, device: torch.device) -> list:

@@ -34,8 +34,7 @@ from cache import (
 )
 from checkpoint import device_and_dtype, load
 from cli import (
-    UserError, command, natural, number, parser, plan_flags, positive, resume_flag, split_list,
-    wants_plan,
+    UserError, command, natural, number, parser, positive, resume_flag, split_list,
 )
 from files import read_rows_so_far, refuse_folder, to_json
 from grading import verdict
@@ -116,10 +115,6 @@ def noise_key(seed: int, request: Request, index: int) -> int:
     identity = request.identity if request.identity is not None else json.dumps(request.prompt)
     digest = hashlib.blake2b(f"{seed}/{index}/{identity}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
-
-
-class NoRoom(UserError):
-    """Not even the wanted slots, or one, fit in memory."""
 
 
 class Sampler:
@@ -215,8 +210,8 @@ class Sampler:
         current_slots = old.slots if old else 0
         slots = slot_count(waiting, current_slots, self.wanted_slots, fitting, MOST_SLOTS[device.type])
         if slots > fitting:
-            raise NoRoom(f"{slots} slots of {capacity} tokens need {slots * bytes_a_slot / 2**30:.1f} GiB "
-                         f"of cache, {fitting} fit in memory; lower --slots or --max-new-tokens")
+            raise UserError(f"{slots} slots of {capacity} tokens need {slots * bytes_a_slot / 2**30:.1f} GiB "
+                            f"of cache, {fitting} fit in memory; lower --slots or --max-new-tokens")
         if old is None or slots > old.slots or capacity != old.capacity:
             self.cache = self.slot_state = None
             self.graphs = Graphs()
@@ -459,7 +454,6 @@ def arguments():
     g.add_argument("--slots", type=natural, default=0,
                    help="rows decoded at once; 0: as many as fit in memory")
     resume_flag(p)
-    plan_flags(g)
     args = p.parse_args()
     for style in split_list(args.styles, "--styles"):
         if style not in tasks.STYLES:
@@ -606,10 +600,6 @@ def answer_by_hand(args) -> None:
 
 def main():
     args = arguments()
-    if wants_plan(args):
-        import plan
-        plan.of_sample(args)
-        return
     if args.prompt is not None:
         answer_by_hand(args)
         return

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from checkpoint import device_and_dtype, load
-from cli import UserError, command, natural, number, parser, positive, split_list, wants_plan
+from cli import UserError, command, natural, number, parser, positive, split_list
 from conversations import plain_messages
 from files import read_jsonl
-from model import Config, Transformer
+from model import Transformer
 from processes import balanced, evenly, start_processes, total, world
 from record import file_fingerprints, model_fingerprint, refuse_wrong_out
 from run import Run, interruptible
@@ -201,18 +201,8 @@ def arguments():
     return p.parse_args()
 
 
-def refuse_long_context(args, config: Config) -> None:
-    if args.context > config.max_position_embeddings:
-        raise UserError(f"--context {args.context}: "
-                        f"{args.model} has a context of {config.max_position_embeddings}")
-
-
 def main():
     args = arguments()
-    if wants_plan(args):
-        import plan
-        plan.of_sft(args)
-        return
     refuse_wrong_out(args.resume, Path(args.out))
     device, _ = device_and_dtype(args.device)
     settle_flags(args, device)
@@ -220,7 +210,9 @@ def main():
     model, tokenizer = load(
         args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
     args.chat_template_kwargs = tokenizer.template_kwargs
-    refuse_long_context(args, model.config)
+    longest = model.config.max_position_embeddings
+    if args.context > longest:
+        raise UserError(f"--context {args.context}: {args.model} has a context of {longest}")
     examples, held_out = hold_out(read_examples(args.data, tokenizer, args.context), args)
 
     run = Run(args, lambda: {"--model": model_fingerprint(args.model),

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cli import UserError, natural, number, plan_flags, positive, resume_flag
+from cli import UserError, natural, number, positive, resume_flag
 from model import Transformer
 from processes import local, rows_of, shard, total, whole, world
 from tensors import check_all
@@ -45,10 +45,9 @@ def training_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--save-every", type=natural, default=20,
                    help="steps between checkpoints; 0: only at the end")
     g.add_argument("--keep", type=positive, default=1,
-                   help="how many of the latest checkpoints stay, all of the same size (--plan tells it); if "
-                        "more than 1, their models too, in OUT/checkpoints")
+                   help="how many of the latest checkpoints stay; if more than 1, their "
+                        "models too, in OUT/checkpoints")
     resume_flag(g)
-    plan_flags(g)
     g.add_argument("--timeout", type=number(float, 0, 10**6, open_low=True), default=60.0,
                    help="of several processes: minutes that they wait for one that is dead or stuck")
 

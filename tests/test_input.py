@@ -50,10 +50,6 @@ CHOICE = {
     "--top-p 7": "argument --top-p: 7 must be above 0 and at most 1",
     "--top-k -1": "argument --top-k: -1 must be at least 0",
 }
-PLAN = {
-    "--plan x": "argument --plan: invalid int value: 'x'",
-    "--plan-memory 0": "argument --plan-memory: 0 must be above 0",
-}
 TRAINING = {
     "--lr x": "argument --lr: invalid float value: 'x'",
     "--lr inf": "argument --lr: inf must be a finite number",
@@ -65,7 +61,6 @@ TRAINING = {
     "--keep 0": "argument --keep: 0 must be at least 1",
     "--timeout 0": "argument --timeout: 0 must be above 0",
     "--eval-every -1": "argument --eval-every: -1 must be at least 0",
-    **PLAN,
 }
 LOADED = {
     f"--model {NONE}": f"--model {NONE}: no such folder",
@@ -75,7 +70,6 @@ LOADED = {
 }
 TABLE = {
     "sample": {
-        **MODEL, **TASK, **CHOICE, **PLAN, **LOADED,
         "--styles odd": "--styles odd: unknown; the styles are plain",
         "--n 0": "argument --n/--attempts: 0 must be at least 1",
         "--reflections -1": "argument --reflections: -1 must be at least 0",
