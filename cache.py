@@ -12,10 +12,8 @@ tells a GPU is sent without waiting for it, and all that changes between two ste
 Left out: pages (a slot is one stretch of memory), quantised caches, moving slots to the host.
 """
 import gc
-import math
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,22 +22,11 @@ from torch import Tensor
 
 from kernels import decode_attention
 from model import Attend, Config, causal
+from processes import in_batches
 
 
 # ---- keys and values -----------------------------------------------------------------------------
 PREFILL_TOKENS = 8192  # of prompts that are run together, or of slots that are copied together
-
-
-def in_batches(items: list, length: Callable[[Any], int], most: int = PREFILL_TOKENS) -> Iterator[list]:
-    """Items in batches of similar length: padded to its longest, each has at most `most` (or is one item)."""
-    batch = []
-    for item in sorted(items, key=length):
-        if batch and (len(batch) + 1) * length(item) > most:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
 
 
 def sent(numbers: list, device: torch.device) -> Tensor:
@@ -107,7 +94,7 @@ class KVCache:
 
     def copy(self, moves: list[Move]) -> None:
         """Copy positions to other slots, of which none is a source. What lies beyond may come along."""
-        for batch in in_batches(moves, lambda move: move.length):
+        for batch in in_batches(moves, lambda move: move.length, PREFILL_TOKENS, padded=True):
             sources = sent([move.source for move in batch], self.k.device)
             targets = sent([move.target for move in batch], self.k.device)
             longest = batch[-1].length
@@ -215,44 +202,29 @@ def free_memory(device: torch.device) -> float:
         unused_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused_by_torch
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this host
-    return min(host_memory() // sharers, own_limit())
+    return host_memory() // sharers
 
 
 def host_memory(root: Path = Path("/")) -> int:
-    """Bytes that all processes here together can still allocate: the least of what machine and cgroups have.
+    """Bytes that all processes here together can still allocate: the machine's, or a container's if it has a
+    limit (cgroups, version 2).
 
     `root` is another for tests.
     """
-    left = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2]  # where it is not Linux
-    if (root / "proc/meminfo").is_file():
-        words = (root / "proc/meminfo").read_text().split()
-        left = [int(words[words.index("MemAvailable:") + 1]) * 1024]
-    groups = root / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            mount, limit, used, cache = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mount, limit, used, cache = ("sys/fs/cgroup/memory", "memory.limit_in_bytes",
-                                         "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = root / mount / path.strip("/")
-        for group in (folder, *folder.parents):  # a limit of any of them counts; a container sees only some
-            if (group / limit).is_file() and (group / limit).read_text().strip() != "max":
-                stat = (group / "memory.stat").read_text().split()
-                given_back = int(stat[stat.index(cache) + 1])  # files in memory: they make way
-                left.append(int((group / limit).read_text()) - int((group / used).read_text()) + given_back)
-    return max(0, min(left))
-
-
-def own_limit() -> float:
-    """Bytes that this process can still map before its RLIMIT_AS (ulimit -v)."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    statm = Path("/proc/self/statm")
-    if limit == resource.RLIM_INFINITY or not statm.is_file():
-        return math.inf
-    return max(0, limit - int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+    if not (root / "proc/meminfo").is_file():  # it is not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    words = (root / "proc/meminfo").read_text().split()
+    left = int(words[words.index("MemAvailable:") + 1]) * 1024
+    path = (root / "proc/self/cgroup").read_text().strip().rpartition("0::/")[2]
+    folder = root / "sys/fs/cgroup" / path
+    for group in (folder, *folder.parents):  # a limit of any of them counts; a container sees only some
+        limit = group / "memory.max"
+        if limit.is_file() and limit.read_text().strip() != "max":
+            stat = (group / "memory.stat").read_text().split()
+            given_back = int(stat[stat.index("inactive_file") + 1])  # files in memory: they make way
+            used = int((group / "memory.current").read_text()) - given_back
+            left = min(left, int(limit.read_text()) - used)
+    return max(0, left)
 
 
 # ---- graphs --------------------------------------------------------------------------------------

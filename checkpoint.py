@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import UserError
-from files import read_json, write_whole
+from cli import UserError, say
+from files import file_fingerprint, read_json, write_whole
 from kernels import uses_triton
 from model import Config, Transformer
-from screen import say
-from tensors import check_all, open_tensors, save_weights
+from tensors import check_finite_files, open_tensors, save_weights
 from tokenizer import TOKENIZER_FILES, Tokenizer
 
 # ---- config.json ---------------------------------------------------------------------------------
@@ -165,6 +164,14 @@ def files_of_weights(folder: Path) -> list[Path]:
     return [folder / shard for shard in sorted(set(shards))]
 
 
+def model_fingerprint(model: str | Path) -> dict[str, str]:
+    """Of each file of a model folder that says what the model computes."""
+    folder = find_folder(model)
+    names = ("config.json", *TOKENIZER_FILES, "model.safetensors.index.json")
+    found = [folder / name for name in names if (folder / name).is_file()]
+    return {path.name: file_fingerprint(path) for path in [*found, *files_of_weights(folder)]}
+
+
 CONSTANTS = "rotary_emb.inv_freq"  # old folders hold them; they follow from the config
 
 
@@ -181,7 +188,7 @@ def read_shapes(files: list[Path]) -> dict[str, tuple]:
 
 def read_weights(files: list[Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors by name, in `dtype`, but for those that are no floating-point numbers."""
-    check_all(files)
+    check_finite_files(files)
     weights = {}
     for path in files:
         with open_tensors(path) as f:

@@ -1,6 +1,13 @@
 """What every command owes its user: one clear line on bad input, flags that explain themselves, a clean end.
 
-Imports nothing of ours at the top and no torch, so that `rearrange.py` and `tasks.py` stay light.
+    command(main)                                # exit status 0, 2 with one line, or 128 + a signal's number
+    say("once, from the first of several processes")
+    with Progress("sft", total=60) as progress:
+        progress.update(loss="0.123")            # a bar, or, without a terminal, a line now and then
+
+What is printed decides nothing: it may have no reader, no terminal, no room on the disk. And no text of a
+model steers the terminal. Imports nothing of ours and no torch, so that `rearrange.py` and `tasks.py` stay
+light.
 """
 import argparse
 import errno
@@ -11,11 +18,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from screen import printable, streams_that_never_fail
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -23,6 +30,106 @@ class UserError(Exception):
 
     The message is one line that names the file, line or flag and how to fix it.
     """
+
+
+# ---- what is printed -----------------------------------------------------------------------------
+# What would move the cursor, colour the screen or turn a line around: control characters, but the line feed
+# and the tab, and those of bidirectional text.
+CONTROL = [*range(9), *range(11, 32), *range(127, 160), 0x200E, 0x200F, *range(0x2028, 0x202F),
+           *range(0x2066, 0x206A)]
+SPELLED_OUT = {code: chr(code).encode("unicode_escape").decode() for code in CONTROL}
+
+
+def printable(text: str, one_line: bool = False) -> str:
+    """A text of users or models, for a terminal: control characters are spelled out."""
+    text = text.translate(SPELLED_OUT)
+    return text.replace("\n", "\\n") if one_line else text
+
+
+def prepare_streams() -> None:
+    """Make printing safe: a closed stream is filled, and characters that a terminal lacks get backslashes."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # it fills the place of a closed stream, which the next file would have taken
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (the interpreter closes it)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def printing(stream) -> Iterator[None]:
+    """Where printing to a stream fails, the stream goes silent."""
+    try:
+        yield
+    except (OSError, ValueError):  # ValueError: it is closed
+        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())  # for what it still holds
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Print, from the first of several processes only."""
+    if is_first():
+        with printing(sys.stdout):
+            print(printable(text), flush=True)
+
+
+class Progress:
+    """How far a command is, from the first process only: a bar on a terminal, else a line now and then.
+
+    `figures` of `update` are shown beside it.
+    """
+    MOST_SECONDS = 60.0  # between lines; in shorter work there are up to 20
+    LEAST_SECONDS = 3.0
+
+    def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
+        self.name = printable(name, one_line=True)
+        self.total = total
+        self.unit = unit
+        self.done = done
+        self.done_at_start = done
+        self.done_at_last_line = done
+        self.started_at = time.monotonic()
+        self.last_line_at = self.started_at
+        hidden = None if is_first() else True  # None: on a terminal only
+        self.bar = tqdm(total=total, initial=done, desc=self.name, unit=unit, disable=hidden, leave=False)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with printing(sys.stderr):
+            self.bar.close()
+
+    def update(self, **figures: str) -> None:
+        """One more is done."""
+        self.done += 1
+        with printing(sys.stderr):
+            self.bar.set_postfix(figures, refresh=False)
+            self.bar.update()
+        now = time.monotonic()
+        waited = now - self.last_line_at
+        far = self.done - self.done_at_last_line >= self.total / 20 and waited > self.LEAST_SECONDS
+        if self.bar.disable and (far or waited > self.MOST_SECONDS or self.done == self.total):
+            seconds_each = (now - self.started_at) / (self.done - self.done_at_start)
+            left = seconds_each * (self.total - self.done)
+            shown = "".join(f", {name} {value}" for name, value in figures.items())
+            say(f"{self.name}: {self.unit} {self.done} of {self.total}{shown}, {duration(left)} left")
+            self.done_at_last_line = self.done
+            self.last_line_at = now
+
+
+def duration(seconds: float) -> str:
+    """duration(50) -> "50 s"      duration(200) -> "3 min"      duration(10000) -> "2.8 h" """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 # ---- running a command ---------------------------------------------------------------------------
@@ -33,35 +140,39 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 
 class Stopped(KeyboardInterrupt):
     """Somebody asked the command to stop."""
-    way_on = ""  # how to go on, once there is something to go on with (`record.start_or_check` says so)
 
     def __init__(self, number: int = signal.SIGINT):
         super().__init__(number)
         self.number = number
 
 
-ended_well = False  # whether the command has come to its end
-
-
-def command(main: Callable[[], None]) -> None:
+def command(main: Callable[[], None], resumable: bool = False) -> None:
     """Run `main()` as a command: exit status 0 on success, 2 on a user's mistake, 128 + the signal's number
-    (130 on Ctrl-C) when it was asked to stop.
+    (130 on Ctrl-C) when it was asked to stop. `resumable`: it has the flag --resume.
 
     A bug of ours keeps its traceback.
     """
-    with streams_that_never_fail(), handlers(_raise_stopped):
+    prepare_streams()
+    status = 0
+    with handlers(_raise_stopped):
         try:
             main()
-            global ended_well
-            ended_well = True
         except KeyboardInterrupt as e:
-            number = e.number if isinstance(e, Stopped) else signal.SIGINT
-            _leave(128 + number, f"interrupted{Stopped.way_on}")
+            status = 128 + getattr(e, "number", signal.SIGINT)
+            way_on = "; what was written is whole, go on with --resume auto" if resumable else ""
+            _say_last(status, f"interrupted{way_on}")
         except Exception as e:
             message = explanation(e)
             if message is None:
                 raise
-            _leave(2, message)
+            status = 2
+            _say_last(status, message)
+    if "WORLD_SIZE" in os.environ:
+        # At once: torch's threads sometimes abort an interpreter that is torn down, and torchrun would take
+        # that for a failure.
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def _raise_stopped(number: int, frame: FrameType | None) -> None:
@@ -92,7 +203,7 @@ def handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 OTHERS_WAIT = 5.0  # seconds
 
 
-def _leave(status, message):
+def _say_last(status, message):
     """Print the last line, once, though all processes that torchrun started may have the same to say.
 
     The first of a host says it and ends, whereupon torchrun ends the others. One that still lives after some
@@ -101,12 +212,12 @@ def _leave(status, message):
     ignore_further_signals()
     if int(os.environ.get("LOCAL_RANK", 0)):
         if status != 2:
-            sys.exit(status)
+            return
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's
         time.sleep(OTHERS_WAIT)
         message = f"process {os.environ['RANK']}: {message}"
-    print(f"{Path(sys.argv[0]).name}: {printable(message, one_line=True)}", file=sys.stderr)
-    sys.exit(status)
+    with printing(sys.stderr):
+        print(f"{Path(sys.argv[0]).name}: {printable(message, one_line=True)}", file=sys.stderr, flush=True)
 
 
 def explanation(error: Exception) -> str | None:
@@ -125,6 +236,10 @@ def explanation(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or no_memory:
         return ("out of memory; "
                 "lower --slots, --micro-batch-tokens or --max-new-tokens (whichever this command has)")
+    # torch's ways to say that another process did not answer: a RuntimeError of gloo, or a DistError.
+    if "gloo" in str(error) or any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return ("another process is dead or stuck: its connection is lost, or it did not answer within "
+                "--timeout; the last checkpoint is good, go on with --resume")
     return None
 
 
@@ -134,16 +249,28 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose flags know their defaults (`args.defaults`)."""
+    """An ArgumentParser whose errors are one line, and whose flags may be marked (`may_change`, `place`)."""
 
     def error(self, message: str):
         raise UserError(f"{message} (--help explains every flag)")
 
     def parse_args(self):
         class Flags(argparse.Namespace):
-            """The flags. The defaults are the class's, and so not among them."""
-            defaults = {action.dest: self.get_default(action.dest) for action in self._actions}
+            """The flags. These two are the class's, and so not among them."""
+            may_change = {action.dest for action in self._actions if hasattr(action, "may_change")}
+            places = {action.dest for action in self._actions if hasattr(action, "is_place")}
         return super().parse_args(namespace=Flags())
+
+
+def may_change(flag: argparse.Action) -> None:
+    """Marks a flag that may be another when a run goes on: it changes how the run is made, not what it makes
+    (but for rounding)."""
+    flag.may_change = True
+
+
+def place(flag: argparse.Action) -> None:
+    """Marks a flag that says where something is: when a run goes on, what is there must be the same."""
+    flag.is_place = True
 
 
 def bare_parser(doc: str) -> Parser:
@@ -158,12 +285,12 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
     """
     p = bare_parser(doc)
     if model:
-        p.add_argument("--model", default=model,
-                       help="a folder in Hugging Face format, or a hub id; "
-                            "mini is the one that ships with the project")
+        place(p.add_argument("--model", default=model,
+                             help="a folder in Hugging Face format, or a hub id; "
+                                  "mini is the one that ships with the project"))
     if model is not None:
-        p.add_argument("--device", default="auto",
-                       help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
+        may_change(p.add_argument("--device", default="auto",
+                                  help="cpu, cuda or cuda:N; auto takes a GPU if there is one"))
         p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                        help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU (where bfloat16 is "
                             "faster too if lscpu names avx512_bf16 or amx_bf16, but rounds more; no float16: "
@@ -171,8 +298,8 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
         p.add_argument("--chat-template-kwargs", type=json_object, default=None, metavar="JSON",
                        help="for the model's chat template, such as '{\"enable_thinking\": false}'; "
                             "if not given, what the run that made the model was given")
-    p.add_argument("--out", type=output, default=out,
-                   help="where the output goes; nothing is overwritten in silence")
+    place(p.add_argument("--out", type=output, default=out,
+                         help="where the output goes; nothing is overwritten in silence"))
     p.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0,
                    help="the same seed gives the same output")
     return p
@@ -221,9 +348,10 @@ def output(text: str) -> str:
 
 
 def resume_flag(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"], default=None,
-                   help="go on with the run in --out, to the same end as if it had not stopped; "
-                        "auto: if it is there, else start it")
+    may_change(p.add_argument(
+        "--resume", nargs="?", const="yes", choices=["yes", "auto"], default=None,
+        help="go on with the run in --out, to the same end as if it had not stopped; "
+             "auto: if it is there, else start it"))
 
 
 def split_list(text: str, flag: str) -> list[str]:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from cli import UserError, command, parser
+from cli import UserError, command, parser, say
 from files import read_jsonl, refuse_existing, to_json, write_whole
 from equivalence import flaw_of_gold
 from grading import last_boxed
@@ -220,7 +220,7 @@ def main():
     if not rows:
         raise UserError(f"{args.data}: no rows to convert")
     write_whole(args.out, "".join(to_json(row) + "\n" for row in rows))
-    print(f"wrote {args.out}: " + ", ".join(f"{n} rows ({about})" for about, n in counts.items()))
+    say(f"wrote {args.out}: " + ", ".join(f"{n} rows ({about})" for about, n in counts.items()))
 
 
 if __name__ == "__main__":

@@ -3,16 +3,67 @@
 Groups, completions and grades are those of `grpo.py`.
 """
 import json
+import time
+from collections import Counter
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from cli import say
 from files import to_json
-from processes import gathered
+from processes import gathered, largest, rank, summed
 from run import Run
-from screen import say
 from tokenizer import Tokenizer
 
-# What `grpo.policy_loss` and `grpo.backward` add up over tokens.
-SUMMED = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "reference_kl", "reference_tokens",
-          "entropy", "difference")
+
+# ---- sums over tokens ------------------------------------------------------------------------------
+@dataclass
+class Tokens:
+    """The tokens of some responses: all tensors are (N,), one entry a token."""
+    logp: Tensor
+    entropy: Tensor
+    old_logp: Tensor  # the sampler's
+    advantage: Tensor
+    weight: Tensor
+    reference_logp: Tensor | None  # under a KL term only
+
+
+class Statistics:
+    """Sums over the tokens of a mini-batch, most of them over the trained ones, which have an advantage."""
+    NAMES = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "reference_kl", "reference_tokens",
+             "entropy", "difference")
+
+    def __init__(self):
+        self.sums = dict.fromkeys(self.NAMES, torch.zeros(()))
+        self.largest_difference = torch.zeros(())  # of sampler and trainer, at one token
+
+    @torch.no_grad()
+    def add(self, tokens: Tokens, loss: Tensor, clip_low: float, clip_high: float) -> None:
+        trained = tokens.advantage != 0
+        log_ratio = tokens.logp - tokens.old_logp
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        values = {
+            "loss": loss,
+            "trained_tokens": trained.sum(),
+            "clip_fraction": (ratio * tokens.advantage > clipped * tokens.advantage).sum(),
+            "approx_kl": torch.where(trained, ratio - 1 - log_ratio, 0).sum(),
+            "entropy": torch.where(trained, tokens.entropy, 0).sum(),
+            "difference": torch.where(trained, log_ratio.abs(), 0).sum(),
+        }
+        if tokens.reference_logp is not None:
+            gap = tokens.reference_logp - tokens.logp
+            values["reference_kl"] = (gap.exp() - gap - 1).sum()
+            values["reference_tokens"] = torch.tensor(len(gap))
+        for name, value in values.items():
+            self.sums[name] = self.sums[name].to(value.device) + value.double()
+        most = log_ratio.abs().max()
+        self.largest_difference = torch.maximum(self.largest_difference.to(most.device), most)
+
+    def over_all_processes(self) -> dict[str, float]:
+        sums = summed({name: value.item() for name, value in self.sums.items()})
+        return {**sums, "largest_difference": largest(self.largest_difference.item())}
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -25,7 +76,7 @@ def measure(groups: list, update_results: list[tuple]) -> dict:
     completions = [c for group in groups for c in group.completions]
     n = len(completions)
     norms = [norm for norm, _ in update_results if norm is not None]
-    sums = {name: sum(s[name] for _, s in update_results) for name in SUMMED}
+    sums = {name: sum(s[name] for _, s in update_results) for name in Statistics.NAMES}
     trained = max(1, sums["trained_tokens"])
     reference_kl = None
     if sums["reference_tokens"]:
@@ -96,14 +147,54 @@ def collapse(rewards: list[float]) -> tuple[float, float]:
     return (max(means), means[-1]) if means else (0.0, 0.0)
 
 
-# ---- rollouts to read ----------------------------------------------------------------------------
+# ---- the log of a run ------------------------------------------------------------------------------
+class StepLog:
+    """Writes what the steps of a run tell, and warns once of each thing that needs attention."""
+
+    def __init__(self, run: Run, tokenizer: Tokenizer, args, context_cuts: bool):
+        self.run = run
+        self.tokenizer = tokenizer
+        self.args = args
+        self.context_cuts = context_cuts
+        self.warned = Counter()
+
+    def start(self) -> None:
+        self.started_at = time.time()
+
+    def rolled_out(self) -> None:
+        self.rolled_out_at = time.time()
+
+    def write(self, step: int, groups: list, update_results: list[tuple], lr: float) -> dict:
+        """Write a step's rollouts and its line of metrics.jsonl, which it returns. All processes call it."""
+        row = {"step": step, **measure(groups, update_results), "lr": lr}
+        seconds = self.rolled_out_at - self.started_at
+        tokens = row["response_tokens"] * len(groups) * self.args.rollouts
+        row["rollout_seconds"] = round(seconds, 3)
+        row["update_seconds"] = round(time.time() - self.rolled_out_at, 3)
+        row["rollout_tokens_per_second"] = round(tokens / seconds, 1)
+        rewards = [before["reward"] for before in self.run.history if before.get("reward") is not None]
+        for name, text in warnings_of(row, self.context_cuts, [*rewards, row["reward"]]).items():
+            if not self.warned[name]:
+                say(f"warning, step {step}: {text} (said once)")
+            self.warned[name] += 1
+        log_rollouts(self.run, groups, self.tokenizer, step, self.args.log_groups)
+        if rank() == 0 and (step == 1 or step % 20 == 0):
+            show_rollouts(groups[0], self.tokenizer, step)
+        self.run.log(row)
+        return row
+
+    def say_warnings(self) -> None:
+        for name, count in self.warned.items():
+            say(f"warned of in {count} of {self.run.last - self.run.step} steps: {name}")
+
+
 def log_rollouts(run: Run, groups: list, tokenizer: Tokenizer, step: int, most: int) -> None:
     """The first `most` questions of a step for rollouts.jsonl, each whole. All processes must call it."""
     logged = groups[:most]
-    mine = [list(group.trainer_logprobs.items()) for group in logged]
+    mine = [{i: logp.tolist() for i, logp in group.trainer_logprobs.items()} for group in logged]
     for text in gathered(to_json(mine)):  # each process has trained some of the responses
         for group, theirs in zip(logged, json.loads(text), strict=True):
-            group.trainer_logprobs.update(theirs)
+            group.trainer_logprobs.update({int(i): logprobs for i, logprobs in theirs.items()})
     for group in logged:
         run.log(group_row(step, group, tokenizer), "rollouts.jsonl")
 

@@ -20,19 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tasks
-from checkpoint import device_and_dtype, load, read_folder
-from cli import UserError, command, natural, number, parser, positive, resume_flag, split_list
-from files import read_rows_so_far, to_json, write_whole
-from grading import last_boxed
-from processes import ALONE, barrier, join_parts, own_part, rank, start_processes, world
-from record import (
-    is_written, model_fingerprint, questions_fingerprint, read_record, refuse_wrong_out, start_or_check,
-    sweep,
+from checkpoint import device_and_dtype, load, model_fingerprint, read_folder
+from cli import (
+    Progress, UserError, command, may_change, natural, number, parser, place, positive, resume_flag, say,
+    split_list,
 )
-from sample import Completion, Params, Request, Sampler, say_what_the_context_cuts
-from screen import Progress, say
-from summary import ROW, check_row, pass_at, printed_tables, summarise
+from files import to_json, write_whole
+from grading import last_boxed
+from processes import ALONE, joined_rows, own_part, rank, start_processes, world
+from record import refuse_wrong_out, start_or_check, sweep
+from sample import Completion, Params, Request, Sampler, refuse_long_prompt, say_what_the_context_cuts
+from summary import ROW, check_result, pass_at, printed_table, summarise
 from tokenizer import Tokenizer
+
 
 # ---- budget forcing ------------------------------------------------------------------------------
 def forced_prompt(tokenizer: Tokenizer, completion: Completion) -> tuple[list[int], list[int]]:
@@ -98,12 +98,13 @@ def requests_of(plans: list[Plan], tokenizer: Tokenizer, args) -> list[Request]:
     return requests
 
 
-def run_cell(name: str, sampler: Sampler, plan: Plan, params: Params, args, done: set) -> Iterator[dict]:
+def run_cell(name: str, sampler: Sampler, plan: Plan, args, done: set) -> Iterator[dict]:
     """The rows of results.jsonl for one model and task, one per sample, as they come.
 
     This process's part of them, without those whose (id, index) is `done`.
     """
     tokenizer, task = sampler.tokenizer, plan.task
+    params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     queue = deque()
     for request in requests_of([plan], tokenizer, args):
         request.indices = [j for j in request.indices if (request.payload.id, j) not in done]
@@ -188,10 +189,10 @@ ARMS = {"base": "mini", "rl-only": "out/rl", "sft": "out/sft", "sft+grpo": "out/
 
 def arguments():
     p = parser(__doc__, out="out/evaluate", model="")
-    p.add_argument("--models", default=None,
-                   help="name=folder or hub id, separated by commas; "
-                        "the first is what the others are compared with; "
-                        f"if not given, what is there of {', '.join(ARMS.values())}")
+    place(p.add_argument("--models", default=None,
+                         help="name=folder or hub id, separated by commas; "
+                              "the first is what the others are compared with; "
+                              f"if not given, what is there of {', '.join(ARMS.values())}"))
     p.add_argument("--tasks", default="countdown-3-small,countdown-4-small,countdown-5-small",
                    help=f"separated by commas: {tasks.NAMES}")
     p.add_argument("--split", default="test",
@@ -212,9 +213,9 @@ def arguments():
                    help="keep the likeliest tokens up to this mass")
     p.add_argument("--top-k", type=natural, default=0,
                    help="keep this many of the likeliest tokens; 0 keeps all")
-    p.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie")
-    p.add_argument("--slots", type=natural, default=0,
-                   help="rows decoded at once; 0: as many as fit in memory")
+    place(p.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie"))
+    may_change(p.add_argument("--slots", type=natural, default=0,
+                              help="rows decoded at once; 0: as many as fit in memory"))
     resume_flag(p)
     args = p.parse_args()
     if args.models is None:
@@ -259,90 +260,61 @@ def inputs(args, plans: list[Plan], template_kwargs: dict) -> dict:
     models = {}
     for name, folder in args.models:
         models |= {f"{name}: {file}": fingerprint for file, fingerprint in model_fingerprint(folder).items()}
-    asked = [questions_fingerprint((plan.task, problem) for problem in plan.problems) for plan in plans]
+    asked = [tasks.questions_fingerprint((plan.task, problem) for problem in plan.problems) for plan in plans]
     names = [name for name, _ in args.models]
     return {"--models": models, "the names in --models and their order": names, "--tasks": asked,
             "--chat-template-kwargs": template_kwargs}
 
 
-def keep_names(plans: list[Plan], args, out: Path) -> None:
-    """Tasks are known in the files by the names that they had first, though a file may have moved since."""
-    before = read_record(out / "run.json")["flags"].get("tasks")
-    try:
-        for plan, task in zip(plans, tasks.find_all(before, args.data_dir, "--tasks"), strict=True):
-            plan.task.name = task.name
-    except (UserError, AttributeError, ValueError) as e:
-        raise UserError(f"{out}/run.json: damaged (--tasks {before}); put back what was there") from e
-
-
 def main():
     args = arguments()
-    refuse_wrong_out(args.resume, Path(args.out))
+    out = Path(args.out)
+    refuse_wrong_out(args.resume, out, out / "run.json")
     device, _ = device_and_dtype(args.device)
     start_processes(device, minutes=ALONE)
     plans = make_plans(args)
-    out = Path(args.out)
     template_kwargs = {}
     for name, folder in args.models:  # a name mistyped at the end of the list must not cost hours
-        _, _, tokenizer = read_folder(folder, args.chat_template_kwargs)
+        _, config, tokenizer = read_folder(folder, args.chat_template_kwargs)
         template_kwargs[name] = tokenizer.template_kwargs
-    params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
-
-    def start():
-        start_or_check(out / "run.json", args, lambda: inputs(args, plans, template_kwargs))
-
-    started = is_written(out / "run.json")
-    results = {}
-    if started:
-        start()
-        keep_names(plans, args, out)
-        results = read_results(out, args.budget_forcing)
-    first, _ = args.models[0]  # its name
+        for request in requests_of(plans, tokenizer, args):
+            refuse_long_prompt(request.prompt, config.max_position_embeddings)
+    start_or_check(out / "run.json", args, lambda: inputs(args, plans, template_kwargs))
+    if rank() == 0:
+        sweep(out)
+    results = read_results(out, args.budget_forcing)
     cells = []
     for name, folder in args.models:
         sampler = None  # while nothing is missing
         for plan in plans:
-            task = plan.task.name
-            rows = results.setdefault((name, task), {})
+            rows = results.setdefault((name, plan.task.name), {})
             if not plan.wanted <= rows.keys():
                 if sampler is None:
-                    sampler = Sampler(*load(folder, args.device, args.dtype, args.chat_template_kwargs),
-                                      args.slots)
-                if not started:  # not before a model could be loaded, and its prompts fit
-                    for request in requests_of(plans, sampler.tokenizer, args):
-                        sampler.room(request)
-                    start()
-                    started = True
+                    loaded = load(folder, args.device, args.dtype, args.chat_template_kwargs)
+                    sampler = Sampler(*loaded, args.slots)
                 with open(own_part(f"{out}/results.jsonl"), "a", encoding="utf-8") as f:
-                    for row in run_cell(name, sampler, plan, params, args, rows.keys()):
+                    for row in run_cell(name, sampler, plan, args, rows.keys()):
                         f.write(to_json(row) + "\n")
                         f.flush()
                         rows[row["id"], row["index"]] = row
                 if world() > 1:
                     results = read_results(out, args.budget_forcing)
             if rank() == 0:
-                cell = summarise(
-                    in_order(results, name, plan), in_order(results, first, plan), plan.samples, plan.ks)
-                cell["chat_template_kwargs"] = template_kwargs[name]
-                cells.append(cell)
+                rows = in_order(results, name, plan)
+                cell = summarise(rows, in_order(results, args.models[0][0], plan), plan.samples, plan.ks)
+                cells.append({**cell, "chat_template_kwargs": template_kwargs[name]})
                 write_summary(out, cells, results)
-                say(f"{name} on {task}: {cell['accuracy']:.1%}")
+                say(f"{name} on {plan.task.name}: {cell['accuracy']:.1%}")
     if rank() == 0:
-        say(f"\n{printed_tables(cells)}\n")
+        say(f"\n{printed_table(cells)}\n")
         say(f"wrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
 def read_results(out: Path, forced: bool) -> dict:
     """{(model, task): {(id, index): row}} of results.jsonl, the parts of all processes joined."""
-    path = f"{out}/results.jsonl"
-    barrier()  # all have written
-    if rank() == 0:
-        sweep(out)
-        join_parts(path)
-    barrier()
     results = {}
-    for where, row in read_rows_so_far(path, ROW):
-        check_row(row, where, forced)
+    for where, row in joined_rows(f"{out}/results.jsonl", ROW):
+        check_result(row, where, forced)
         results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
     return results
 
@@ -360,4 +332,4 @@ def write_summary(out: Path, cells: list[dict], results: dict) -> None:
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, resumable=True)

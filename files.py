@@ -3,16 +3,20 @@
 Imports no torch, so that `rearrange.py` and `tasks.py` stay light.
 """
 import gzip
+import hashlib
 import json
 import os
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cli import UserError
 
 
+# ---- reading -------------------------------------------------------------------------------------
 def read_jsonl(path: str | Path, required: tuple | dict[str, type] = ()) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", object) for each line of a JSON Lines file.
 
@@ -27,7 +31,8 @@ def read_jsonl(path: str | Path, required: tuple | dict[str, type] = ()) -> Iter
     empty = True
     for where, value in _values(path):
         empty = False
-        yield where, _row(value, where, path, required)
+        check_row(value, required, where)
+        yield where, value
     if empty:
         raise UserError(f"{path}: the file holds no rows")
 
@@ -47,91 +52,90 @@ def _values(path):
             if path.removesuffix(".gz").endswith(".json"):
                 content = f.read().removeprefix(BOM_UTF8)
                 if content.lstrip().startswith(b"["):
-                    for i, value in enumerate(_parsed(content, path), 1):
+                    for i, value in enumerate(parsed(content, path), 1):
                         yield f"{path}: item {i}", value
                     return
                 f = content.splitlines()
             for i, line in enumerate(f, 1):
                 line = line.removeprefix(BOM_UTF8) if i == 1 else line
                 if line.strip():
-                    yield f"{path}:{i}", _parsed(line, f"{path}:{i}")
+                    yield f"{path}:{i}", parsed(line, f"{path}:{i}")
     except (gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise UserError(f"{path}: not a whole gzip file; get it again") from e
 
 
-def _parsed(content, where):
+def parsed(content: bytes, where: str | Path) -> Any:
+    """What JSON says. Raises UserError, which names `where`."""
     try:
         value = json.loads(content.decode("utf-8"))
         to_json(value).encode("utf-8")  # "\ud800" alone is valid JSON but no text
     except UnicodeError as e:
-        raise UserError(f"{where}: not UTF-8 text; fix or remove this line") from e
+        raise UserError(f"{where}: not UTF-8 text; fix or remove it") from e
     except (ValueError, RecursionError) as e:  # ValueError: bad JSON, or a number of thousands of digits
         reason = getattr(e, "msg", str(e)[:60])
-        raise UserError(f"{where}: not valid JSON ({reason}); fix or remove this line") from e
+        raise UserError(f"{where}: not valid JSON ({reason}); fix or remove it") from e
     return value
 
 
-def _row(row, where, path, required):
+def check_row(row: Any, required: tuple | dict[str, type], where: str | Path) -> None:
+    """Raises UserError unless a row is an object with these names, with values of these types."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object like {{...}}, found {type(row).__name__}")
     for name in required:
         if name not in row:
-            refuse_published_shape(row, where, path)
-            raise UserError(f"{where}: the key {name!r} is missing (found: {', '.join(row) or 'none'})")
-    if isinstance(required, dict):
-        check_types(row, required, where)
-    return row
-
-
-def check_types(row: dict, types: dict[str, type], where: str) -> None:
-    for name, kind in types.items():
-        if not isinstance(row[name], kind):
+            raise UserError(f"{where}: the key {name!r} is missing (found: {', '.join(row) or 'none'}); "
+                            "python convert.py FILE makes published data ours")
+        if isinstance(required, dict) and not isinstance(row[name], required[name]):
             raise UserError(f"{where}: {name} is {str(row[name])[:40]!r}, which it cannot be")
-
-
-def row_of(line: bytes, where: str, types: dict[str, type]) -> dict:
-    """The object of a line, which must have these names, with values of these types."""
-    return _row(_parsed(line, where), where, where.rpartition(":")[0], types)
-
-
-def refuse_published_shape(row: dict, where: str, path: str | Path) -> None:
-    """Name the shape that a row has, if it is one that `convert.py` knows."""
-    from convert import shape_of  # here, so that it is a leaf
-    shape = shape_of(row)
-    if shape:
-        raise UserError(f"{where}: this is {shape.about}; make it ours: "
-                        f"python convert.py {path} --out {shape.example}")
 
 
 def read_json(path: str | Path, content: bytes | None = None) -> dict:
     """The object that a JSON file holds, or this content of it. Raises UserError with the file."""
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):  # to read a pipe would wait for ever
-            raise UserError(f"{path}: not a file")
-        value = json.loads(Path(path).read_bytes() if content is None else content)
-    except FileNotFoundError as e:
-        raise UserError(f"{path}: no such file") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: not valid JSON") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
+    if content is None:
+        if not os.path.isfile(path):  # to read a pipe would wait for ever
+            raise UserError(f"{path}: no such file")
+        content = Path(path).read_bytes()
+    value = parsed(content, path)
+    check_row(value, (), path)
     return value
 
 
-def to_json(row: dict) -> str:
+def to_json(value: Any) -> str:
     """Raises ValueError for a number that is not finite, which JSON does not know."""
-    return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+# ---- names for content ---------------------------------------------------------------------------
+def fingerprint(content: str | bytes) -> str:
+    """64 random-looking bits that name a content, in hexadecimal."""
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def file_fingerprint(path: str | Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "blake2b").hexdigest()[:32]
+
+
+# ---- writing -------------------------------------------------------------------------------------
+@contextmanager
+def appearing(path: str | Path) -> Iterator[Path]:
+    """Yields another name, to write a file, a folder or a link under. It gets the name `path` when all of it
+    is there, so that a reader sees the old one or the new one, never half of it.
+    """
+    tmp = Path(f"{path}.tmp")
+    yield tmp
+    if tmp.is_file():
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+    os.replace(tmp, path)
 
 
 def write_whole(path: str | Path, text: str | bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
-    tmp = f"{path}.tmp"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(tmp, "wb") as f:
-        f.write(text.encode("utf-8") if isinstance(text, str) else text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    with appearing(path) as tmp:
+        tmp.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
 
 
 def refuse_folder(path: str | Path) -> None:

@@ -18,11 +18,9 @@ a group attend to one copy of their prompt (`shared_prompt`).
 To try another reward, edit `rewards_of`. Left out: asynchronous rollouts, a value model, tools.
 """
 import json
-import math
 import random
-import time
-from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,20 +28,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tasks
-from checkpoint import device_and_dtype, load
-from cli import UserError, command, natural, number, parser, positive
-from diagnostics import SUMMED, log_rollouts, measure, show_rollouts, warnings_of
+from checkpoint import device_and_dtype, load, model_fingerprint
+from cli import Progress, UserError, command, may_change, natural, number, parser, place, positive, say
+from diagnostics import Statistics, StepLog, Tokens
 from files import to_json
-from model import Attend, Transformer
-from processes import (
-    balanced, evenly, gathered, largest, rank, shard, start_processes, summed, total, twin, world,
-)
-from record import model_fingerprint, questions_fingerprint, refuse_wrong_out
+from model import Attend, Transformer, side_by_side
+from processes import balanced, gathered, in_batches, rank, start_processes, total, world
+from record import refuse_wrong_out
 from run import Run, StopRequest, interruptible
 from sample import Completion, Params, Sampler, say_what_the_context_cuts
-from screen import Progress, say
+from train import (
+    Optimizer, check_finite, even_passes, lr_or_default, publisher, settle_flags, shard, training_flags, twin,
+)
 from tokenizer import Tokenizer
-from train import Optimizer, check_finite, lr_or_default, micro_batches, settle_flags, training_flags
 
 MINIATURE_LR = 4e-4
 # Of the memory that is free before the first step: on a GPU the cache stays while the model trains.
@@ -90,57 +87,58 @@ def policy_loss(
     clip_high: float = 0.2,
     reference: Tensor | None = None,
     kl: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """The clipped objective (Schulman et al. 2017), to be minimised.
 
     All tensors are (N,), one entry per response token. `weight` holds the division (`token_weight`).
 
         ratio   = exp(logp - old_logp)
         clipped = clip(ratio, 1 - clip_low, 1 + clip_high)
-        loss    = -sum(weight * min(ratio * A, clipped * A)) + kl * sum(weight * k3)
+        terms   = -sum(weight * min(ratio * A, clipped * A)),  kl * sum(weight * k3)
         k3      = exp(reference - logp) - (reference - logp) - 1
 
     The first term has no gradient for a token whose ratio has left the clip range in the direction of its
     advantage. k3 is an unbiased estimate of KL(policy || reference) that is never negative (Schulman 2020).
-    Returns (loss, {name: sum over tokens}). The sums, `loss` among them, are of the first term and of tokens
-    with an advantage, so that they mean the same with and without a reference; `reference_kl` is of all.
+    Returns the two terms, scalars.
     """
-    log_ratio = logp - old_logp
-    ratio = log_ratio.exp()
+    ratio = (logp - old_logp).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -(weight * torch.minimum(ratio * advantage, clipped * advantage)).sum()
-    trained = advantage != 0
-    stats = {
-        "loss": loss,
-        "trained_tokens": trained.sum(),
-        "clip_fraction": (ratio * advantage > clipped * advantage).sum(),
-        "approx_kl": torch.where(trained, ratio - 1 - log_ratio, 0).sum(),
-    }
-    if reference is not None:
-        gap = reference - logp
-        k3 = gap.exp() - gap - 1
-        loss = loss + kl * (weight * k3).sum()
-        stats["reference_kl"] = k3.sum()
-        stats["reference_tokens"] = torch.tensor(len(logp))
-    return loss, {name: value.detach() for name, value in stats.items()}
+    if reference is None:
+        return loss, torch.zeros_like(loss)
+    gap = reference - logp
+    k3 = gap.exp() - gap - 1
+    return loss, kl * (weight * k3).sum()
 
 
 # ---- one prompt, many responses ------------------------------------------------------------------
-def shared_prompt(P: int, n: int, L: int, device: torch.device) -> Attend:
-    """An Attend for one flat row [prompt | response 0 | response 1 | ...] of T = P + n * L tokens.
+def shared_prompt(P: int, lengths: list[int], device: torch.device) -> Attend:
+    """An Attend for one flat row [prompt | response 0 | response 1 | ...].
 
-    The prompt has P tokens, each of the n responses is padded to L. The prompt sees itself; a response sees
-    the prompt and its own past. Same values and gradients as running prompt + response once per response, for
-    the price of one prompt (attention apart: there each response has a copy of its keys and values).
+    The prompt has P tokens, response i has lengths[i]. The prompt sees itself; a response sees the prompt and
+    its own past. Same values and gradients as running prompt + response once per response, for the price of
+    one prompt and without padding (attention apart: there each response has a copy of the prompt's keys and
+    values, and is padded to the longest).
     """
+    n, L = len(lengths), max(lengths)
+    total_length = sum(lengths)
     mask = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)  # token i sees P + i + 1 positions
+    # Where among the tokens of all responses each padded place (n, L) is taken from. Beyond a response's end
+    # it is some other token, which no real one sees.
+    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)  # (n,)
+    places = starts[:, None] + torch.arange(L)  # (n, L)
+    is_real = torch.arange(L) < torch.tensor(lengths)[:, None]  # (n, L)
+    real = is_real.flatten().nonzero()[:, 0].to(device)  # (sum of lengths,)
+    places = places.clamp(max=max(0, total_length - 1)).flatten().to(device)  # (n * L,)
 
     def split(x, H):
         """(1, T, H or K, D) -> the prompt's part (1, H, P, D) and the responses' (n, H, L, D)."""
-        x = x[0].transpose(0, 1)  # (H or K, T, D)
-        x = x.repeat_interleave(H // len(x), 0)  # (H, T, D): with a mask, fused kernels want equal heads
-        responses = x[:, P:].unflatten(1, (n, L)).transpose(0, 1) if L else None
-        return x[None, :, :P], responses
+        x = x[0].repeat_interleave(H // x.shape[2], 1)  # (T, H, D): with a mask kernels want equal heads
+        of_prompt = x[None, :P].transpose(1, 2)
+        if not total_length:
+            return of_prompt, None
+        padded = x[P:].index_select(0, places).unflatten(0, (n, L))  # (n, L, H, D)
+        return of_prompt, padded.transpose(1, 2)
 
     def attend(layer, q, k, v):  # q (1, T, H, D), k and v (1, T, K, D) -> (1, T, H, D)
         H = q.shape[2]
@@ -149,22 +147,14 @@ def shared_prompt(P: int, n: int, L: int, device: torch.device) -> Attend:
         prompt_v, response_v = split(v, H)
         o = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True)  # (1, H, P, D)
         of_prompt = o[0].transpose(0, 1)  # (P, H, D)
-        if L == 0:  # responses of one token: predicted, never fed
+        if not total_length:  # responses of one token: predicted, never fed
             return of_prompt[None]
         seen_k = torch.cat((prompt_k.expand(n, -1, -1, -1), response_k), 2)  # (n, H, P + L, D)
         seen_v = torch.cat((prompt_v.expand(n, -1, -1, -1), response_v), 2)
         o = F.scaled_dot_product_attention(response_q, seen_k, seen_v, attn_mask=mask)  # (n, H, L, D)
-        of_responses = o.transpose(1, 2).flatten(0, 1)  # (n * L, H, D)
+        of_responses = o.transpose(1, 2).flatten(0, 1).index_select(0, real)  # (sum of lengths, H, D)
         return torch.cat((of_prompt, of_responses))[None]
 
-    return attend
-
-
-def side_by_side(attends: list[Attend], sizes: list[int]) -> Attend:
-    """An Attend for one row of several parts, of `sizes` tokens, that see nothing of each other."""
-    def attend(layer, q, k, v):  # each (1, sum of sizes, heads, D)
-        parts = zip(attends, q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
-        return torch.cat([attend_part(layer, *qkv) for attend_part, *qkv in parts], 1)
     return attend
 
 
@@ -183,20 +173,19 @@ def response_logprobs(
     targets = []
     for prompt, responses in asked:
         P = len(prompt)
-        L = max(map(len, responses)) - 1  # a response's last token is predicted but never fed
-        attends.append(shared_prompt(P, len(responses), L, device))
-        sizes.append(P + len(responses) * L)
+        lengths = [len(response) - 1 for response in responses]  # the last token is predicted but never fed
+        attends.append(shared_prompt(P, lengths, device))
+        sizes.append(P + sum(lengths))
         tokens += prompt
         positions += range(P)
         end_of_prompt = len(tokens) - 1
         for response in responses:
-            first_fed = len(tokens)
             fed = response[:-1]
-            tokens += fed + [0] * (L - len(fed))
-            positions += range(P, P + L)
             predicting.append(end_of_prompt)  # it predicts every response's first token
-            predicting += range(first_fed, first_fed + len(fed))  # then each fed token predicts the next
+            predicting += range(len(tokens), len(tokens) + len(fed))  # then each fed token predicts the next
             targets += response
+            tokens += fed
+            positions += range(P, P + len(fed))
     tokens = torch.tensor([tokens], device=device)  # (1, T)
     positions = torch.tensor([positions], device=device)  # (1, T)
     predicting = torch.tensor(predicting, device=device)  # (N,)
@@ -210,7 +199,7 @@ def response_logprobs(
 @dataclass
 class Group:
     """One question of a step and, once rolled out, its responses: all lists are in the same order."""
-    place: int  # of the question in the step
+    number: int  # of the question in the step
     task: tasks.Task
     problem: tasks.Problem
     prompt: list[int]
@@ -218,7 +207,7 @@ class Group:
     grades: list[tasks.Grade] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
-    # What the update computed for the tokens of rollouts, by their place in these lists, if that is logged.
+    # What the update computed for the tokens of its rollouts, by their place in these lists.
     trainer_logprobs: dict[int, list[float]] = field(default_factory=dict)
 
 
@@ -233,18 +222,19 @@ def choose(problems: list, step: int, count: int, seed: int) -> list:
     return order[step_in_pass * count:(step_in_pass + 1) * count]
 
 
-def roll_out(sampler: Sampler, chosen: list, args, params: Params, step: int) -> list[Group]:
+def roll_out(sampler: Sampler, chosen: list, args, step: int) -> list[Group]:
     """The step's questions [(task, problem)]; this process's part of them answered, graded and compared.
 
     None is answered, if the sampler was stopped.
     """
     tokenizer = sampler.tokenizer
     groups = []
-    for place, (task, problem) in enumerate(chosen):
-        groups.append(Group(place, task, problem, prompt=tokenizer.chat(task.prompt(problem))))
+    for i, (task, problem) in enumerate(chosen):
+        groups.append(Group(i, task, problem, prompt=tokenizer.chat(task.prompt(problem))))
     mine = groups[rank()::world()]
     prompts = [group.prompt for group in mine]
     identities = [f"step {step}/{group.problem.id}" for group in mine]
+    params = Params(args.max_new_tokens, args.temperature)
     answered = sampler.generate(prompts, args.rollouts, params, args.seed, identities)
     sampler.release()
     if sampler.stop():
@@ -280,52 +270,87 @@ def rewards_of(group: Group, args, step: int) -> list[float]:
     The control `--reward random` tosses coins that know nothing of the answers.
     """
     if args.reward == "random":
-        coins = random.Random(f"{args.seed}/{step}/{group.place}")
+        coins = random.Random(f"{args.seed}/{step}/{group.number}")
         return [float(coins.random() < 0.5) for _ in group.grades]
     return [float(grade.correct) for grade in group.grades]
 
 
-def validate(sampler: Sampler, problems: list, args, params: Params, asked: StopRequest) -> float | None:
-    """The fraction of the validation questions answered correctly, one sample each, over all processes.
+def validate(sampler: Sampler, problems: list, args, asked: StopRequest) -> dict[str, float] | None:
+    """{"val": share of the held-out questions answered correctly, one sample each, over all processes}.
 
     None, if somebody asked to stop meanwhile.
     """
     mine = problems[rank()::world()]
     prompts = [sampler.tokenizer.chat(task.prompt(problem)) for task, problem in mine]
-    answered = sampler.generate(prompts, 1, params, args.seed)
+    answered = sampler.generate(prompts, 1, Params(args.max_new_tokens, args.temperature), args.seed)
     sampler.release()
     if asked.anywhere():
         return None
     right = 0
     for (task, problem), (completion,) in zip(mine, answered, strict=True):
         right += task.grade(problem, sampler.tokenizer.text(completion.tokens)).correct
-    return total([right], sampler.model.device)[0] / len(problems)
+    return {"val": total([right])[0] / len(problems)}
 
 
 # ---- an update -----------------------------------------------------------------------------------
 @dataclass
 class Response:
-    """A rollout as the loss sees it."""
-    index: int  # in its group
-    completion: Completion  # with the log-probabilities of the policy that sampled it
-    advantage: float  # the same for all its tokens
-    weight: float  # of each of its tokens in the loss of the mini-batch
-    cost: int  # about the tokens it puts through the model: its own, and its part of the prompt they share
-
-
-@dataclass
-class Part:
-    """Responses of one group that are run together."""
+    """A rollout in the loss of a mini-batch."""
     group: Group
-    responses: list[Response]
+    index: int  # in the group
+    weight: float  # of each of its tokens
+
+    @property
+    def completion(self) -> Completion:
+        return self.group.completions[self.index]
+
+    @property
+    def advantage(self) -> float:
+        return self.group.advantages[self.index]
+
+    def __len__(self) -> int:
+        return len(self.completion.tokens)
 
 
-def cost_of(part: Part) -> int:
-    return sum(response.cost for response in part.responses)
+def responses_in_loss(groups: list[Group], args) -> list[list[Response]]:
+    """For each group the responses that have a gradient: those with an advantage, or all under a KL term."""
+    def counts(completion):
+        return args.truncated == "keep" or completion.finish == "stop"
+
+    lengths = [len(c.tokens) for group in groups for c in group.completions if counts(c)]
+    found = []
+    for group in groups:
+        responses = []
+        for i, completion in enumerate(group.completions):
+            if counts(completion) and (group.advantages[i] != 0 or args.kl):
+                weight = token_weight(
+                    len(completion.tokens), args.loss, len(lengths), sum(lengths), args.max_new_tokens)
+                responses.append(Response(group, i, weight))
+        if responses:
+            found.append(responses)
+    return found
 
 
-# A response that weighs nothing: what a process runs where only others have something to.
-NOTHING = Part(Group(math.inf, None, None, [0]), [Response(0, Completion([0], [0], [0.0]), 0.0, 0.0, cost=1)])
+def size_of(responses: list[Response]) -> int:
+    """About the tokens that some responses of a group take memory for: the prompt's and their own, and an
+    eighth for each token of the prompt whose keys and values a response copies.
+    """
+    P = len(responses[0].group.prompt)
+    return P + sum(len(response) + P // 8 for response in responses)
+
+
+def micro_batches(groups: list[list[Response]], budget: int) -> list[list[list[Response]]]:
+    """This process's micro-batches of at most `budget` tokens, each a list of responses by group.
+
+    A group stays whole, so that its prompt runs once, unless it is larger than a micro-batch or than what a
+    process has to do.
+    """
+    share = sum(map(size_of, groups)) // world()
+    parts = []
+    for responses in groups:
+        room = max(1, min(budget, share) - len(responses[0].group.prompt))
+        parts += in_batches(responses, lambda r: len(r) + len(r.group.prompt) // 8, room)
+    return in_batches(balanced(parts, size_of), size_of, budget)
 
 
 def update(
@@ -336,140 +361,77 @@ def update(
     args,
     lr: float,
 ) -> tuple[float | None, dict[str, float]]:
-    """One optimizer step on a mini-batch, of which every process has all groups: (gradient norm, sums).
+    """One optimizer step on a mini-batch, of which every process has all groups.
 
-    The responses are dealt to the processes by what they cost. Groups that are to be logged keep the
-    log-probabilities that this process computes. The norm is None if no response of any process has a
-    gradient. The weights stay then: a step on zeros would still move them by momentum.
+    Returns (gradient norm, sums over the trained tokens of all processes). The norm is None if no response of
+    any process has a gradient. The weights stay then: a step on zeros would still move them by momentum.
     """
-    sums = dict.fromkeys(SUMMED, torch.zeros((), dtype=torch.float64, device=model.device))
-    largest_difference = torch.zeros((), device=model.device)  # of sampler and trainer, at one token
-    mine = balanced(parts_to_train(groups, args, keep_all=reference is not None), cost_of)
-    for parts in evenly(together(mine, args.micro_batch_tokens), model.device):
-        if parts is None:
-            backward(model, reference, [NOTHING], args)
-            continue
-        stats = backward(model, reference, parts, args)
-        largest_difference = torch.maximum(largest_difference, stats.pop("largest_difference"))
-        for name, value in stats.items():
-            sums[name] = sums[name] + value
-    figures = torch.stack([largest_difference.double(), *sums.values()]).tolist()
-    sums = summed(dict(zip(sums, figures[1:], strict=True)), model.device)
-    sums["largest_difference"] = largest(figures[0], model.device)
+    statistics = Statistics()
+    mine = micro_batches(responses_in_loss(groups, args), args.micro_batch_tokens)
+    for micro_batch in mine:
+        tokens = run_tokens(model, reference, micro_batch, args)
+        loss, reference_loss = policy_loss(
+            tokens.logp, tokens.old_logp, tokens.advantage, tokens.weight, args.clip_low, args.clip_high,
+            tokens.reference_logp, args.kl)
+        (loss + reference_loss).backward()
+        statistics.add(tokens, loss, args.clip_low, args.clip_high)
+        keep_logprobs(micro_batch, tokens.logp)
+    even_passes(model, len(mine), reference)
+    sums = statistics.over_all_processes()
     check_finite(sums["loss"], "loss")
     check_finite(sums["reference_kl"], "divergence from the reference")
     norm = optimizer.step(lr) if sums["trained_tokens"] + sums["reference_tokens"] else None
     return norm, sums
 
 
-def parts_to_train(groups: list[Group], args, keep_all: bool) -> list[Part]:
-    """The responses that have an advantage, or all if a KL term needs them, in parts of similar length.
-
-    None is so large that a process would have to do more than its share.
-    """
-    counted = [c for group in groups for c in group.completions if in_loss(c, args)]
-    n_tokens = sum(len(c.tokens) for c in counted)
-    live = []
-    for group in groups:
-        kept = []
-        for i, (completion, advantage) in enumerate(zip(group.completions, group.advantages, strict=True)):
-            if in_loss(completion, args) and (advantage != 0 or keep_all):
-                kept.append((i, completion, advantage))
-        responses = []
-        for i, completion, advantage in kept:
-            length = len(completion.tokens)
-            weight = token_weight(length, args.loss, len(counted), n_tokens, args.max_new_tokens)
-            cost = length + len(group.prompt) // len(kept)
-            responses.append(Response(i, completion, advantage, weight, cost))
-        live.append(Part(group, responses))
-    share = sum(map(cost_of, live)) // world()
-    parts = []
-    for part in live:
-        for some in micro_batches(part.responses, lambda r: r.cost, min(args.micro_batch_tokens, share)):
-            parts.append(Part(part.group, some))
-    return parts
-
-
-def in_loss(completion: Completion, args) -> bool:
-    """Whether a rollout is part of the loss and its divisor."""
-    return args.truncated == "keep" or completion.finish == "stop"
-
-
-def size_of(part: Part) -> int:
-    """About the tokens that it takes memory for.
-
-    Those that are fed, and an eighth for each token of the prompt whose keys and values a response copies.
-    """
-    P = len(part.group.prompt)
-    longest = max(len(response.completion.tokens) for response in part.responses)
-    return P + len(part.responses) * (longest + P // 8)
-
-
-def together(parts: list[Part], budget: int) -> list[list[Part]]:
-    """Micro-batches of at most `budget` tokens, or of one part."""
-    batches = []
-    room = 0
-    for part in sorted(parts, key=size_of, reverse=True):
-        if size_of(part) > room:
-            batches.append([])
-            room = budget
-        batches[-1].append(part)
-        room -= size_of(part)
-    return batches
-
-
-def backward(model: Transformer, reference: Transformer | None, parts: list[Part], args) -> dict[str, Tensor]:
-    """Backpropagate the loss of a micro-batch. Returns statistics: sums over tokens, and one maximum."""
-    responses = [response for part in parts for response in part.responses]
-    asked = [(part.group.prompt, [r.completion.tokens for r in part.responses]) for part in parts]
-    lengths = [len(response.completion.tokens) for response in responses]
+def run_tokens(
+    model: Transformer, reference: Transformer | None, micro_batch: list[list[Response]], args,
+) -> Tokens:
+    """The tokens of a micro-batch as the loss and the statistics need them."""
+    responses = [response for part in micro_batch for response in part]
+    asked = [(part[0].group.prompt, [r.completion.tokens for r in part]) for part in micro_batch]
 
     def by_token(values):
-        repeated = [value for value, n in zip(values, lengths, strict=True) for _ in range(n)]
-        return torch.tensor(repeated, device=model.device)
+        repeated = [value for value, r in zip(values, responses, strict=True) for _ in range(len(r))]
+        return torch.tensor(repeated, device=model.device)  # (N,)
 
-    advantage = by_token([r.advantage for r in responses])  # (N,)
-    weight = by_token([r.weight for r in responses])  # (N,)
-    old_logprobs = [x for r in responses for x in r.completion.logprobs]
-    old_logp = torch.tensor(old_logprobs, device=model.device)  # (N,)
     logp, entropy = response_logprobs(model, asked, args.temperature)
     reference_logp = None
     if reference is not None:
         with torch.no_grad():
             reference_logp, _ = response_logprobs(reference, asked, args.temperature)
-    loss, stats = policy_loss(
-        logp, old_logp, advantage, weight, args.clip_low, args.clip_high, reference_logp, args.kl)
-    loss.backward()
-    logp = logp.detach()
-    groups = [part.group for part in parts for _ in part.responses]
-    for group, response, logprobs in zip(groups, responses, logp.split(lengths), strict=True):
-        if group.place < args.log_groups:
-            group.trainer_logprobs[response.index] = logprobs.tolist()
-    trained = advantage != 0
-    difference = (logp - old_logp).abs()
-    return {
-        **stats,
-        "entropy": torch.where(trained, entropy, 0).sum(),
-        "difference": torch.where(trained, difference, 0).sum(),
-        "largest_difference": difference.max(),
-    }
+    old_logp = torch.tensor([x for r in responses for x in r.completion.logprobs], device=model.device)
+    return Tokens(
+        logp=logp, entropy=entropy, old_logp=old_logp, reference_logp=reference_logp,
+        advantage=by_token([r.advantage for r in responses]), weight=by_token([r.weight for r in responses]))
+
+
+def keep_logprobs(micro_batch: list[list[Response]], logp: Tensor) -> None:
+    """Give the groups what the update computed for the tokens of their rollouts, for the log."""
+    responses = [response for part in micro_batch for response in part]
+    of_responses = logp.detach().split([len(response) for response in responses])
+    for response, logprobs in zip(responses, of_responses, strict=True):
+        response.group.trainer_logprobs[response.index] = logprobs
 
 
 # ---- the command ---------------------------------------------------------------------------------
 def arguments():
     p = parser(__doc__, out=None, model="")
-    p.add_argument("--model", default=None,
-                   help="a folder in Hugging Face format, or a hub id, to go on from into out/grpo; if not "
-                        "given, out/sft, or where there is none mini into out/rl, which is RL only")
+    place(p.add_argument(
+        "--model", default=None,
+        help="a folder in Hugging Face format, or a hub id, to go on from into out/grpo; if not given, "
+             "out/sft, or where there is none mini into out/rl, which is RL only"))
     g = p.add_argument_group("what to train on")
-    g.add_argument("--task", default="countdown-3-small", help=f"tasks, separated by commas: {tasks.NAMES}")
+    place(g.add_argument("--task", default="countdown-3-small",
+                         help=f"tasks, separated by commas: {tasks.NAMES}"))
     g.add_argument("--questions", type=natural, default=400,
                    help="how many of each task (0: all rows of a file; the paper: 1000)")
     g.add_argument("--split", default="rl",
                    help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
-    g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/ and the like lie")
-    g.add_argument("--steps", type=positive, default=30,
-                   help="steps in all (the paper: 150); --resume with more goes on with a run that has ended")
+    place(g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/ and the like lie"))
+    may_change(g.add_argument(
+        "--steps", type=positive, default=30,
+        help="steps in all (the paper: 150); --resume with more goes on with a run that has ended"))
     g.add_argument("--questions-per-step", type=positive, default=16,
                    help="over all processes (the paper: 256)")
     g.add_argument("--rollouts", type=positive, default=8,
@@ -478,8 +440,8 @@ def arguments():
                    help="questions of one optimizer update (the paper: 32)")
     g.add_argument("--max-new-tokens", type=positive, default=400,
                    help="budget of a response (the paper: 4096)")
-    g.add_argument("--slots", type=natural, default=0,
-                   help="rows decoded at once; 0: as many as fit in memory")
+    may_change(g.add_argument("--slots", type=natural, default=0,
+                              help="rows decoded at once; 0: as many as fit in memory"))
     g = p.add_argument_group("the objective")
     g.add_argument("--lr", type=number(float, 0), default=None,
                    help="constant learning rate; if not given, the paper's 1e-6, "
@@ -505,13 +467,14 @@ def arguments():
     g.add_argument("--reward", choices=["correct", "random"], default="correct",
                    help="random is a control: a coin that ignores the answer")
     training_flags(p)
-    p.add_argument("--eval-every", type=natural, default=0,
-                   help="steps between measurements on the split val, the first before step 1, "
-                        "the last after the last; 0: never")
+    may_change(p.add_argument("--eval-every", type=natural, default=0,
+                              help="steps between measurements on the split val, the first before step 1, "
+                                   "the last after the last; 0: never"))
     p.add_argument("--eval-questions", type=positive, default=64, help="how many of each task")
-    p.add_argument("--log-groups", type=natural, default=2,
-                   help="questions of a step that go into rollouts.jsonl and the page, each with all its "
-                        "rollouts, their ids and log-probabilities: about 30 bytes a token")
+    may_change(p.add_argument(
+        "--log-groups", type=natural, default=2,
+        help="questions of a step that go into rollouts.jsonl and the page, each with all its rollouts, "
+             "their ids and log-probabilities: about 30 bytes a token"))
     args = p.parse_args()
     if args.questions_per_step % args.mini_batch:
         raise UserError(f"--mini-batch {args.mini_batch} must divide --questions-per-step "
@@ -578,7 +541,7 @@ def copies_of(model: Transformer, device: torch.device, kl: float) -> tuple[Tran
 def main():
     args = arguments()
     args.model, args.out = from_where_to_where(args.model, args.out)
-    refuse_wrong_out(args.resume, Path(args.out))
+    refuse_wrong_out(args.resume, Path(args.out), Path(args.out) / "run.json")
     device, _ = device_and_dtype(args.device)
     settle_flags(args, device)
     start_processes(device, args.timeout)
@@ -586,90 +549,63 @@ def main():
     model, tokenizer = load(
         args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
     args.chat_template_kwargs = tokenizer.template_kwargs
-    context = model.config.max_position_embeddings
-    prompts = prompts_of(problems, tokenizer, context)
-    prompts_of(held_out, tokenizer, context)
-
-    def inputs():
-        return {
-            "--model": model_fingerprint(args.model),
-            "--task": questions_fingerprint(problems),
-            "the held-out questions": questions_fingerprint(held_out) if held_out else None,
-        }
-
-    run = Run(args, inputs, free=frozenset({"steps", "eval_every"}))
+    prompts = prompts_of(problems, tokenizer, model.config.max_position_embeddings)
+    prompts_of(held_out, tokenizer, model.config.max_position_embeddings)
     policy, reference = copies_of(model, device, args.kl)  # before resuming: the reference is where it began
-    optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
-    run.restore(optimizer, tokenizer)
-    optimizer.refresh(policy)
     model.recompute = args.recompute
     lr = lr_or_default(args.lr, model, MINIATURE_LR)
-    updates = run.updates
+    optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     sampler = Sampler(policy, tokenizer, args.slots, SAMPLER_CACHE_FRACTION)
-    params = Params(args.max_new_tokens, args.temperature)
+    run = Run(args, partial(inputs, args, problems, held_out), optimizer, publisher(optimizer, tokenizer),
+              last=args.steps)
     say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} "
         f"rollouts, learning rate {lr:g}")
     context_cuts = say_what_the_context_cuts(prompts, model, args.max_new_tokens) > len(prompts) / 2
+    log = StepLog(run, tokenizer, args, context_cuts)
 
-    with interruptible(device) as asked, Progress("grpo", args.steps, run.step) as progress:
+    with interruptible() as asked, Progress("grpo", args.steps, run.step) as progress:
         sampler.stop = asked.here
-        if held_out and run.step == 0:
-            val = validate(sampler, held_out, args, params, asked)
-            run.leave_if_asked(optimizer, tokenizer, asked, step=0, updates=0)
-            run.log({"step": 0, "val": val})
-        if run.pending:  # a stop came while the model of the last checkpoint was measured
-            if held_out:
-                run.pending["val"] = validate(sampler, held_out, args, params, asked)
-                run.leave_if_asked(optimizer, tokenizer, asked, step=run.step, updates=updates)
-            run.settle(optimizer, tokenizer, run.pending)
-        if run.step >= args.steps:
-            say(f"{run.out} is finished already; more --steps go on with it")
-            return
-        warned = Counter()
-        for step in range(run.step + 1, args.steps + 1):
-            started = time.time()
-            chosen = choose(problems, step, args.questions_per_step, args.seed)
-            groups = roll_out(sampler, chosen, args, params, step)
-            # No weight has changed since the last step: a rollout that was cut short is made again.
-            run.leave_if_asked(optimizer, tokenizer, asked, step=step - 1, updates=updates)
-            exchange(groups)
-            rolled_out = time.time()
+        updates = run.updates
 
-            update_results = []
-            for first in range(0, args.questions_per_step, args.mini_batch):
-                batch = groups[first:first + args.mini_batch]
-                update_results.append(update(model, reference, optimizer, batch, args, lr))
+        def measure():
             optimizer.refresh(policy)
+            return validate(sampler, held_out, args, asked)
 
-            row = {"step": step, **measure(groups, update_results), "lr": lr}
+        run.restore(asked, measure)
+        for step in range(run.step + 1, args.steps + 1):
+            optimizer.refresh(policy)
+            log.start()
+            groups = roll_out(sampler, choose(problems, step, args.questions_per_step, args.seed), args, step)
+            # No weight has changed since the last step: a rollout that was cut short is made again.
+            run.leave_if_asked(asked, step - 1, updates)
+            exchange(groups)
+            log.rolled_out()
+
+            results = []  # (gradient norm, sums) of each mini-batch
+            for first in range(0, args.questions_per_step, args.mini_batch):
+                mini_batch = groups[first:first + args.mini_batch]
+                results.append(update(model, reference, optimizer, mini_batch, args, lr))
+
+            row = log.write(step, groups, results, lr)
             updates += row["updates"]
-            rollout_seconds = rolled_out - started
-            tokens = row["response_tokens"] * args.questions_per_step * args.rollouts
-            row["rollout_seconds"] = round(rollout_seconds, 3)
-            row["update_seconds"] = round(time.time() - rolled_out, 3)
-            row["rollout_tokens_per_second"] = round(tokens / rollout_seconds, 1)
-            rewards = [before["reward"] for before in run.history if before.get("reward") is not None]
-            rewards.append(row["reward"])
-            for name, text in warnings_of(row, context_cuts, rewards).items():
-                if not warned[name]:
-                    say(f"warning, step {step}: {text} (said once)")
-                warned[name] += 1
-            log_rollouts(run, groups, tokenizer, step, args.log_groups)
-            if rank() == 0 and (step == 1 or step % 20 == 0):
-                show_rollouts(groups[0], tokenizer, step)
-            if held_out and (step % args.eval_every == 0 or step == args.steps):
-                row["val"] = validate(sampler, held_out, args, params, asked)
-                if row["val"] is None:  # cut short by a stop, so this leaves; --resume measures again
-                    run.leave_if_asked(
-                        optimizer, tokenizer, asked, step=step, updates=updates, pending=row)
-            run.log(row)
             progress.update(**{"reward": f"{row['reward']:.3f}", "tokens": f"{row['response_tokens']:.0f}",
                                "tokens/s": f"{row['rollout_tokens_per_second']:,.0f}"})
-            run.end_of_step(optimizer, tokenizer, asked, step=step, last=args.steps, updates=updates)
-    for name, count in warned.items():
-        say(f"warned of in {count} of {args.steps - run.step} steps: {name}")
+            run.end_of_step(step, updates, asked, measure)
+    if run.step >= args.steps:
+        say(f"{run.out} is finished already; more --steps go on with it")
+        return
+    log.say_warnings()
     say(f"wrote {run.out}")
 
 
+def inputs(args, problems: list, held_out: list) -> dict:
+    """Fingerprints of what is read."""
+    return {
+        "--model": model_fingerprint(args.model),
+        "--task": tasks.questions_fingerprint(problems),
+        "the held-out questions": tasks.questions_fingerprint(held_out) if held_out else None,
+    }
+
+
 if __name__ == "__main__":
-    command(main)
+    command(main, resumable=True)

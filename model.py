@@ -106,6 +106,17 @@ def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return o.transpose(1, 2)  # (B, T, H, D)
 
 
+def side_by_side(attends: list[Attend], sizes: list[int]) -> Attend:
+    """An Attend for one row that holds several, of `sizes` tokens, which see nothing of each other.
+
+    So training needs no padding: all that is not attention runs on one flat row.
+    """
+    def attend(layer, q, k, v):  # each (1, sum of sizes, heads, D)
+        parts = zip(attends, q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
+        return torch.cat([attend_part(layer, *qkv) for attend_part, *qkv in parts], 1)
+    return attend
+
+
 class MLP(nn.Module):
     def __init__(self, config: "Config"):
         super().__init__()

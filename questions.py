@@ -1,16 +1,15 @@
 """A row of a file of questions, checked: one that can never be answered right is refused with its line."""
-import hashlib
 import math
 import unicodedata
 from decimal import Decimal
 
 from cli import UserError
-from files import refuse_published_shape
+from files import fingerprint
 from equivalence import check_math, flaw_of_gold
 from grading import Check, check_choice, check_integer, integer_of, unwrap
 
 
-def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[str, str, dict]:
+def read_question(fields: dict, check: Check, where: str) -> tuple[str, str, dict]:
     """(identity, question, truth) of a row {question, answer}, perhaps with {choices}, graded by `check`.
 
     The identity is a hash of what the row asks. Raises UserError, which names `where`.
@@ -25,9 +24,8 @@ def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[st
     answer = as_text(fields.get("answer"))
     choices = fields.get("choices")
     if not isinstance(question, str) or not question.strip() or answer is None:
-        refuse_published_shape(fields, where, path)
-        raise UserError(f"{where}: question must be text, and answer text or a number "
-                        f"(found: {', '.join(fields)})")
+        raise UserError(f"{where}: question must be text, and answer text or a number (found: "
+                        f"{', '.join(fields)}); python convert.py FILE makes published data ours")
     if choices or check is check_choice:
         well_formed = isinstance(choices, dict) and all(isinstance(text, str) for text in choices.values())
         if not well_formed or "" in choices:
@@ -38,7 +36,6 @@ def read_question(fields: dict, check: Check, where: str, path: str) -> tuple[st
         listed = "".join(f"\n{label}. {text}" for label, text in choices.items())
         asked = f"{question}{listed}\nThe answer is the letter of the best choice."
         return identity_of(fields), asked, {"answer": answer, "choices": choices}
-    refuse_published_shape(fields, where, path)
     flaw = flaw_of(answer, check)
     if flaw:
         raise UserError(f"{where}: the answer {answer[:40]!r} {flaw}")
@@ -51,7 +48,7 @@ def identity_of(fields: dict) -> str:
     texts = sorted(map(str, choices.values())) if isinstance(choices, dict) else []
     texts.insert(0, str(fields.get("question")))
     normal = [" ".join(unicodedata.normalize("NFC", text).split()) for text in texts]
-    return hashlib.blake2b("\n".join(normal).encode(), digest_size=8).hexdigest()
+    return fingerprint("\n".join(normal))
 
 
 def as_text(answer) -> str | None:
@@ -69,6 +66,8 @@ def flaw_of(answer: str, check: Check) -> str:
     """Why no response could be graded by this right answer, or ""."""
     if not unwrap(answer):
         return "is empty"
+    if "####" in answer:
+        return "has GSM8K's #### in it; python convert.py FILE makes it ours"
     if check is check_integer and integer_of(unwrap(answer), percent=True) is None:
         return "is not an integer; grade with file:PATH:math or :exact"
     if check is check_math and flaw_of_gold(answer):

@@ -12,20 +12,73 @@ The order of the input rows does not matter: rows are sorted and each question h
 
 Left out: judging traces by a model, and rewriting what the model wrote.
 """
-import json
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import tasks
-from cli import UserError, command, natural, parser, positive, split_list
-from files import read_jsonl, refuse_existing, to_json, write_whole
+from cli import UserError, command, natural, parser, positive, printable, printing, say, split_list
+from files import check_row, read_jsonl, refuse_existing, to_json, write_whole
 from grading import TRACE_TAGS, malformed
-from screen import printable
+
+
+# What stands between two pairs, by the grade of the first, and what announces the final answer.
+PHRASES = {
+    "correct": (
+        "That seems right, but it costs little to make sure.",
+        "This holds up so far. I will confirm it once more.",
+        "I believe this one. A second look will not hurt.",
+        "The check agrees with me; let me see whether I get there again.",
+        "Good, that works out. I would still like to verify it from the start.",
+        "It looks correct. To be safe, I will redo it.",
+        "No mistake found. I will go over it again to be certain.",
+        "That passes my check. Let me convince myself fully.",
+        "So this answer stands, yet I want to be sure of it.",
+        "I am fairly confident now. One more pass to settle it.",
+        "The result fits. I will try it once more before I commit.",
+        "That appears to be it, but I should not rush.",
+    ),
+    "incorrect": (
+        "That was wrong, so I will try again.",
+        "This does not work. I need another way.",
+        "The check failed; back to the question.",
+        "So that is not the answer. Let me look for a different one.",
+        "I made a mistake there. I will start over.",
+        "Not right. What else could I do?",
+        "That attempt fails, and I should change my approach.",
+        "It does not fit the question. Another attempt, then.",
+        "I have to discard this one and think anew.",
+        "No, that misses. I will go at it differently.",
+        "The error is clear now. Let me do better.",
+        "That cannot be the answer. I will have another go.",
+    ),
+    "neutral": (
+        "Let me look at the question again.",
+        "I will work through it once more.",
+        "Here is a fresh attempt.",
+        "Going back to the beginning.",
+        "Let me take it from the top.",
+        "I will give it another try.",
+        "Time for one more pass.",
+        "Let me think about this anew.",
+        "Once more, with care.",
+        "I will approach it again.",
+        "Let me do this another time.",
+        "Another round, to see what comes out.",
+    ),
+    "closing": (
+        "My work above leads to this answer.",
+    ),
+    "confirming": (
+        "Two separate attempts agree, so I can rely on it.",
+    ),
+    "returning": (
+        "I had it right before this; I go back to my earlier answer.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -216,7 +269,7 @@ RECIPES = {
 
 
 # ---- from pairs to text --------------------------------------------------------------------------
-def build(trace: Trace, recipe: Recipe, phrases: dict, rng: random.Random) -> list[tuple[str, str]]:
+def build(trace: Trace, recipe: Recipe, rng: random.Random) -> list[tuple[str, str]]:
     """The assistant turn of a trace, as a list of (kind, text) parts; joined, they are the text."""
     if not recipe.tagged:
         return [("attempt", trace[0].attempt)]
@@ -224,7 +277,7 @@ def build(trace: Trace, recipe: Recipe, phrases: dict, rng: random.Random) -> li
     for i, pair in enumerate(trace):
         if i > 0:
             before = "correct" if trace[i - 1].correct else "incorrect"
-            phrase = rng.choice(phrases[before] + phrases["neutral"])
+            phrase = rng.choice(PHRASES[before] + PHRASES["neutral"])
             parts.append(("phrase", phrase + "\n"))
         kind = "correct" if pair.correct else "incorrect"
         parts += [("tag", "<sample>\n"), (kind, pair.attempt), ("tag", "\n</sample>\n")]
@@ -233,32 +286,10 @@ def build(trace: Trace, recipe: Recipe, phrases: dict, rng: random.Random) -> li
     final = trace[-1]
     if recipe.returns:
         final = next(p for p in reversed(trace) if p.correct)
-    phrase = rng.choice(phrases[recipe.closing])
+    phrase = rng.choice(PHRASES[recipe.closing])
     parts += [("tag", "</think>\n\n"), ("phrase", phrase)]
     parts += [("tag", "\n\n<answer>\n"), ("answer", final.answer), ("tag", "\n</answer>")]
     return parts
-
-
-KINDS_OF_PHRASES = ("correct", "incorrect", "neutral", "closing", "confirming", "returning")
-
-
-def read_phrases(path: str | Path) -> dict[str, list[str]]:
-    """The phrases between pairs and at the end, a list for each of KINDS_OF_PHRASES."""
-    try:
-        phrases = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"--phrases {path}: no such file") from e
-    except ValueError as e:
-        raise UserError(f"--phrases {path}: not valid JSON ({e})") from e
-    for kind in KINDS_OF_PHRASES:
-        texts = phrases.get(kind) if isinstance(phrases, dict) else None
-        if not isinstance(texts, list) or not texts or not all(_is_phrase(text) for text in texts):
-            raise UserError(f"--phrases {path}: {kind!r} must be a list of phrases without tags")
-    return phrases
-
-
-def _is_phrase(text):
-    return isinstance(text, str) and text != "" and not any(tag in text for tag in TRACE_TAGS)
 
 
 COLOURS = {  # ANSI codes of the kinds of parts
@@ -286,19 +317,17 @@ def show(pairs: list[Pair], trace: Trace, parts: list[tuple[str, str]], question
     n_correct = sum(p.correct for p in pairs)
     correct = colour("correct", f"{n_correct} correct")
     incorrect = colour("incorrect", f"{len(pairs) - n_correct} incorrect")
-    print(colour("tag", "=" * 100))
-    print(f"question\n{printable(question)}\n")
-    print(f"pool: {correct} and {incorrect} pairs")
-    print(f"drawn, in order: {', '.join(drawn)}\n")
-    print("".join(colour(kind, text) for kind, text in parts), "\n")
+    with printing(sys.stdout):
+        print(colour("tag", "=" * 100))
+        print(f"question\n{printable(question)}\n")
+        print(f"pool: {correct} and {incorrect} pairs")
+        print(f"drawn, in order: {', '.join(drawn)}\n")
+        print("".join(colour(kind, text) for kind, text in parts), "\n", flush=True)
 
 
 # ---- the command ---------------------------------------------------------------------------------
-TEXTS = ("id", "task", "question", "style", "solution", "finish")
-REQUIRED = (*TEXTS, "problem", "index", "answer", "correct", "reflections")
-NOT_A_SAMPLE = ("not a line of sample.py (id, question, style, solution: text; index: a number; "
-         "correct: true or false; "
-         "answer: text or null; reflections: a list of {text, verdict, finish})")
+SAMPLE = {"id": str, "task": str, "question": str, "style": str, "solution": str, "finish": str,
+          "problem": dict, "index": int, "answer": str | None, "correct": bool, "reflections": list}
 
 
 def read_rows(paths: str) -> list[dict]:
@@ -306,9 +335,9 @@ def read_rows(paths: str) -> list[dict]:
     rows = {}
     for path in split_list(paths, "--data"):
         mine = {}
-        for where, row in read_jsonl(path, REQUIRED):
-            if not _is_sample(row):
-                raise UserError(f"{where}: {NOT_A_SAMPLE}")
+        for where, row in read_jsonl(path, SAMPLE):
+            for reflection in row["reflections"]:
+                check_row(reflection, {"text": str, "verdict": bool | None, "finish": str}, where)
             if row["correct"] and row["answer"] is None:
                 raise UserError(f"{where}: an attempt without an answer cannot be correct")
             identity = (row["id"], row["style"], row["index"])
@@ -316,23 +345,6 @@ def read_rows(paths: str) -> list[dict]:
                 raise UserError(f"{where}: attempt {identity} is there twice, with different content")
             rows[*identity, to_json(row)] = row
     return [rows[identity] for identity in sorted(rows)]
-
-
-def _is_sample(row):
-    """Whether the values of a row have the types that sample.py writes."""
-    if not all(isinstance(row[name], str) for name in TEXTS):
-        return False
-    if not isinstance(row["index"], int) or not isinstance(row["correct"], bool):
-        return False
-    if not isinstance(row["answer"], str | None) or not isinstance(row["reflections"], list):
-        return False
-    return all(_is_reflection(r) for r in row["reflections"])
-
-
-def _is_reflection(value):
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        return False
-    return "verdict" in value and "finish" in value
 
 
 def silver_row(problem: tasks.Problem, recipe: str, trace: Trace, text: str) -> dict:
@@ -360,8 +372,6 @@ def arguments():
                         "for confirm: most incorrect ones)")
     p.add_argument("--traces-per-question", type=natural, default=0,
                    help="keep at most this many of a question's traces; 0 keeps all")
-    p.add_argument("--phrases", default=str(Path(__file__).resolve().parent / "phrases.json"),
-                   help="JSON file of the phrases between pairs")
     p.add_argument("--show", type=natural, default=0, metavar="K",
                    help="print K traces as the method builds them, and write nothing")
     return p.parse_args()
@@ -369,7 +379,6 @@ def arguments():
 
 def main():
     args = arguments()
-    phrases = read_phrases(args.phrases)
     rows = read_rows(args.data)
     if not args.show:
         refuse_existing(args.out)
@@ -387,14 +396,14 @@ def main():
         first = group[0]
         problem = tasks.Problem(identity, first["task"], first["question"], truth=first["problem"])
         for trace in traces:
-            parts = build(trace, recipe, phrases, rng)
+            parts = build(trace, recipe, rng)
             if len(silver) < args.show:
                 show(pairs, trace, parts, problem.question)
             silver.append(silver_row(problem, args.recipe, trace, "".join(text for _, text in parts)))
 
     if dropped:
         counts = ", ".join(f"{n} ({reason})" for reason, n in sorted(dropped.items()))
-        print(f"dropped {counts} of {len(rows)} attempts")
+        say(f"dropped {counts} of {len(rows)} attempts")
     n_correct = sum(row["correct"] for row in rows)
     whole = [row["solution"].lstrip() for row in rows if row["finish"] == "stop"]
     n_thoughts = sum(solution.startswith("<think>") for solution in whole)
@@ -413,9 +422,9 @@ def main():
         return
     write_whole(args.out, "".join(to_json(row) + "\n" for row in silver))
     lengths = Counter(len(row["pairs"]) for row in silver)
-    print(f"wrote {args.out}: {len(silver)} traces of {len({row['id'] for row in silver})} questions "
-          f"from {len(rows)} attempts ({n_correct} correct); "
-          "pairs in a trace: " + ", ".join(f"{n}: {count}" for n, count in sorted(lengths.items())))
+    say(f"wrote {args.out}: {len(silver)} traces of {len({row['id'] for row in silver})} questions "
+        f"from {len(rows)} attempts ({n_correct} correct); "
+        "pairs in a trace: " + ", ".join(f"{n}: {count}" for n, count in sorted(lengths.items())))
 
 
 if __name__ == "__main__":

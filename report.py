@@ -2,7 +2,6 @@
 
     python report.py out/evaluate                    # renews out/evaluate/report.html; evaluate.py does too
     python report.py out/grpo                        # of a run, also while it trains (a checkpoint does too)
-    python report.py out/grpo --megabytes 100        # with more of its rollouts
 
 How it is drawn and answers is in `report.js`, how it looks in `report.css`; here is what they are given.
 A leaf: `evaluate.py` and `run.py` import it where they write the page, and nothing else does.
@@ -20,24 +19,21 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tokenizers.decoders import DecodeStream
 
-from cli import UserError, bare_parser, command, number
-from files import check_types, read_json, row_of, write_whole
+from cli import UserError, bare_parser, command, printable, say
+from files import check_row, parsed, read_json, write_whole
 from grading import attempts_in
-from screen import printable
 from summary import (
-    ROW, all_figures, bounds, by_task, change, check_row, paper_rows, percent, printed_tables, read_paper,
-    tasks_of, two_places, with_headings,
+    ROW, all_figures, bounds, by_task, change, check_result, percent, printed_table, tasks_of, two_places,
+    with_headings,
 )
-from tokenizer import Tokenizer
 
-MEGABYTES = 20.0  # of traces in a page, unless told otherwise
+MEGABYTES = 20.0  # of traces in a page
 
 
 # ---- tables --------------------------------------------------------------------------------------
 def accuracy_table(cells: list[dict]) -> list[list[str]]:
-    """A row for each model, a column for each task; below, what the paper has of the same tasks."""
+    """A row for each model, a column for each task."""
     names = tasks_of(cells)
     rows = {}
     for cell in cells:
@@ -47,8 +43,7 @@ def accuracy_table(cells: list[dict]) -> list[list[str]]:
             difference = change(cell["difference"], cell["difference_interval"])
             row[cell["task"]] += f"\n{difference} vs {cells[0]['model']}"
         row[cell["task"]] += f"\nno answer: {percent(cell['no_answer'])}"
-    paper = [{**row, "model": in_the_paper(row["model"])} for row in paper_rows(names, heading="model")]
-    return with_headings([*rows.values(), *paper])
+    return with_headings(list(rows.values()))
 
 
 def verdict_row(cell: dict) -> dict[str, str]:
@@ -59,7 +54,7 @@ def verdict_row(cell: dict) -> dict[str, str]:
         "answers": two_places(cell["answers"]),
         "reflections": two_places(cell["reflections"]),
         "F1 right / wrong": f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}",
-        **{name: str(count) for name, count in cell.get("confusion", {}).items()},
+        **{name: str(count) for name, count in cell["confusion"].items()},
     }
 
 
@@ -77,22 +72,13 @@ def retry_row(cell: dict) -> dict[str, str]:
 
 
 def page_tables(cells: list[dict]) -> dict[str, list[list[str]]]:
-    """Those of an evaluation, by what they tell. The paper's figures are the last rows."""
-    verdicts = [verdict_row(cell) for cell in cells]
-    for task, skills in read_paper()["skills"].items():
-        if task in tasks_of(cells):
-            model = in_the_paper("SkillFactory then GRPO")
-            verdicts.append(verdict_row({"model": model, "task": task, **skills}))
+    """Those of an evaluation, by what they tell."""
     return {
         "accuracy": accuracy_table(cells),
-        "verdicts": with_headings(verdicts),
+        "verdicts": with_headings([verdict_row(cell) for cell in cells]),
         "retries": with_headings([retry_row(cell) for cell in cells]),
         "all": all_figures(cells),
     }
-
-
-def in_the_paper(arm: str) -> str:
-    return f"{arm} (the paper, 1.5B)"
 
 
 # ---- a response in its parts ---------------------------------------------------------------------
@@ -142,45 +128,6 @@ def parts_of(response: str, grades: list[bool]) -> list[tuple[str, str]]:
     return [(kind, text) for kind, text in parts if text]
 
 
-def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to their text. A character of several tokens comes with the last of them."""
-    stream = DecodeStream(skip_special_tokens=False)
-    pieces = [stream.step(tokenizer.bpe, token) or "" for token in ids]
-    if pieces:  # what is no whole character comes at the end
-        pieces[-1] += tokenizer.decode(ids)[sum(map(len, pieces)):]
-    return pieces
-
-
-def tokens_of(rollout: dict, tokenizer: Tokenizer) -> dict:
-    """The tokens of a rollout, {} where they cannot be told apart: ids, how much of the text each is, and
-    minus their log-probabilities in thousandths of a nat.
-
-    Text is measured as JavaScript does, where characters beyond the first 65,536 count as two.
-    """
-    ids = rollout["ids"]
-    stopped = rollout["finish"] == "stop"
-    sampled = ids[:-1] if stopped else ids
-    text = tokenizer.decode(sampled)
-    pieces = pieces_of(tokenizer, sampled)
-    if "".join(pieces) != text or tokenizer.opening + text != rollout["response"]:
-        return {}
-
-    def width(piece):
-        return len(printable(piece).encode("utf-16-le")) // 2
-
-    def surprise(logprobs):
-        return logprobs and [round(-1000 * logp) for logp in logprobs]
-
-    return {
-        "ids": ids,
-        "opening": width(tokenizer.opening),  # of the prompt's
-        "widths": [*map(width, pieces), *[0] * stopped],
-        "end": tokenizer.decode(ids[-1:]) if stopped else "",
-        "sampler": surprise(rollout["sampler_logprobs"]),
-        "trainer": surprise(rollout["trainer_logprobs"]),
-    }
-
-
 def trace_of(row: dict, **more) -> dict:
     """What the page shows of a response: of a row of results.jsonl, or of a rollout."""
     return {
@@ -201,7 +148,7 @@ FORCED_TO_GO_ON = ", forced to go on"
 BINS = 40
 
 
-def of_evaluation(out: Path, cells: list[dict], results: dict, megabytes: float = MEGABYTES) -> str:
+def of_evaluation(out: Path, cells: list[dict], results: dict) -> str:
     """The page of an evaluation: `cells` are those of summary.json, `results` as of `evaluate.read_results`.
 
     A response that was forced to go on stands beside the one that it goes on from, as of another model.
@@ -229,8 +176,7 @@ def of_evaluation(out: Path, cells: list[dict], results: dict, megabytes: float 
             "tables": page_tables(cells),
         },
         groups=[partial(asked_group, rows, arms) for rows in asked.values()],
-        megabytes=megabytes,
-        plain=printed_tables(cells),
+        plain=printed_table(cells),
     )
 
 
@@ -247,7 +193,7 @@ def asked_group(rows: list[dict], arms: list[str]) -> dict:
         "task": first["task"],
         "id": first["id"],
         "question": first["question"],
-        "reference": first.get("reference") or "",
+        "reference": first["reference"] or "",
         "traces": traces,
     }
 
@@ -277,127 +223,71 @@ def read_evaluation(out: Path) -> tuple[list[dict], dict]:
     path = out / "summary.json"
     if not path.is_file():
         raise UserError(f"{path}: no such file; it comes when the first model is through with a task")
-    try:
-        cells = json.loads(path.read_bytes(), parse_constant=int)  # int("NaN") is a ValueError
-        for cell in cells:
-            cell["pass"] = {int(k): share for k, share in cell["pass"].items()}
-        page_tables(cells)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as e:
-        raise UserError(f"{path}: damaged, or of another version; evaluate.py --resume makes it anew") from e
+    cells = parsed(path.read_bytes(), path)
+    for cell in cells:
+        cell["pass"] = {int(k): share for k, share in cell["pass"].items()}
     results = {}
     for where, row in whole_rows(out / "results.jsonl", ROW):
-        check_row(row, where, forced=False)
+        check_result(row, where, forced=False)
         results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
-    for cell in cells:
-        if len(results.get((cell["model"], cell["task"]), {})) != cell["questions"] * cell["samples"]:
-            raise UserError(f"{out}/results.jsonl: rows of {cell['model']} on {cell['task']} are missing; "
-                            "evaluate.py --resume asks again")
     return cells, results
 
 
 # ---- a run of training ---------------------------------------------------------------------------
-def of_run(out: Path, megabytes: float = MEGABYTES) -> str:
+def of_run(out: Path) -> str:
     """The page of a folder of `sft.py` or `grpo.py`, which may be at work."""
     rows = [row for _, row in whole_rows(out / "metrics.jsonl", {"step": int})]
     path = out / "rollouts.jsonl"
     starts = starts_of_lines(path) if path.exists() else []
     origin = origin_of(out)
-    tokenizer = None  # before the first checkpoint
-    if (out / "tokenizer.json").is_file():
-        tokenizer = Tokenizer(out, origin["settings"].get("chat_template_kwargs"))
-    groups = [partial(rolled_group, path, line, start, tokenizer) for line, start in enumerate(starts, 1)]
     return page(
         title=f"SkillFactory: {origin['command'].partition('.py')[0]}",
         head={**origin, "arms": [], "curves": curves_of(rows)},
-        groups=groups,
-        megabytes=megabytes,
+        groups=[partial(rolled_group, path, line, start) for line, start in enumerate(starts, 1)],
         plain="The curves and the rollouts of this page need JavaScript.",
     )
 
 
-GROUP = {"step": int, "task": str, "id": str, "question": str, "reference": str, "prompt": list,
-         "rollouts": list}
+GROUP = {"step": int, "task": str, "id": str, "question": str, "reference": str, "rollouts": list}
 ROLLOUT = {
     "response": str, "answer": str | None, "correct": bool, "reason": str, "reward": float | int,
-    "advantage": float | int, "finish": str, "tokens": int, "attempts": list, "verdicts": list, "ids": list,
-    "sampler_logprobs": list, "trainer_logprobs": list | None,
+    "advantage": float | int, "finish": str, "tokens": int, "attempts": list, "verdicts": list,
 }
 
 
-def rolled_group(path: Path, line: int, start: int, tokenizer: Tokenizer | None) -> dict:
+def rolled_group(path: Path, line: int, start: int) -> dict:
     """A question of a step with its rollouts, from the line that begins at byte `start`."""
     where = f"{path}:{line}"
     with open(path, "rb") as f:
         f.seek(start)
-        row = row_of(f.readline(), where, GROUP)
+        row = parsed(f.readline(), where)
+    check_row(row, GROUP, where)
     traces = []
-    try:
-        prompt = tokenizer.decode(row["prompt"]) if tokenizer else ""
-        for i, rollout in enumerate(row["rollouts"]):
-            check_types(rollout, ROLLOUT, where)
-            trace = trace_of(rollout, index=i, reward=rollout["reward"], advantage=rollout["advantage"])
-            traces.append({**trace, **(tokens_of(rollout, tokenizer) if tokenizer else {})})
-    except (KeyError, TypeError, ValueError, OverflowError) as e:
-        raise UserError(f"{where}: damaged; remove this line") from e
-    return {
-        "step": row["step"],
-        "task": row["task"],
-        "id": row["id"],
-        "question": row["question"],
-        "reference": row["reference"],
-        "prompt": prompt,
-        "traces": traces,
-    }
+    for i, rollout in enumerate(row["rollouts"]):
+        check_row(rollout, ROLLOUT, where)
+        traces.append(trace_of(rollout, index=i, reward=rollout["reward"], advantage=rollout["advantage"]))
+    return {**{name: row[name] for name in GROUP if name != "rollouts"}, "traces": traces}
 
 
-# What is drawn together, (title, unit, metrics). What is in none of them gets a chart of its own.
-CHARTS = (
-    ("Reward", "", ("reward",)),
-    ("Right answers", "%", ("correct", "val")),
-    ("Loss", "", ("loss", "val_loss")),
-    ("Length of a response", "tokens", ("response_tokens",)),
-    ("Entropy", "nats a token", ("entropy",)),
-    ("Cut off at the budget", "%", ("truncated",)),
-    ("Groups whose rewards differ", "%", ("groups_with_signal",)),
-    ("Tokens that were clipped", "%", ("clip_fraction",)),
-    ("Gradient norm", "", ("grad_norm",)),
-    ("Sampler against trainer", "nats a token", ("sampler_trainer_mean",)),
-    ("Sampler against trainer, at most", "nats", ("sampler_trainer_max",)),
-    ("KL from the sampling policy and from the reference", "nats a token", ("approx_kl", "reference_kl")),
-    ("Learning rate", "", ("lr",)),
-    ("Updates of a step", "", ("updates",)),
-    ("Trained tokens of a step", "", ("tokens",)),
-    ("Seconds of a step", "s", ("rollout_seconds", "update_seconds")),
-    ("Speed", "tokens/s", ("rollout_tokens_per_second", "tokens_per_second")),
-)
-MOST_POINTS = 2000
+MOST_POINTS = 2000  # of a curve
 
 
-def curves_of(rows: list[dict]) -> dict:
-    """The charts of metrics.jsonl: steps, and for each metric its values there (None: not measured).
+def curves_of(rows: list[dict]) -> list[dict]:
+    """The metrics of metrics.jsonl, {"name", "points": [[step, value]]}, without what was not measured.
 
-    Where there are more than MOST_POINTS steps, a point is the mean of several.
+    Where there are more than MOST_POINTS, a point is the mean of several.
     """
-    each = max(1, math.ceil(len(rows) / MOST_POINTS))
-    buckets = [rows[i:i + each] for i in range(0, len(rows), each)]
-    values = {}
+    curves = []
     for name in dict.fromkeys(name for row in rows for name in row if name != "step"):
-        points = [mean_of([row.get(name) for row in bucket]) for bucket in buckets]
-        if points.count(None) < len(points):
-            values[name] = points
-    charts = []
-    for title, unit, names in CHARTS:
-        found = {name: values.pop(name) for name in names if name in values}
-        if found:
-            charts.append({"title": title, "unit": unit, "lines": found})
-    charts += [{"title": name, "unit": "", "lines": {name: points}} for name, points in values.items()]
-    return {"steps": [bucket[-1]["step"] for bucket in buckets], "each": each, "charts": charts}
-
-
-def mean_of(values: list) -> float | None:
-    """The mean of those that are numbers, to six digits."""
-    numbers = [value for value in values if isinstance(value, int | float) and abs(value) < 1e300]
-    return float(f"{sum(numbers) / len(numbers):.6g}") if numbers else None
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        each = math.ceil(len(points) / MOST_POINTS)
+        means = []
+        for i in range(0, len(points), max(1, each)):
+            some = points[i:i + each]
+            means.append([some[-1][0], float(f"{sum(value for _, value in some) / len(some):.6g}")])
+        if means:
+            curves.append({"name": name, "points": means})
+    return curves
 
 
 # ---- files that may be growing -------------------------------------------------------------------
@@ -416,18 +306,20 @@ def whole_rows(path: Path, types: dict) -> Iterator[tuple[str, dict]]:
     with open(path, "rb") as f:
         for i, line in enumerate(f, 1):
             if line.endswith(b"\n"):
-                yield f"{path}:{i}", row_of(line, f"{path}:{i}", types)
+                row = parsed(line, f"{path}:{i}")
+                check_row(row, types, f"{path}:{i}")
+                yield f"{path}:{i}", row
 
 
 def origin_of(out: Path) -> dict:
     """How a folder was made, by its run.json."""
-    record = {"command": [], "flags": {}, **read_json(out / "run.json")}
-    check_types(record, {"command": list, "flags": dict}, f"{out}/run.json")
+    record = read_json(out / "run.json")
+    check_row(record, {"command": list, "flags": dict}, out / "run.json")
     return {"command": " ".join(map(str, record["command"])), "settings": record["flags"]}
 
 
 # ---- the page ------------------------------------------------------------------------------------
-def page(title: str, head: dict, groups: list[Callable[[], dict]], megabytes: float, plain: str) -> str:
+def page(title: str, head: dict, groups: list[Callable[[], dict]], plain: str) -> str:
     """The page: `head`, and as many of the groups as fit, from all over them, each made when it is wanted.
 
     All data is one block of JSON that no text in it can end (`to_data`). The policy lets the browser
@@ -441,7 +333,7 @@ def page(title: str, head: dict, groups: list[Callable[[], dict]], megabytes: fl
     for place in spread(len(groups)):
         text = to_data(groups[place]())
         size += len(text)
-        if shown and size > 1e6 * megabytes:
+        if shown and size > 1e6 * MEGABYTES:
             break
         shown[place] = text
     settings = {name: json.dumps(value, ensure_ascii=False) for name, value in head["settings"].items()}
@@ -500,12 +392,12 @@ def hash_of(text: str) -> str:
 
 
 # ---- the command ---------------------------------------------------------------------------------
-def renew(out: Path, megabytes: float = MEGABYTES) -> None:
+def renew(out: Path) -> None:
     """Make the page of a folder anew, whatever made the folder."""
     if (out / "results.jsonl").is_file():
-        text = of_evaluation(out, *read_evaluation(out), megabytes)
+        text = of_evaluation(out, *read_evaluation(out))
     elif (out / "metrics.jsonl").is_file():
-        text = of_run(out, megabytes)
+        text = of_run(out)
     else:
         raise UserError(f"{out}: nothing to show yet, neither metrics.jsonl nor results.jsonl")
     write_whole(out / "report.html", text)
@@ -514,15 +406,11 @@ def renew(out: Path, megabytes: float = MEGABYTES) -> None:
 def main():
     p = bare_parser(__doc__)
     p.add_argument("folder", help="of evaluate.py, sft.py or grpo.py; FOLDER/report.html is written")
-    p.add_argument("--megabytes", type=number(float, 0, open_low=True), default=MEGABYTES,
-                   help="the most that responses may take; what is left out is counted on the page, and its "
-                        "figures and curves are of all")
-    args = p.parse_args()
-    out = Path(args.folder)
+    out = Path(p.parse_args().folder)
     if not (out / "run.json").is_file():
         raise UserError(f"{out}: not a folder of evaluate.py, sft.py or grpo.py (it has no run.json)")
-    renew(out, args.megabytes)
-    print(f"wrote {printable(str(out / 'report.html'))}")
+    renew(out)
+    say(f"wrote {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """The folder of a training run: its logs, its checkpoints, and how the run stops and goes on.
 
-    run = Run(args, inputs)                                     # starts the folder, or finds where to go on
-    run.restore(optimizer, tokenizer)
-    with interruptible(device) as asked:
-        ...
-        run.log({"step": step, "loss": loss})
-        run.end_of_step(optimizer, tokenizer, asked, step=step, last=steps, updates=updates)
+    run = Run(args, inputs, optimizer, publish, last=steps)     # starts the folder, or finds where to go on
+    with interruptible() as asked:
+        run.restore(asked, measure)
+        for step in range(run.step + 1, steps + 1):
+            ...
+            run.log({"step": step, "loss": loss})
+            run.end_of_step(step, updates, asked, measure)
 
 It is a Hugging Face model folder, with run.json, metrics.jsonl, rollouts.jsonl, report.html (renewed at each
-checkpoint) and state/. `state/step-N` appears by one rename when all of it is written, and only then is one
-before it removed. So a kill at any moment leaves a whole checkpoint, and `--resume` cuts the logs back to its
-step. With `--keep 3` there are three, and their models in checkpoints/; `best` is a link to the one with the
-best score on held-out data, if that is measured.
+checkpoint) and state/. The order of things makes a kill at any moment harmless. A step is logged, then saved
+(`state/step-N` appears by one rename), then measured on held-out data where that is asked for; its score is a
+line of its own. Then `best` is linked to the model with the best score, and old checkpoints go. A run that
+goes on takes the newest checkpoint, cuts the logs back to its step, and does again what follows from it.
+
+With `--keep 3` there are three checkpoints, and their models in checkpoints/.
 """
 import math
 import os
@@ -21,166 +24,146 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from hashlib import blake2b
 from pathlib import Path
+from typing import Protocol
 
-import torch
+from torch import Tensor
 
-from checkpoint import save as save_model_folder
-from cli import Stopped, UserError, handlers
-from files import check_types, read_json, read_rows_so_far, row_of, to_json, write_whole
-from processes import barrier, naming_the_missing, rank, total
+from cli import Stopped, UserError, handlers, say
+from files import appearing, check_row, parsed, read_json, read_rows_so_far, to_json, write_whole
+from processes import barrier, rank, total
 from record import is_written, start_or_check, sweep
-from screen import say
-from tensors import CHECKSUM, save_tensors
-from tokenizer import Tokenizer
-from train import Optimizer
+from tensors import save_tensors
 
 WEIGHTS = "*.safetensors"
+SCORES = {"val": 1, "val_loss": -1}  # of held-out data in metrics.jsonl, and which way is better
+
+
+class State(Protocol):
+    """What a run saves and takes back: `train.Optimizer`."""
+    def tensors(self) -> dict[str, Tensor]: ...
+    def load(self, files: list[Path], updates: int) -> None: ...
+
+
+Measure = Callable[[], dict[str, float] | None]  # {"val": share}; None, if somebody asked to stop meanwhile
 
 
 class Run:
-    """An output folder, as above."""
+    """An output folder, as above. `publish` writes the model into it, called by all processes; `last` is the
+    run's last step."""
 
-    def __init__(self, args, inputs: Callable[[], dict], free: frozenset[str] = frozenset()):
-        """`inputs` and `free` as in `record.start_or_check`."""
+    def __init__(
+        self, args, inputs: Callable[[], dict], state: State, publish: Callable[[Path], None], last: int,
+    ):
         self.out = Path(args.out)
         self.save_every = args.save_every
+        self.eval_every = args.eval_every
         self.keep = args.keep
+        self.last = last
+        self.state = state
+        self.publish = publish
         resumed = is_written(self.out / "run.json")
-        start_or_check(self.out / "run.json", args, inputs, free)
+        start_or_check(self.out / "run.json", args, inputs)
         checkpoints = self._checkpoints()
         self.resume_from = checkpoints[-1] if checkpoints else None
         self.step = 0  # of the checkpoint that the run goes on from
         self.updates = 0  # optimizer steps until then; GRPO makes several in a step
-        self.pending = None  # the line of metrics.jsonl of that step, if a stop came before it was whole
         if self.resume_from:
             counts = self._counts(self.resume_from)
             self.step, self.updates = counts["step"], counts["updates"]
-            self.pending = counts.get("pending")
         self.saved = self.step  # the step of the newest checkpoint
         if rank() == 0:
             sweep(self.out)
-            logged = self.step if self.resume_from else -1
-            cut_log(self.out / "metrics.jsonl", logged - 1 if self.pending else logged)
-            cut_log(self.out / "rollouts.jsonl", logged)
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
+                cut_log(self.out / name, self.step if self.resume_from else -1)
         barrier()
-        self.history = read_history(self.out / "metrics.jsonl")
+        self.history = [row for _, row in read_rows_so_far(self.out / "metrics.jsonl", {"step": int})]
         if resumed:
             say(f"resuming {self.out} after step {self.step}")
 
     # ---- going on ----------------------------------------------------------------------------------
     def _checkpoints(self) -> list[Path]:
-        state = self.out / "state"
-        if state.exists() and not state.is_dir():
-            raise UserError(f"{state}: not a folder; put back what was there")
-        found = sorted(state.glob("step-*"))  # without the .tmp of a killed save, and whatever else is there
+        found = sorted((self.out / "state").glob("step-*"))  # without the .tmp of a killed save
         return [path for path in found if path.is_dir() and path.name[len("step-"):].isdecimal()]
 
     def _counts(self, folder: Path) -> dict:
         """What a checkpoint's state.json says. Raises UserError if it is damaged, or another file missing."""
-        path = folder / "state.json"
-        try:
-            counts = read_json(path)
-            seal = counts.pop(CHECKSUM, None)
-            right = seal in (None, digest(counts)) and {"step", "updates"} <= counts.keys()
-        except (UserError, ValueError):  # ValueError: a number that is none
-            right = False
-        if not right:
-            raise UserError(f"{path}: missing or damaged{self._way_back()}")
-        missing = counts.get("files", 1) - len(list(folder.glob(WEIGHTS)))
+        counts = read_json(folder / "state.json")
+        check_row(counts, {"step": int, "updates": int, "files": int}, folder / "state.json")
+        missing = counts["files"] - len(list(folder.glob(WEIGHTS)))
         if missing > 0:
-            raise UserError(f"{folder}: {missing} of its files are missing{self._way_back()}")
+            raise UserError(f"{folder}: {missing} of its files are missing; put them back, or remove the "
+                            "folder: --resume goes on from the one before it, if --keep has kept one")
         return counts
 
-    def _way_back(self) -> str:
-        """What to do where the newest checkpoint is damaged."""
-        newest, *older = reversed(self._checkpoints())
-        if older:
-            return f"; remove {newest}, and --resume goes on from {older[0]}"
-        return f"; no other is kept (--keep), but its model is: start another run with --model {self.out}"
+    def restore(self, asked: "StopRequest", measure: Measure | None = None) -> None:
+        """Take the checkpoint, if there is one, and do what follows from it: a kill may have come before."""
+        if self.resume_from:
+            self.state.load(sorted(self.resume_from.glob(WEIGHTS)), self.updates)
+            self.publish(self.out)
+        if measure and self._is_due(self.step) and not self._is_scored(self.step):
+            self._measure(self.step, measure, asked)
+        if self.resume_from:
+            self._tidy()
 
-    def restore(self, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
-        """Put the checkpoint, if there is one, into the optimizer and its model."""
-        if not self.resume_from:
-            return
-        try:
-            optimizer.load(sorted(self.resume_from.glob(WEIGHTS)), self.updates)
-        except UserError as e:
-            raise UserError(f"{e}{self._way_back()}") from e
-        self._publish(optimizer, tokenizer, self.step)  # a kill may have come between the two
-
-    def settle(self, optimizer: Optimizer, tokenizer: Tokenizer, row: dict) -> None:
-        """Log the line that was pending. The checkpoint then says that none is."""
-        self.log(row)
-        self.pending = None
-        if rank() == 0:
-            self._write_counts(self.resume_from, self.step, self.updates)
-        self._publish(optimizer, tokenizer, self.step)
-
-    # ---- saving ------------------------------------------------------------------------------------
+    # ---- the end of a step ---------------------------------------------------------------------------
     def end_of_step(
-        self, optimizer: Optimizer, tokenizer: Tokenizer, asked: "StopRequest", *,
-        step: int, last: int, updates: int,
+        self, step: int, updates: int, asked: "StopRequest", measure: Measure | None = None,
     ) -> None:
-        """Save if it is time to; leave if somebody asked for it."""
-        if step == last or self._is_planned(step):
-            self.save(optimizer, tokenizer, step, updates)
-        self.leave_if_asked(optimizer, tokenizer, asked, step=step, updates=updates)
+        """Save if it is time to, measure if it is time to, leave if somebody asked for it."""
+        measured = measure and self._is_due(step)
+        on_time = bool(self.save_every) and step % self.save_every == 0
+        if measured or on_time or step == self.last:
+            self.save(step, updates)
+            if measured:
+                self._measure(step, measure, asked)
+            self._tidy()
+        self.leave_if_asked(asked, step, updates)
 
-    def leave_if_asked(
-        self, optimizer: Optimizer, tokenizer: Tokenizer, asked: "StopRequest", *,
-        step: int, updates: int, pending: dict | None = None,
-    ) -> None:
+    def _is_due(self, step: int) -> bool:
+        """Whether the model after a step is to be measured."""
+        return bool(self.eval_every) and (step % self.eval_every == 0 or step == self.last)
+
+    def _is_scored(self, step: int) -> bool:
+        return any(row["step"] == step and SCORES.keys() & row.keys() for row in self.history)
+
+    def leave_if_asked(self, asked: "StopRequest", step: int, updates: int) -> None:
         """If somebody asked the run to stop, save what it has after `step` and leave it (raises Stopped)."""
         if asked.anywhere():
             if step > self.saved:
-                self.save(optimizer, tokenizer, step, updates, pending)
+                self.save(step, updates)
+                self._tidy()
             raise Stopped(asked.number)
 
-    def save(self, optimizer: Optimizer, tokenizer: Tokenizer, step: int, updates: int, pending=None) -> None:
-        """A checkpoint after `step`, in which the optimizer has made `updates` updates in all.
-
-        `pending` is the line of metrics.jsonl of that step, where something of it is still to be measured.
-        """
+    def save(self, step: int, updates: int) -> None:
+        """A checkpoint after `step`, in which the optimizer has made `updates` updates in all."""
         final = self.out / "state" / f"step-{step:06d}"
         tmp = final.with_suffix(".tmp")
         if rank() == 0:
             tmp.mkdir(parents=True)
         barrier()
-        save_tensors(tmp / f"rank{rank():03d}.safetensors", optimizer.tensors())
+        save_tensors(tmp / f"rank{rank():03d}.safetensors", self.state.tensors())
         barrier()
         if rank() == 0:
-            self._write_counts(tmp, step, updates, pending)
+            counts = {"step": step, "updates": updates, "files": len(list(tmp.glob(WEIGHTS)))}
+            write_whole(tmp / "state.json", to_json(counts))
             os.replace(tmp, final)
         self.saved = step
-        self._publish(optimizer, tokenizer, step)
+        self.publish(self.out)
 
-    def _is_planned(self, step: int) -> bool:
-        """Whether a step has a checkpoint however the run goes: not for a stop, nor only as the last one."""
-        on_time = bool(self.save_every) and step % self.save_every == 0
-        return on_time or step == self.best_step()
+    def _measure(self, step, measure, asked):
+        score = measure()
+        if score is None:
+            raise Stopped(asked.number)  # the step is saved; --resume measures it
+        self.log({"step": step, **score})
 
-    def _write_counts(self, folder: Path, step: int, updates: int, pending: dict | None = None) -> None:
-        counts = {"step": step, "updates": updates, "files": len(list(folder.glob(WEIGHTS)))}
-        if not self._is_planned(step):
-            counts["unplanned"] = True
-        if pending:
-            counts["pending"] = pending
-        write_whole(folder / "state.json", to_json({**counts, CHECKSUM: digest(counts)}))
-
-    def _publish(self, optimizer: Optimizer, tokenizer: Tokenizer, step: int) -> None:
-        """All that follows from a checkpoint: the model, the copies of it that stay, what may go."""
-        weights = optimizer.whole_weights()
+    def _tidy(self) -> None:
+        """What follows from a checkpoint: the copies of models that stay, what may go, the page."""
         if rank() == 0:
-            save_model_folder(self.out, optimizer.model, tokenizer, weights)
-        for _ in weights:  # the other processes give their parts
-            pass
-        if rank() == 0:
-            if self.keep > 1 or step == self.best_step():
-                self._copy_model(step)
+            if self.keep > 1 or self.saved == self.best_step():
+                self._copy_model(self.saved)
             self._link_best()
-            self._remove_old(step)
+            self._remove_old()
             self._renew_page()
         barrier()
 
@@ -197,43 +180,34 @@ class Run:
 
     def _copy_model(self, step: int) -> None:
         """The model folder as it is now, whole or not at all. Its weights get a second name, and no copy."""
-        target = self._model_of(step)
-        if target.is_dir():
+        if self._model_of(step).is_dir():
             return
-        tmp = target.with_suffix(".tmp")
-        tmp.mkdir(parents=True)
-        for path in self.out.iterdir():
-            if path.match(WEIGHTS):
-                try:
-                    os.link(path, tmp / path.name)
-                except OSError:  # a file system where a file has one name only
+        with appearing(self._model_of(step)) as tmp:
+            tmp.mkdir(parents=True)
+            for path in self.out.iterdir():
+                if path.match(WEIGHTS):
+                    try:
+                        os.link(path, tmp / path.name)
+                    except OSError:  # a file system where a file has one name only
+                        shutil.copy2(path, tmp / path.name)
+                elif path.is_file() and path.suffix not in (".jsonl", ".html"):
                     shutil.copy2(path, tmp / path.name)
-            elif path.is_file() and path.suffix not in (".jsonl", ".html"):
-                shutil.copy2(path, tmp / path.name)
-        os.replace(tmp, target)
 
     def _link_best(self) -> None:
         best = self.best_step()
         if best is not None and self._model_of(best).is_dir():
-            link = self.out / "best.tmp"
-            link.symlink_to(self._model_of(best).relative_to(self.out))
-            os.replace(link, self.out / "best")
+            with appearing(self.out / "best") as tmp:
+                tmp.symlink_to(self._model_of(best).relative_to(self.out))
 
-    def _remove_old(self, step: int) -> None:
-        """All but the newest checkpoint, at `step`, and as many planned ones as --keep leaves room for."""
-        newest = f"step-{step:06d}"
-        older = [path.name for path in self._checkpoints() if path.name != newest and was_planned(path)]
-        kept = [newest]
-        if self.keep > 1:
-            kept += older[1 - self.keep:]
-        for state in self._checkpoints():
-            if state.name not in kept:
-                shutil.rmtree(state)
-        if self.keep == 1:
-            kept = []
+    def _remove_old(self) -> None:
+        """All but the newest --keep checkpoints, and models beside them but the best."""
+        checkpoints = self._checkpoints()
+        for state in checkpoints[:-self.keep]:
+            shutil.rmtree(state)
+        kept = {path.name for path in checkpoints[-self.keep:]} if self.keep > 1 else set()
         best = self.best_step()
         if best is not None:
-            kept.append(f"step-{best:06d}")
+            kept.add(f"step-{best:06d}")
         for model in (self.out / "checkpoints").glob("step-*"):
             if model.is_dir() and model.name not in kept:
                 shutil.rmtree(model)
@@ -249,8 +223,11 @@ class Run:
 
     def best_step(self) -> int | None:
         """The step with the best score, the first of several; None without a score after a step."""
-        scores = [(score_of(row), -row["step"]) for row in self.history if row["step"]]
-        scores = [pair for pair in scores if pair[0] is not None]
+        scores = []
+        for row in self.history:
+            for name, sign in SCORES.items():
+                if row["step"] and row.get(name) is not None:
+                    scores.append((sign * row[name], -row["step"]))
         return -max(scores)[1] if scores else None
 
 
@@ -263,48 +240,21 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def was_planned(checkpoint: Path) -> bool:
-    """As its state.json says. One that cannot be read may go: a kill may have come while it was removed."""
-    try:
-        return not read_json(checkpoint / "state.json").get("unplanned")
-    except UserError:
-        return False
-
-
-def score_of(row: dict) -> float | None:
-    """What a line of metrics.jsonl says of the held-out data, as a number to be high."""
-    if row.get("val") is not None:
-        return row["val"]
-    return -row["val_loss"] if row.get("val_loss") is not None else None
-
-
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines of later steps, which are the last ones, and one that a kill cut short."""
     if not path.exists():
         return
-    if not path.is_file():
-        raise UserError(f"{path}: not a file")
     end = 0
     with open(path, "rb+") as f:
         for i, line in enumerate(f, 1):
-            if not line.endswith(b"\n") or row_of(line, f"{path}:{i}", {"step": int})["step"] > step:
+            if not line.endswith(b"\n"):
+                break
+            row = parsed(line, f"{path}:{i}")
+            check_row(row, {"step": int}, f"{path}:{i}")
+            if row["step"] > step:
                 break
             end += len(line)
-        if end < path.stat().st_size:
-            f.truncate(end)
-
-
-def read_history(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl, whose scores must be numbers."""
-    rows = read_rows_so_far(path, {"step": int})
-    for where, row in rows:
-        check_types({"reward": None, "val": None, "val_loss": None, **row},
-                    dict.fromkeys(("reward", "val", "val_loss"), float | int | None), where)
-    return [row for _, row in rows]
-
-
-def digest(counts: dict) -> str:
-    return blake2b(to_json(counts).encode(), digest_size=16).hexdigest()
+        f.truncate(end)
 
 
 # ---- stopping ------------------------------------------------------------------------------------
@@ -312,8 +262,7 @@ class StopRequest:
     """Whether somebody asked the run to stop (a signal of `cli.STOPPING`)."""
     AGAIN = 2.0  # seconds after which Ctrl-C is meant anew: torchrun's agent repeats the terminal's
 
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.device = device
+    def __init__(self):
         self.asked_at: float | None = None
         self.number = signal.SIGINT  # or the signal that came
 
@@ -334,15 +283,15 @@ class StopRequest:
 
     def anywhere(self) -> bool:
         """What any process knows. All must call it."""
-        return total([float(self.here())], self.device)[0] > 0
+        return total([float(self.here())])[0] > 0
 
 
 @contextmanager
-def interruptible(device: torch.device | str = "cpu") -> Iterator[StopRequest]:
+def interruptible() -> Iterator[StopRequest]:
     """Inside, a signal does not end the run but is kept, for the loop to save and leave.
 
     A second Ctrl-C does not wait.
     """
-    request = StopRequest(device)
-    with handlers(request.handler), naming_the_missing():
+    request = StopRequest()
+    with handlers(request.handler):
         yield request

@@ -15,7 +15,6 @@ matrix product of another shape rounds the same (a near-tie can fall the other w
 
 Left out: paged cache, speculative decoding, quantised weights, prefixes shared between different prompts.
 """
-import hashlib
 import json
 import math
 import os
@@ -27,24 +26,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 import tasks
 from cache import (
-    GRAIN, MOST_SLOTS, Graphs, KVCache, Move, SlotState, bucket, free_memory, in_batches, slot_capacity,
+    GRAIN, MOST_SLOTS, PREFILL_TOKENS, Graphs, KVCache, Move, SlotState, bucket, free_memory, slot_capacity,
     slot_count,
 )
-from checkpoint import device_and_dtype, load
+from checkpoint import device_and_dtype, load, model_fingerprint
 from cli import (
-    UserError, command, natural, number, parser, positive, resume_flag, split_list,
+    Progress, UserError, command, may_change, natural, number, parser, place, positive, resume_flag, say,
+    split_list,
 )
-from files import read_rows_so_far, refuse_folder, to_json
+from files import fingerprint, refuse_folder, to_json
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
 from model import Transformer
 from processes import (
-    ALONE, barrier, join_parts, own_part, parts_of, rank, start_processes, summed, total, world,
+    ALONE, in_batches, join_parts, joined_rows, own_part, rank, start_processes, summed, total, world,
 )
-from record import is_written, model_fingerprint, questions_fingerprint, start_or_check
-from screen import Progress, say
+from record import refuse_wrong_out, start_or_check
 from tokenizer import Tokenizer
 
 
@@ -113,8 +113,8 @@ CACHE_FRACTION = 0.6  # of the free memory, for a cache that `release` gives bac
 def noise_key(seed: int, request: Request, index: int) -> int:
     """64 random-looking bits (as a signed number) that name the random numbers of one sample."""
     identity = request.identity if request.identity is not None else json.dumps(request.prompt)
-    digest = hashlib.blake2b(f"{seed}/{index}/{identity}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
+    bits = bytes.fromhex(fingerprint(f"{seed}/{index}/{identity}"))
+    return int.from_bytes(bits, "big", signed=True)
 
 
 class Sampler:
@@ -233,9 +233,7 @@ class Sampler:
     def room(self, request: Request) -> int:
         """Positions that a sample of the request may need."""
         context = self.model.config.max_position_embeddings
-        if len(request.prompt) >= context:
-            raise UserError(f"a prompt of {len(request.prompt)} tokens does not fit the model's context of "
-                            f"{context}; shorten it")
+        refuse_long_prompt(request.prompt, context)
         budget = self.params.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         return min(len(request.prompt) + budget, context)
 
@@ -283,7 +281,8 @@ class Sampler:
 
     def run_prompts(self, prompts: list[tuple[int, list[int]]]) -> None:
         """Run prompts (slot, ids) through the model, to fill their slots of the cache."""
-        for batch in in_batches([pair for pair in prompts if pair[1]], lambda pair: len(pair[1])):
+        prompts = [(slot, ids) for slot, ids in prompts if ids]
+        for batch in in_batches(prompts, lambda pair: len(pair[1]), PREFILL_TOKENS, padded=True):
             width = max(len(ids) for _, ids in batch)
             padded = torch.zeros(len(batch), width, dtype=torch.long)  # (B, T)
             for row, (_, ids) in zip(padded, batch, strict=True):
@@ -384,6 +383,12 @@ class Sampler:
         self.slot_state.move(moves)
 
 
+def refuse_long_prompt(prompt: list[int], context: int) -> None:
+    if len(prompt) >= context:
+        raise UserError(f"a prompt of {len(prompt)} tokens does not fit the model's context of {context}; "
+                        "shorten it")
+
+
 def say_what_the_context_cuts(prompts: list[list[int]], model: Transformer, max_new_tokens: int) -> int:
     """For how many prompts the context ends before the budget. Tells the user, before the work begins."""
     context = model.config.max_position_embeddings
@@ -414,8 +419,7 @@ def choice_of(args, model: Transformer) -> Params:
     """How tokens are chosen; what no flag said is put into `args`, for run.json and for going on."""
     for name, (miniature, paper) in CHOICE.items():
         if getattr(args, name) is None:
-            args.defaults[name] = miniature if model.is_miniature else paper
-            setattr(args, name, args.defaults[name])
+            setattr(args, name, miniature if model.is_miniature else paper)
     return Params(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
 
@@ -423,7 +427,8 @@ def choice_of(args, model: Transformer) -> Params:
 def arguments():
     p = parser(__doc__, out="samples.jsonl")
     g = p.add_argument_group("what to sample")
-    g.add_argument("--task", default="countdown-3-small", help=f"tasks, separated by commas: {tasks.NAMES}")
+    place(g.add_argument("--task", default="countdown-3-small",
+                         help=f"tasks, separated by commas: {tasks.NAMES}"))
     g.add_argument("--questions", type=natural, default=400,
                    help="how many of each task (0: all rows of a file; the paper: 4000)")
     g.add_argument("--split", default="sft",
@@ -437,7 +442,7 @@ def arguments():
                    help="reflections on each attempt (the paper: 4)")
     g.add_argument("--hint", action="store_true",
                    help="rationalisation: also make attempts whose prompt tells the right answer")
-    g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie")
+    place(g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie"))
     g.add_argument("--prompt", default=None, help="only answer this text, with --n samples, and print them")
     g = p.add_argument_group("how to choose tokens")
     g.add_argument("--temperature", type=number(float, 0), help="0 is greedy; " + if_not_given("temperature"))
@@ -451,8 +456,8 @@ def arguments():
                    help="divides the positive logits of tokens already seen; "
                         + if_not_given("repetition_penalty"))
     g.add_argument("--max-new-tokens", type=positive, default=512, help="budget of an attempt or reflection")
-    g.add_argument("--slots", type=natural, default=0,
-                   help="rows decoded at once; 0: as many as fit in memory")
+    may_change(g.add_argument("--slots", type=natural, default=0,
+                              help="rows decoded at once; 0: as many as fit in memory"))
     resume_flag(p)
     args = p.parse_args()
     for style in split_list(args.styles, "--styles"):
@@ -531,36 +536,12 @@ def reflection_request(row: dict, n: int, tokenizer: Tokenizer) -> Request:
     return Request(prompt, list(range(n)), identity, payload=Reflections(row))
 
 
-def record_of(out: str) -> Path:
-    return Path(f"{out}.run.json")
-
-
-def refuse_other_files(args) -> None:
-    """What is at --out must be of a run, to go on with it."""
-    out, record = args.out, record_of(args.out)
-    there = os.path.exists(out)
-    refuse_folder(out)
-    if there and not (os.path.isfile(out) and is_written(record)):
-        raise UserError(f"--out {out} exists, but not {record} that says how it was made; give another --out")
-    if args.resume == "yes" and not there:
-        raise UserError(f"--resume: there is no {out}; start it without --resume")
-    if not is_written(record) and parts_of(out):
-        raise UserError(f"{parts_of(out)[0]} is left over from another run; remove it, or give another --out")
-
-
 def start_or_go_on(args, problems: list) -> set:
-    """Start --out with its run.json, or go on with it. Returns the (id, style, index) already there.
-
-    Cuts off a last line that is not whole.
-    """
-    refuse_other_files(args)
+    """Start --out with its run.json, or go on with it. Returns the (id, style, index) already there."""
     there = os.path.exists(args.out)
-    start_or_check(record_of(args.out), args, lambda: {"--model": model_fingerprint(args.model),
-                                                       "--task": questions_fingerprint(problems)})
-    if rank() == 0:
-        join_parts(args.out)
-    barrier()
-    rows = read_rows_so_far(args.out, {"id": str, "style": str, "index": int})
+    start_or_check(Path(f"{args.out}.run.json"), args, lambda: {
+        "--model": model_fingerprint(args.model), "--task": tasks.questions_fingerprint(problems)})
+    rows = joined_rows(args.out, {"id": str, "style": str, "index": int})
     done = {(row["id"], row["style"], row["index"]) for _, row in rows}
     if there:
         say(f"{args.out} has {len(done)} attempts already; going on")
@@ -604,7 +585,8 @@ def main():
         answer_by_hand(args)
         return
 
-    refuse_other_files(args)
+    refuse_folder(args.out)
+    refuse_wrong_out(args.resume or "auto", Path(args.out), Path(f"{args.out}.run.json"))
     device, _ = device_and_dtype(args.device)
     start_processes(device, minutes=ALONE)
     found = tasks.find_all(args.task, args.data_dir)
@@ -619,7 +601,7 @@ def main():
         sampler.room(request)  # refuses a prompt that is too long, before anything is written
     queue = still_to_do(requests, start_or_go_on(args, problems))
     waiting = sum(len(request.indices) for request in queue)
-    everywhere, = total([waiting], device)
+    everywhere, = total([waiting])
     say(f"sampling {everywhere:.0f} attempts on {len(problems)} questions, {args.reflections} reflections "
         f"each, with {args.model}")
     say_what_the_context_cuts([request.prompt for request in queue], model, args.max_new_tokens)
@@ -649,8 +631,8 @@ def main():
             f.flush()
             tally.add(row)
             progress.update(correct=f"{tally.correct / tally.attempts:.1%}")
-    tally = Tally(**summed(vars(tally), device))
-    too_long, = total([too_long], device)  # and all have written their part
+    tally = Tally(**summed(vars(tally)))
+    too_long, = total([too_long])  # and all have written their part
     if rank() == 0:
         join_parts(args.out)
     if tally.attempts:
@@ -661,4 +643,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, resumable=True)

@@ -6,32 +6,34 @@
 
 Reads any chat JSONL whose last message is the assistant's. The loss is the mean over the tokens of that last
 turn and its end token; nothing else has a gradient. The mean is over the whole step: how it is cut into
-micro-batches or processes changes nothing but the rounding.
+micro-batches or processes changes nothing but the rounding. A micro-batch is one flat row, so that nothing
+is padded; each example in it attends to itself only.
 
-Left out: packing several rows into one (a micro-batch holds rows of similar length instead), LoRA, loss on
-earlier turns.
+Left out: LoRA, loss on earlier turns.
 """
 import math
 import random
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoint import device_and_dtype, load
-from cli import UserError, command, natural, number, parser, positive, split_list
+from checkpoint import device_and_dtype, load, model_fingerprint
+from cli import Progress, UserError, command, natural, number, parser, place, positive, say, split_list
 from conversations import plain_messages
-from files import read_jsonl
-from model import Transformer
-from processes import balanced, evenly, start_processes, total, world
-from record import file_fingerprints, model_fingerprint, refuse_wrong_out
+from files import file_fingerprint, read_jsonl
+from model import Transformer, causal, side_by_side
+from processes import balanced, in_batches, start_processes, total, world
+from record import refuse_wrong_out
 from run import Run, interruptible
-from screen import Progress, say
 from tasks import hundredth
 from tokenizer import Tokenizer
-from train import Optimizer, check_finite, lr_or_default, micro_batches, settle_flags, training_flags
+from train import (
+    Optimizer, check_finite, even_passes, lr_or_default, publisher, settle_flags, training_flags,
+)
 
 MINIATURE_LR = 1.5e-3
 MINIATURE_EPOCHS = 3
@@ -132,38 +134,36 @@ def all_batches(examples: list[Example], args, model: Transformer) -> list[list[
 def loss_of(model: Transformer, examples: list[Example]) -> Tensor:
     """Minus the summed log-probability of the trained tokens, a scalar.
 
-    Rows are padded on the right. Lengths say what is trained, never a comparison with a pad id: that would
-    drop the end token wherever the two are the same.
+    The examples stand one after the other in one flat row. Lengths say what is trained, never a comparison
+    with a pad id: that would drop the end token wherever the two are the same.
     """
-    # The last token of a row is predicted but never fed.
-    width = max(len(example) for example in examples) - 1
-    rows, positions, targets = [], [], []
-    tokens = torch.zeros(len(examples), width, dtype=torch.long)  # (B, T)
-    for b, example in enumerate(examples):
-        fed = example.ids[:-1]
-        tokens[b, :len(fed)] = torch.tensor(fed)
-        # Position t predicts token t + 1: tokens start..len-1 are predicted at positions start-1..len-2.
-        predicting = range(example.start - 1, len(fed))
-        rows += [b] * len(predicting)
-        positions += predicting
+    tokens, positions = [], []
+    predicting = []  # where in the flat row each trained token is predicted
+    targets = []
+    for example in examples:
+        fed = example.ids[:-1]  # the last token is predicted but never fed
+        # The token before it predicts each: ids[start:] are predicted from place start - 1 on.
+        predicting += range(len(tokens) + example.start - 1, len(tokens) + len(fed))
         targets += example.targets
-    rows = torch.tensor(rows, device=model.device)  # (N,)
-    positions = torch.tensor(positions, device=model.device)  # (N,)
+        tokens += fed
+        positions += range(len(fed))
+    tokens = torch.tensor([tokens], device=model.device)  # (1, T)
+    positions = torch.tensor([positions], device=model.device)  # (1, T)
+    predicting = torch.tensor(predicting, device=model.device)  # (N,)
     targets = torch.tensor(targets, device=model.device)  # (N,)
-    hidden = model(tokens.to(model.device))  # (B, T, C)
-    logp, _ = model.logprobs(hidden[rows, positions], targets)  # (N,)
+    rows = side_by_side([causal] * len(examples), [len(example) - 1 for example in examples])
+    hidden = model(tokens, positions, rows)[0]  # (T, C)
+    logp, _ = model.logprobs(hidden.index_select(0, predicting), targets)  # (N,)
     return -logp.sum()
 
 
 @torch.no_grad()
 def held_out_loss(model: Transformer, examples: list[Example], args) -> float:
     """The loss on examples that nothing is trained on, a mean over their trained tokens on all processes."""
-    mine = micro_batches(balanced(examples, len), len, args.micro_batch_tokens)
-    loss = 0.0
-    for part in evenly(mine, model.device):
-        one = loss_of(model, part or examples[:1])  # sharded weights come only if all processes run
-        loss += one.item() if part else 0.0
-    return total([loss], model.device)[0] / sum(len(example.targets) for example in examples)
+    mine = in_batches(balanced(examples, len), len, args.micro_batch_tokens)
+    loss = sum(loss_of(model, micro_batch).item() for micro_batch in mine)
+    even_passes(model, len(mine))
+    return total([loss])[0] / sum(len(example.targets) for example in examples)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:
@@ -179,7 +179,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
 # ---- the command ---------------------------------------------------------------------------------
 def arguments():
     p = parser(__doc__, out="out/sft")
-    p.add_argument("--data", default="silver.jsonl", help="chat JSONL; several files with commas")
+    place(p.add_argument("--data", default="silver.jsonl", help="chat JSONL; several files with commas"))
     p.add_argument("--epochs", type=positive, default=None,
                    help="times through the data; if not given, the paper's 2, "
                         f"or {MINIATURE_EPOCHS} for a model under 10M parameters")
@@ -193,7 +193,7 @@ def arguments():
     training_flags(p)
     p.add_argument("--eval-every", type=natural, default=0,
                    help="steps between measurements of the loss on rows that are held out from training, the "
-                        "last after the last step; 0: never, and no row is held out")
+                        "first before step 1, the last after the last; 0: never, and no row is held out")
     p.add_argument("--held-out", type=number(int, 1, 50), default=5,
                    help="with --eval-every: hundredths of the conversations that are held out, by a hash of "
                         "their first question")
@@ -203,7 +203,7 @@ def arguments():
 
 def main():
     args = arguments()
-    refuse_wrong_out(args.resume, Path(args.out))
+    refuse_wrong_out(args.resume, Path(args.out), Path(args.out) / "run.json")
     device, _ = device_and_dtype(args.device)
     settle_flags(args, device)
     start_processes(device, args.timeout)
@@ -214,52 +214,48 @@ def main():
     if args.context > longest:
         raise UserError(f"--context {args.context}: {args.model} has a context of {longest}")
     examples, held_out = hold_out(read_examples(args.data, tokenizer, args.context), args)
-
-    run = Run(args, lambda: {"--model": model_fingerprint(args.model),
-                             "--data": file_fingerprints(split_list(args.data, "--data"))})
-    optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
-    run.restore(optimizer, tokenizer)
-    model.recompute = args.recompute
-    peak = lr_or_default(args.lr, model, MINIATURE_LR)
     batches = all_batches(examples, args, model)
     steps = len(batches)
-    say(f"{len(examples)} rows, {sum(map(len, examples)):,} tokens; {steps} steps, learning rate {peak:g}")
-    if held_out:
-        say(f"{len(held_out)} more rows are held out")
-    if run.step >= steps:
-        say(f"{run.out} is finished already")
-        return
+    peak = lr_or_default(args.lr, model, MINIATURE_LR)
+    model.recompute = args.recompute
+    optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
+    run = Run(args, partial(inputs, args), optimizer, publisher(optimizer, tokenizer), last=steps)
+    say(f"{len(examples)} rows, {sum(map(len, examples)):,} tokens; {steps} steps, learning rate {peak:g}"
+        + (f"; {len(held_out)} more rows are held out" if held_out else ""))
 
-    with interruptible(device) as asked, Progress("sft", steps, run.step) as progress:
+    def measure():
+        return {"val_loss": held_out_loss(model, held_out, args)}
+
+    with interruptible() as asked, Progress("sft", steps, run.step) as progress:
+        run.restore(asked, measure)
         for step in range(run.step + 1, steps + 1):
             started = time.time()
             batch = batches[step - 1]
             lr = learning_rate(step, steps, peak)
             count = sum(len(example.targets) for example in batch)  # of the whole step, on every process
-            mine = micro_batches(balanced(batch, len), len, args.micro_batch_tokens)
-            my_loss = torch.zeros((), dtype=torch.float64, device=device)
-            for part in evenly(mine, device):
-                if part is None:  # only for the sake of the others, who need this process's weights
-                    (0 * loss_of(model, batch[:1])).backward()
-                    continue
-                micro = loss_of(model, part) / count
-                micro.backward()
-                my_loss += micro.detach()
-            loss, = total([my_loss.item()], device)
+            mine = in_batches(balanced(batch, len), len, args.micro_batch_tokens)
+            loss = torch.zeros((), dtype=torch.float64, device=device)
+            for micro_batch in mine:
+                part = loss_of(model, micro_batch) / count
+                part.backward()
+                loss += part.detach()
+            even_passes(model, len(mine))
+            loss, = total([loss.item()])
             check_finite(loss, "loss")
             norm = optimizer.step(lr)
             speed = sum(map(len, batch)) / (time.time() - started)
-            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": count,
-                   "tokens_per_second": round(speed, 1)}
-            shown = {"loss": f"{loss:.3f}", "norm": f"{norm:.2f}", "tokens/s": f"{speed:,.0f}"}
-            if held_out and (step % args.eval_every == 0 or step == steps):
-                row["val_loss"] = held_out_loss(model, held_out, args)
-                shown["val_loss"] = f"{row['val_loss']:.3f}"
-            run.log(row)
-            progress.update(**shown)
-            run.end_of_step(optimizer, tokenizer, asked, step=step, last=steps, updates=step)
-    say(f"wrote {run.out}: loss {loss:.4f} at the last step")
+            run.log({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": count,
+                     "tokens_per_second": round(speed, 1)})
+            progress.update(**{"loss": f"{loss:.3f}", "norm": f"{norm:.2f}", "tokens/s": f"{speed:,.0f}"})
+            run.end_of_step(step, step, asked, measure)
+    say(f"wrote {run.out}" if run.step < steps else f"{run.out} is finished already")
+
+
+def inputs(args) -> dict:
+    """Fingerprints of what is read."""
+    files = [file_fingerprint(path) for path in split_list(args.data, "--data")]
+    return {"--model": model_fingerprint(args.model), "--data": files}
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, resumable=True)

@@ -5,15 +5,13 @@
 
 All intervals are at 95%. Left out: corrections for looking at many cells at once.
 """
-import json
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from cli import UserError
-from files import check_types
+from files import check_row
 
 Interval = tuple[float, float]
 
@@ -23,22 +21,20 @@ Interval = tuple[float, float]
 FORCED = {"response": str, "tokens": int, "finish": str, "correct": bool}
 ROW = {
     **FORCED, "model": str, "task": str, "id": str, "index": int, "question": str, "answer": str | None,
-    "reason": str, "lenient": bool, "wrong_form": bool, "answers": int, "reflections": int, "attempts": list,
-    "verdicts": list,
+    "reason": str, "reference": str | None, "lenient": bool, "wrong_form": bool, "answers": int,
+    "reflections": int, "attempts": list, "verdicts": list,
 }
 
 
-def check_row(row: dict, where: str, forced: bool) -> None:
+def check_result(row: dict, where: str, forced: bool) -> None:
     """Raises UserError for a row that cannot be summed up."""
-    check_types({"reference": None, **row}, {"reference": str | None}, where)
     flags = [*row["attempts"], *(said for pair in row["verdicts"] if isinstance(pair, list) for said in pair)]
     pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in row["verdicts"])
     if not pairs or not row["attempts"] or not all(isinstance(flag, bool) for flag in flags):
         raise UserError(f"{where}: attempts or verdicts are not what they can be")
     if forced or "forced" in row:
-        if not isinstance(row.get("forced"), dict) or not FORCED.keys() <= row["forced"].keys():
-            raise UserError(f"{where}: no whole result of --budget-forcing")
-        check_types(row["forced"], FORCED, where)
+        check_row(row, {"forced": dict}, where)
+        check_row(row["forced"], FORCED, where)
 
 
 # ---- intervals -----------------------------------------------------------------------------------
@@ -283,21 +279,6 @@ def all_figures(cells: list[dict]) -> list[list[str]]:
     return with_headings([figures_row(cell, ks) for cell in cells])
 
 
-def read_paper() -> dict:
-    """Its figures: of Qwen2.5-1.5B-Instruct trained on Countdown-3, accuracies in %, single runs."""
-    return json.loads((Path(__file__).resolve().parent / "paper.json").read_text())
-
-
-def paper_rows(names: list[str], heading: str) -> list[dict[str, str]]:
-    """The paper's accuracies for those tasks of `names` that it has, a row for each of its arms."""
-    rows = []
-    for arm, accuracy in read_paper()["arms"].items():
-        figures = {name: f"{accuracy[name]:.1f}" for name in names if name in accuracy}
-        if figures:
-            rows.append({heading: arm, **figures})
-    return rows
-
-
 def text_table(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -307,10 +288,6 @@ def text_table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def printed_tables(cells: list[dict]) -> str:
-    """The table of an evaluation and, for the tasks that it has, the paper's."""
-    printed = text_table(all_figures(by_task(cells)))
-    paper = paper_rows(tasks_of(cells), heading="paper, 1.5B")
-    if paper:
-        printed += "\n\n" + text_table(with_headings(paper))
-    return printed
+def printed_table(cells: list[dict]) -> str:
+    """The table of an evaluation."""
+    return text_table(all_figures(by_task(cells)))

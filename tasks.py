@@ -11,23 +11,23 @@ a class like `Multiply` and name it in GENERATED; a file of questions needs no c
 
 Left out: downloading data sets (they are read from --data-dir; `convert.py` brings published ones in shape).
 """
-import hashlib
+import json
 import os
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from string import ascii_lowercase
 
-from cli import UserError, refuse_repeated, split_list
-from files import read_jsonl
+from cli import UserError, refuse_repeated, say, split_list
+from files import fingerprint, read_jsonl
 from equivalence import check_math, load_math_verify
 from grading import (
     OPERATORS, Check, attempts_in, check_choice, check_countdown, check_exact, check_integer, check_word,
     dictionary, extract_answer, thoughts_in,
 )
 from questions import identity_of, read_question, same_answer
-from screen import say
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ SPLITS = {
 
 def hundredth(identity: str) -> int:
     """Where in the hash space (0..99) the identity of a problem falls."""
-    return int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "big") % 100
+    return int(fingerprint(identity), 16) % 100
 
 
 # ---- tasks that make their problems --------------------------------------------------------------
@@ -394,7 +394,7 @@ class FromFile(Task):
             if self.checker is check_countdown:
                 identity, question, truth = Countdown.from_row(fields, where)
             else:
-                identity, question, truth = read_question(fields, self.checker, where, path)
+                identity, question, truth = read_question(fields, self.checker, where)
             problem = Problem(f"{self.key}/{identity}", self.name, question, truth)
             known = found.setdefault(identity, problem)
             copies += known is not problem
@@ -516,3 +516,12 @@ def problems_of(found: list[Task], split: str, n: int, seed: int) -> list[tuple[
     if repeated:
         say(f"left out {repeated} questions that an earlier task has too")
     return list(problems.values())
+
+
+def questions_fingerprint(problems: Iterable[tuple[Task, Problem]]) -> str:
+    """Of questions, how each is graded, and their order."""
+    asked = []
+    for task, problem in problems:
+        grading = getattr(task, "checker", type(task)).__name__
+        asked.append([grading, problem.id, problem.question, problem.truth])
+    return fingerprint(json.dumps(asked))

@@ -1,16 +1,12 @@
-"""A safetensors file: written whole or not at all, with a checksum; and the weights of a folder in several.
+"""A safetensors file: written whole or not at all; and the weights of a folder in several.
 
     save_tensors("state.safetensors", {"w": w})
-    check_all(["state.safetensors"])                            # UserError if a bit of it has flipped
-
-The checksum is in the file's metadata, where nobody else minds it: safetensors alone notices a file that was
-cut, but no number that was changed.
+    check_finite_files(["state.safetensors"])                   # UserError for a number that is not finite
 """
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -19,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import UserError
-from files import write_whole
+from files import appearing, write_whole
 from processes import all_or_none, rank, world
 
 
@@ -34,66 +30,29 @@ def open_tensors(path: Path) -> Iterator:
         raise UserError(f"{path}: truncated or damaged ({e}); fetch the file again") from e
 
 
-def check_all(files: list[Path]) -> None:
-    """`check_tensors` of all files, some on each process. All processes must call it."""
+def check_finite_files(files: list[Path]) -> None:
+    """Raises UserError for a number that is not finite. All processes must call it; each reads some files."""
     with all_or_none():
         for path in files[rank()::world()]:
-            check_tensors(path)
-
-
-def check_tensors(path: Path) -> None:
-    """Raises UserError if a file's tensors are not what it was written with, where it has a checksum, or hold
-    a number that is not finite."""
-    with open_tensors(path) as f:
-        written = (f.metadata() or {}).get(CHECKSUM)
-        names = sorted(f.keys())
-        if written and checksum((name, f.get_tensor(name)) for name in names) != written:
-            raise UserError(f"{path}: damaged (its checksum is another)")
-        for name in names:
-            w = f.get_tensor(name)
-            if w.is_floating_point() and not w.isfinite().all():
-                raise UserError(f"{path}: {name} holds numbers that are not finite")
+            with open_tensors(path) as f:
+                for name in f.keys():  # noqa: SIM118 (a safetensors file is not a dict)
+                    w = f.get_tensor(name)
+                    if w.is_floating_point() and not w.isfinite().all():
+                        raise UserError(f"{path}: {name} holds numbers that are not finite")
 
 
 # ---- writing -----------------------------------------------------------------------------------------
 def save_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file that is there whole or not at all."""
-    write_tensors(f"{path}.tmp", tensors)
-    os.replace(f"{path}.tmp", path)
-
-
-def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """With a checksum of them in the file's metadata, which `check_tensors` compares."""
     tensors = {name: w.detach().to("cpu").contiguous() for name, w in tensors.items()}
-    try:
-        # The format tells transformers that the tensors are PyTorch's.
-        save_file(tensors, path, metadata={"format": "pt", CHECKSUM: checksum(sorted(tensors.items()))})
-    except SafetensorError as e:  # a full disk comes out as this
-        Path(path).unlink(missing_ok=True)
-        raise UserError(f"{path}: could not be written ({e}); if the disk is full, free some space, then go "
-                        "on as after an interruption") from e
-    os.chmod(path, 0o644)  # the library makes it readable by its owner only
-    with open(path, "r+b") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # written in an order of chance
-        f.seek(8)
-        f.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
-        f.flush()
-        os.fsync(f.fileno())
-
-
-CHECKSUM = "blake2b"  # its key in the metadata
-
-
-def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of names, dtypes, shapes and all bytes of tensors in main memory, which come in the order of names."""
-    hasher = blake2b(digest_size=16)
-    for name, w in tensors:
-        hasher.update(f"{name} {w.dtype} {tuple(w.shape)}\n".encode())
-        if w.numel():
-            hasher.update(w.reshape(-1).view(torch.uint8).numpy())
-    return hasher.hexdigest()
+    with appearing(path) as tmp:
+        try:
+            save_file(tensors, tmp, metadata={"format": "pt"})  # tells transformers: PyTorch's
+        except SafetensorError as e:  # a full disk comes out as this
+            tmp.unlink(missing_ok=True)
+            raise UserError(f"{path}: could not be written ({e}); if the disk is full, free some space, then "
+                            "go on as after an interruption") from e
+        os.chmod(tmp, 0o644)  # the library makes it readable by its owner only
 
 
 SHARD_BYTES = 5 * 10**9  # of the weights in one file: what the hub and other engines expect
@@ -109,7 +68,7 @@ def save_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> torch.d
     size = 0
     for shard in shards_of(weights):
         shards.append(list(shard))
-        write_tensors(folder / f"model-{len(shards):05d}.safetensors.tmp", shard)
+        save_tensors(folder / f"model-{len(shards):05d}.safetensors.tmp", shard)
         size += sum(w.nbytes for w in shard.values())
         dtype = next(iter(shard.values())).dtype
         del shard  # only one at a time is in main memory

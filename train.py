@@ -18,10 +18,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cli import UserError, natural, number, positive, resume_flag
+from checkpoint import save
+from cli import UserError, may_change, natural, number, positive, resume_flag
 from model import Transformer
-from processes import local, rows_of, shard, total, whole, world
-from tensors import check_all
+from processes import largest, rank, total, world
+from tensors import check_finite_files
+from tokenizer import Tokenizer
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -35,21 +37,24 @@ def training_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-norm", type=number(float, 0), default=1.0,
                    help="clip the gradient to this norm; 0 does not")
     g = p.add_argument_group("memory and checkpoints")
-    g.add_argument("--micro-batch-tokens", type=positive, default=None,
-                   help="tokens (padding included; in GRPO about) that go through the model at once; if not "
-                        "given, {cpu}, or {cuda} on a GPU; lower it if memory runs out"
-                        .format(**MICRO_BATCH_TOKENS))
-    g.add_argument("--recompute", action="store_true",
-                   help="keep no activations inside the layers and compute them again: "
-                        "much less memory, a third more work")
-    g.add_argument("--save-every", type=natural, default=20,
-                   help="steps between checkpoints; 0: only at the end")
-    g.add_argument("--keep", type=positive, default=1,
-                   help="how many of the latest checkpoints stay; if more than 1, their "
-                        "models too, in OUT/checkpoints")
+    may_change(g.add_argument(
+        "--micro-batch-tokens", type=positive, default=None,
+        help="tokens that go through the model at once; if not given, {cpu}, or {cuda} on a GPU; lower it if "
+             "memory runs out".format(**MICRO_BATCH_TOKENS)))
+    may_change(g.add_argument(
+        "--recompute", action="store_true",
+        help="keep no activations inside the layers and compute them again: much less memory, a third more "
+             "work"))
+    may_change(g.add_argument("--save-every", type=natural, default=20,
+                              help="steps between checkpoints; 0: only at the end"))
+    may_change(g.add_argument(
+        "--keep", type=positive, default=1,
+        help="how many of the latest checkpoints stay; if more than 1, their models too, in "
+             "OUT/checkpoints"))
     resume_flag(g)
-    g.add_argument("--timeout", type=number(float, 0, 10**6, open_low=True), default=60.0,
-                   help="of several processes: minutes that they wait for one that is dead or stuck")
+    may_change(g.add_argument(
+        "--timeout", type=number(float, 0, 10**6, open_low=True), default=60.0,
+        help="of several processes: minutes that they wait for one that is dead or stuck"))
 
 
 def settle_flags(args, device: torch.device) -> None:
@@ -67,27 +72,77 @@ def lr_or_default(lr: float | None, model: Transformer, miniature: float) -> flo
     return miniature if model.is_miniature else 1e-6
 
 
-# ---- batches -------------------------------------------------------------------------------------
-def micro_batches(items: list, length: Callable, budget: int, waste: float = 1.2) -> list[list]:
-    """Group items by similar length, shortest first.
+# ---- several processes -----------------------------------------------------------------------------
+def shard(model: Transformer, masters: bool = True) -> None:
+    """Divide the weights among the processes, in place (FSDP2): each holds rows of all tensors.
 
-    Rows are padded to the longest of their group, so what counts is rows x longest: at most `budget`, and at
-    most `waste` times the real tokens. One item may exceed the budget alone.
-
-    micro_batches(["aaaaa", "b", "cccc", "d"], len, budget=10)  ->  [["b", "d"], ["cccc", "aaaaa"]]
+    They are held in float32, to be the masters of an optimizer (or, without `masters`, as they are). A
+    block's weights are whole only while the block computes, in the dtype that the model had. Gradients are
+    summed over the processes in float32 as each block's backward ends, so that no process ever holds a whole
+    one: therefore all must run the same number of passes (`even_passes`).
     """
-    groups = []
-    real = 0  # tokens of the last group, without padding
-    for item in sorted(items, key=length):
-        n = length(item)
-        padded = (len(groups[-1]) + 1) * n if groups else 0
-        if groups and padded <= budget and padded <= waste * (real + n):
-            groups[-1].append(item)
-            real += n
-        else:
-            groups.append([item])
-            real = n
-    return groups
+    from torch.distributed.device_mesh import init_device_mesh  # here: their import takes half a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    dtype = model.dtype
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
+        cast_forward_inputs=False)  # the rotation's angles stay float32
+    mesh = init_device_mesh(model.frequencies.device.type, (world(),))
+    for module in (*model.model.layers, model):  # one block at a time leaves the host for the device
+        fully_shard(module.float() if masters else module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # the sum, not the mean
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave it undivided
+
+
+def even_passes(model: Transformer, passes: int, reference: Transformer | None = None) -> None:
+    """Run empty passes, which add nothing to any gradient, until this process has run as many as any other.
+
+    Sharded weights become whole only where all processes run together. `passes` is how many it has run since
+    the last call, each through the model and then the `reference`, if there is one.
+    """
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    for _ in range(int(largest(passes)) - passes):
+        logp, _ = model.logprobs(model(token)[0], token[0])
+        if reference is not None:
+            with torch.no_grad():
+                reference.logprobs(reference(token)[0], token[0])
+        if logp.requires_grad:
+            (0 * logp.sum()).backward()
+
+
+def twin(model: Transformer, copied: bool = False) -> Transformer:
+    """A second model, frozen, whose weights are the same tensors, or copies of them."""
+    with torch.device("meta"):
+        other = Transformer(model.config)
+    weights = {name: w.clone() if copied else w for name, w in model.state_dict().items()}
+    other.load_state_dict(weights, assign=True)
+    other.frequencies = model.frequencies
+    other.vocab = model.vocab
+    return other.requires_grad_(False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that this process holds: all of them, if it is not sharded (torch's DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def rows_of(all_rows: Tensor, tensor: Tensor) -> Tensor:
+    """Those of all rows that this process holds of `tensor`."""
+    if local(tensor) is tensor:
+        return all_rows
+    chunk = math.ceil(len(all_rows) / world())
+    return all_rows[rank() * chunk:(rank() + 1) * chunk]
+
+
+def publisher(optimizer: "Optimizer", tokenizer: Tokenizer) -> Callable[[Path], None]:
+    """A function that writes the optimizer's model into a folder. All processes must call it."""
+    def publish(folder: Path) -> None:
+        weights = optimizer.whole_weights()
+        if rank() == 0:
+            save(folder, optimizer.model, tokenizer, weights)
+        for _ in weights:  # the other processes give their parts
+            pass
+    return publish
 
 
 # ---- the optimizer -------------------------------------------------------------------------------
@@ -154,7 +209,7 @@ class Optimizer:
         norms = [torch.linalg.vector_norm(local(grad)) for grad in grads.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms)).item()
         if world() > 1:
-            norm = math.sqrt(total([norm**2], self.model.device)[0])
+            norm = math.sqrt(total([norm**2])[0])
         check_finite(norm, "gradient")
         scale = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
         for name, master in self.masters.items():
@@ -173,7 +228,7 @@ class Optimizer:
         def finite(tensor):
             return bool(tensor.sum().isfinite() or tensor.isfinite().all())  # large sums may overflow
         spoilt = sum(not finite(local(master)) for master in self.masters.values())
-        if total([spoilt], self.model.device)[0]:
+        if total([spoilt])[0]:
             raise UserError("the step has made weights that are not finite, so the run stopped; the last "
                             "checkpoint in --out, if one was made, is good. Start another with a lower --lr")
 
@@ -191,7 +246,8 @@ class Optimizer:
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, weight), one after the other; on all processes together, which each get all of it."""
         for name, w in self.weights.items():
-            yield name, whole(w.detach()).to(self.dtype)
+            w = w.detach()
+            yield name, (w.full_tensor() if hasattr(w, "full_tensor") else w).to(self.dtype)
 
     def refresh(self, copy: Transformer) -> None:
         """Give a copy of the model its present weights, a tensor at a time. Nothing, if it is the model."""
@@ -218,7 +274,7 @@ class Optimizer:
         `updates` is how many steps AdamW had made. A tensor is whole on each process while it is read. Raises
         UserError for a damaged file, before anything is changed.
         """
-        check_all(files)
+        check_finite_files(files)
         with ExitStack() as stack:
             opened = [stack.enter_context(safe_open(path, "pt")) for path in files]
             stored = [set(f.keys()) for f in opened]

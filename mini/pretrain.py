@@ -63,11 +63,13 @@ from tokenizers import Tokenizer as BPE  # noqa: E402
 
 import tasks  # noqa: E402
 from checkpoint import config_of, save  # noqa: E402
-from cli import command, number, parser, positive  # noqa: E402
+from cli import command, number, parser, positive, say  # noqa: E402
 from files import refuse_existing  # noqa: E402
 from model import Transformer  # noqa: E402
 from tokenizer import CHATML, Tokenizer  # noqa: E402
-from train import check_finite, micro_batches  # noqa: E402
+from processes import in_batches  # noqa: E402
+from rearrange import PHRASES  # noqa: E402
+from train import check_finite  # noqa: E402
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -465,10 +467,9 @@ def trace_lines() -> tuple[list[str], list[str]]:
     Each is one token with the line break after it, as the lines of the LAYOUT are. Were the break a token of
     its own, the model would have to look past it to see after which line it stands.
     """
-    glue = json.loads((ROOT / "phrases.json").read_text())
     between = ["<think>\n", "<sample>\n", "</sample>\n", "<reflect>\n", "</reflect>\n", "</think>\n\n"]
-    between += [f"{text}\n" for kind in ("correct", "incorrect", "neutral") for text in glue[kind]]
-    announcing = [f"{text}\n" for kind in ("closing", "confirming", "returning") for text in glue[kind]]
+    between += [f"{text}\n" for kind in ("correct", "incorrect", "neutral") for text in PHRASES[kind]]
+    announcing = [f"{text}\n" for kind in ("closing", "confirming", "returning") for text in PHRASES[kind]]
     return sorted(between), sorted(announcing)
 
 
@@ -523,7 +524,7 @@ def batches(tokenizer: Tokenizer, author: Author, tokens: int):
     """Endless (ids, positions, real): rows padded on the right, (B, T), and what is no padding, (B, T-1)."""
     while True:
         pool = [encoded(tokenizer, author) for _ in range(800)]
-        groups = micro_batches(pool, lambda row: len(row[0]), tokens, waste=math.inf)
+        groups = in_batches(pool, lambda row: len(row[0]), tokens, padded=True)
         for group in author.rng.sample(groups, len(groups)):
             ids = pad_sequence([torch.tensor(ids) for ids, _ in group], batch_first=True)
             positions = pad_sequence([torch.tensor(at) for _, at in group], batch_first=True)
@@ -631,9 +632,9 @@ def train(model: Transformer, tokenizer: Tokenizer, data, args) -> None:
         tokens += len(targets)
         comparing += (-logp.detach()[torch.isin(targets, outcomes)]).tolist()
         if step % 500 == 0 or step == steps:
-            print(f"step {step}/{steps}  loss {sum(losses) / len(losses):.4f}  "
-                  f"comparing {torch.tensor(comparing).mean():.2f}  "
-                  f"{tokens / (time.time() - started):,.0f} tokens/s", flush=True)
+            say(f"step {step}/{steps}  loss {sum(losses) / len(losses):.4f}  "
+                f"comparing {torch.tensor(comparing).mean():.2f}  "
+                f"{tokens / (time.time() - started):,.0f} tokens/s")
             losses.clear()
             comparing.clear()
 
@@ -662,7 +663,7 @@ def main():
         tokenizer = make_tokenizer(Path(folder))
     model = new_model(tokenizer)
     size = sum(w.numel() for w in model.parameters())
-    print(f"{size / 1e6:.2f}M parameters, {tokenizer.size} tokens in the vocabulary")
+    say(f"{size / 1e6:.2f}M parameters, {tokenizer.size} tokens in the vocabulary")
 
     data = batches(tokenizer, Author(args.seed, args.without), args.batch)
     train(model, tokenizer, data, args)
@@ -671,7 +672,7 @@ def main():
         new_ids, like_ids = (sorted(tokenizer.encode(line)[0] for line in lines) for lines in (new, like))
         draw_new(model.model.embed_tokens.weight, new_ids, like_ids, args.seed)
     save(args.out, model, tokenizer)
-    print(f"wrote {args.out}")
+    say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from grading import (
     Rejected, attempts_in, check_countdown, extract_answer, last_boxed, malformed, parse, unwrap, verdict,
 )
 from report import parts_of
-from screen import printable
+from cli import printable
 from tokenizer import Tokenizer
 
 hypothesis = pytest.importorskip("hypothesis")

@@ -13,7 +13,7 @@ from test_report import HOSTILE, TASK, evaluation, responses, result
 
 import grpo
 import report
-from screen import printable
+from cli import printable
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -18,8 +18,8 @@ import grpo
 import report
 import sft
 import tasks
-from report import parts_of, pieces_of, spread, tokens_of
-from screen import CONTROL, printable
+from report import parts_of, spread
+from cli import CONTROL, printable
 from summary import summarise
 from tokenizer import Tokenizer
 
