@@ -215,7 +215,8 @@ def host_memory(root: Path = Path("/")) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     words = (root / "proc/meminfo").read_text().split()
     left = int(words[words.index("MemAvailable:") + 1]) * 1024
-    path = (root / "proc/self/cgroup").read_text().strip().rpartition("0::/")[2]
+    groups = root / "proc/self/cgroup"
+    path = groups.read_text().rpartition("0::/")[2].strip() if groups.is_file() else ""
     folder = root / "sys/fs/cgroup" / path
     for group in (folder, *folder.parents):  # a limit of any of them counts; a container sees only some
         limit = group / "memory.max"

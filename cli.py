@@ -85,20 +85,14 @@ class Progress:
 
     `figures` of `update` are shown beside it.
     """
-    MOST_SECONDS = 60.0  # between lines; in shorter work there are up to 20
-    LEAST_SECONDS = 3.0
+    SECONDS = 20.0  # between lines
 
     def __init__(self, name: str, total: int, done: int = 0, unit: str = "step"):
-        self.name = printable(name, one_line=True)
-        self.total = total
-        self.unit = unit
-        self.done = done
-        self.done_at_start = done
-        self.done_at_last_line = done
-        self.started_at = time.monotonic()
-        self.last_line_at = self.started_at
-        hidden = None if is_first() else True  # None: on a terminal only
-        self.bar = tqdm(total=total, initial=done, desc=self.name, unit=unit, disable=hidden, leave=False)
+        self.is_bar = sys.stderr.isatty() and is_first()
+        stream = sys.stderr if self.is_bar else open(os.devnull, "w")  # noqa: SIM115
+        self.bar = tqdm(total=total, initial=done, desc=printable(name, one_line=True), unit=unit,
+                        file=stream, leave=False, ncols=None if self.is_bar else 0)
+        self.said_at = time.monotonic()
 
     def __enter__(self) -> "Progress":
         return self
@@ -109,27 +103,13 @@ class Progress:
 
     def update(self, **figures: str) -> None:
         """One more is done."""
-        self.done += 1
         with printing(sys.stderr):
             self.bar.set_postfix(figures, refresh=False)
             self.bar.update()
-        now = time.monotonic()
-        waited = now - self.last_line_at
-        far = self.done - self.done_at_last_line >= self.total / 20 and waited > self.LEAST_SECONDS
-        if self.bar.disable and (far or waited > self.MOST_SECONDS or self.done == self.total):
-            seconds_each = (now - self.started_at) / (self.done - self.done_at_start)
-            left = seconds_each * (self.total - self.done)
-            shown = "".join(f", {name} {value}" for name, value in figures.items())
-            say(f"{self.name}: {self.unit} {self.done} of {self.total}{shown}, {duration(left)} left")
-            self.done_at_last_line = self.done
-            self.last_line_at = now
-
-
-def duration(seconds: float) -> str:
-    """duration(50) -> "50 s"      duration(200) -> "3 min"      duration(10000) -> "2.8 h" """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+        done = self.bar.n == self.bar.total
+        if not self.is_bar and (done or time.monotonic() - self.said_at > self.SECONDS):
+            say(str(self.bar))
+            self.said_at = time.monotonic()
 
 
 # ---- running a command ---------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import report
 import tasks
 from checkpoint import device_and_dtype, load, model_fingerprint, read_folder
 from cli import (
@@ -30,7 +31,7 @@ from grading import last_boxed
 from processes import ALONE, joined_rows, own_part, rank, start_processes, world
 from record import refuse_wrong_out, start_or_check, sweep
 from sample import Completion, Params, Request, Sampler, refuse_long_prompt, say_what_the_context_cuts
-from summary import ROW, check_result, pass_at, printed_table, summarise
+from summary import ROW, pass_at, printed_table, summarise
 from tokenizer import Tokenizer
 
 
@@ -282,7 +283,7 @@ def main():
     start_or_check(out / "run.json", args, lambda: inputs(args, plans, template_kwargs))
     if rank() == 0:
         sweep(out)
-    results = read_results(out, args.budget_forcing)
+    results = read_results(out)
     cells = []
     for name, folder in args.models:
         sampler = None  # while nothing is missing
@@ -298,23 +299,22 @@ def main():
                         f.flush()
                         rows[row["id"], row["index"]] = row
                 if world() > 1:
-                    results = read_results(out, args.budget_forcing)
+                    results = read_results(out)
             if rank() == 0:
                 rows = in_order(results, name, plan)
                 cell = summarise(rows, in_order(results, args.models[0][0], plan), plan.samples, plan.ks)
                 cells.append({**cell, "chat_template_kwargs": template_kwargs[name]})
-                write_summary(out, cells, results)
+                write_summary(out, cells)
                 say(f"{name} on {plan.task.name}: {cell['accuracy']:.1%}")
     if rank() == 0:
         say(f"\n{printed_table(cells)}\n")
         say(f"wrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
-def read_results(out: Path, forced: bool) -> dict:
+def read_results(out: Path) -> dict:
     """{(model, task): {(id, index): row}} of results.jsonl, the parts of all processes joined."""
     results = {}
-    for where, row in joined_rows(f"{out}/results.jsonl", ROW):
-        check_result(row, where, forced)
+    for _, row in joined_rows(f"{out}/results.jsonl", ROW):
         results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
     return results
 
@@ -324,11 +324,10 @@ def in_order(results: dict, name: str, plan: Plan) -> list[dict]:
     return [rows[problem.id, j] for problem in plan.problems for j in range(plan.samples)]
 
 
-def write_summary(out: Path, cells: list[dict], results: dict) -> None:
+def write_summary(out: Path, cells: list[dict]) -> None:
     """Make summary.json and the page anew."""
-    import report  # here, so that it is a leaf: it can be deleted with these lines
     write_whole(out / "summary.json", json.dumps(cells, indent=2))
-    write_whole(out / "report.html", report.of_evaluation(out, cells, results))
+    report.renew(out)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,12 @@ def _values(path):
             for i, line in enumerate(f, 1):
                 line = line.removeprefix(BOM_UTF8) if i == 1 else line
                 if line.strip():
-                    yield f"{path}:{i}", parsed(line, f"{path}:{i}")
+                    value = parsed(line, f"{path}:{i}")
+                    try:
+                        to_json(value).encode()
+                    except ValueError as e:  # NaN; "\ud800" alone, which is valid JSON but no text
+                        raise UserError(f"{path}:{i}: not UTF-8 text ({e}); fix or remove it") from e
+                    yield f"{path}:{i}", value
     except (gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise UserError(f"{path}: not a whole gzip file; get it again") from e
 
@@ -67,14 +72,12 @@ def _values(path):
 def parsed(content: bytes, where: str | Path) -> Any:
     """What JSON says. Raises UserError, which names `where`."""
     try:
-        value = json.loads(content.decode("utf-8"))
-        to_json(value).encode("utf-8")  # "\ud800" alone is valid JSON but no text
+        return json.loads(content.decode("utf-8"))
     except UnicodeError as e:
         raise UserError(f"{where}: not UTF-8 text; fix or remove it") from e
     except (ValueError, RecursionError) as e:  # ValueError: bad JSON, or a number of thousands of digits
         reason = getattr(e, "msg", str(e)[:60])
         raise UserError(f"{where}: not valid JSON ({reason}); fix or remove it") from e
-    return value
 
 
 def check_row(row: Any, required: tuple | dict[str, type], where: str | Path) -> None:

@@ -5,16 +5,13 @@ main memories (gloo), on GPUs too; only the sharded model of `train.py` uses NCC
 """
 import glob
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from cli import UserError
 from files import fingerprint, read_rows_so_far
 
 ALONE = 7 * 24 * 60  # minutes: processes that only share files may end days apart
@@ -84,21 +81,6 @@ def gathered(text: str) -> list[str]:
     parts = [torch.zeros(most, dtype=torch.uint8) for _ in range(world())]
     dist.all_gather(parts, torch.cat((mine, mine.new_zeros(most - len(mine)))), group=_messengers)
     return [part[:int(size)].numpy().tobytes().decode() for part, size in zip(parts, sizes, strict=True)]
-
-
-@contextmanager
-def all_or_none() -> Iterator[None]:
-    """If what is inside fails on one process, all leave, and only that one says why. All must come here."""
-    error = None
-    try:
-        yield
-    except UserError as e:
-        error = e
-    failed, = total([error is not None])
-    if failed and error is None:
-        sys.exit(2)
-    if error:
-        raise error
 
 
 # ---- who does what -------------------------------------------------------------------------------

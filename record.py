@@ -19,7 +19,6 @@ from typing import BinaryIO
 
 import torch
 
-from checkpoint import device_and_dtype
 from cli import UserError, say
 from files import file_fingerprint, fingerprint, read_json
 from processes import barrier, parts_of, rank, world
@@ -66,7 +65,6 @@ def start_or_check(path: Path, args, inputs: Callable[[], dict]) -> None:
             record = read_json(path)
             refuse_other_flags(args, record, path)
             refuse_other_inputs(now["inputs"], record, path)
-            tell_what_changed(now, record, path)
         else:  # in place, where nothing was yet: the lock is the file's
             file.truncate(0)
             file.write(json.dumps(now, indent=2).encode())
@@ -140,17 +138,6 @@ def refuse_other_inputs(now: dict, record: dict, path: Path) -> None:
                         f"put it back (it began as: {command}), or start another run with another --out")
 
 
-def tell_what_changed(now: dict, record: dict, path: Path) -> None:
-    """Where another torch, code or machine computes, the same bytes are not promised."""
-    before = {**record["versions"], **record["machine"]}
-    now = {**now["versions"], **now["machine"]}
-    changed = [f"{name} was {before[name]}, is {now.get(name)}"
-               for name in before if before[name] != now.get(name)]
-    if changed:
-        say(f"{path}: since it began something has changed, so that it need not end with the same bytes: "
-            + "; ".join(changed))
-
-
 # ---- what the record says --------------------------------------------------------------------------
 def run_record(args) -> dict:
     """The command, every flag, versions, git commit and machine, as `run.json` keeps them."""
@@ -167,15 +154,9 @@ def run_record(args) -> dict:
     if (here / ".git").exists():
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
         commit = done.stdout.strip()
+    device = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    machine = {"device": device, "threads": torch.get_num_threads(), "processes": world()}
     return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "flags": vars(args), "versions": versions,
-            "git": commit, "machine": machine(getattr(args, "device", "auto"))}
-
-
-def machine(device: str) -> dict:
-    """What the rounding depends on."""
-    device, _ = device_and_dtype(device)
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": name, "threads": torch.get_num_threads(), "processes": world()}
+            "git": commit, "machine": machine}

@@ -4,8 +4,6 @@
     python report.py out/grpo                        # of a run, also while it trains (a checkpoint does too)
 
 How it is drawn and answers is in `report.js`, how it looks in `report.css`; here is what they are given.
-A leaf: `evaluate.py` and `run.py` import it where they write the page, and nothing else does.
-
 Left out: several runs in one page; runs that log elsewhere than in their folder.
 """
 import base64
@@ -14,21 +12,19 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from cli import UserError, bare_parser, command, printable, say
-from files import check_row, parsed, read_json, write_whole
+from files import parsed, read_json, write_whole
 from grading import attempts_in
 from summary import (
-    ROW, all_figures, bounds, by_task, change, check_result, percent, printed_table, tasks_of, two_places,
-    with_headings,
+    all_figures, bounds, by_task, change, percent, printed_table, tasks_of, two_places, with_headings,
 )
 
-MEGABYTES = 20.0  # of traces in a page
+MEGABYTES = 20  # of responses in a page, about
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -148,125 +144,90 @@ FORCED_TO_GO_ON = ", forced to go on"
 BINS = 40
 
 
-def of_evaluation(out: Path, cells: list[dict], results: dict) -> str:
-    """The page of an evaluation: `cells` are those of summary.json, `results` as of `evaluate.read_results`.
+def of_evaluation(out: Path, cells: list[dict], rows: list[dict]) -> str:
+    """The page of an evaluation: `cells` are those of summary.json, `rows` those of results.jsonl.
 
     A response that was forced to go on stands beside the one that it goes on from, as of another model.
     """
     cells = by_task(cells)
-    models = list(dict.fromkeys(cell["model"] for cell in cells))
-    arms = list(models)
+    arms = list(dict.fromkeys(cell["model"] for cell in cells))
     if any("forced" in cell for cell in cells):
-        arms += [f"{model}{FORCED_TO_GO_ON}" for model in models]
-    lengths = {}  # of right and wrong responses, by task and model
-    asked = {}  # the rows of a question, by task and id
-    for cell in cells:
-        task = cell["task"]
-        rows = [row for _, row in sorted(results[cell["model"], task].items())]
-        lengths.setdefault(task, {})[cell["model"]] = rows
-        for row in rows:
-            asked.setdefault((task, row["id"]), []).append(row)
-    return page(
-        title="SkillFactory: evaluation",
-        head={
-            **origin_of(out),
-            "cells": cells,
-            "arms": arms,
-            "lengths": {task: lengths_of(of_task) for task, of_task in lengths.items()},
-            "tables": page_tables(cells),
-        },
-        groups=[partial(asked_group, rows, arms) for rows in asked.values()],
-        plain=printed_table(cells),
-    )
+        arms += [f"{model}{FORCED_TO_GO_ON}" for model in arms]
+    names = tasks_of(cells)
+    rows = sorted(rows, key=lambda row: (names.index(row["task"]), row["id"], row["index"]))
+    asked = {}  # the rows of a question
+    for row in rows:
+        asked.setdefault((row["task"], row["id"]), []).append(row)
+    head = {
+        **origin_of(out),
+        "title": "SkillFactory: evaluation",
+        "cells": cells,
+        "arms": arms,
+        "lengths": {task: lengths_of(task, cells, rows) for task in names},
+        "tables": page_tables(cells),
+        "groups_in_all": len(asked),
+    }
+    # In the page a response takes about twice its text.
+    stride = stride_for(2 * sum(len(row["response"]) for row in rows))
+    groups = [asked_group(of_question, arms) for of_question in list(asked.values())[::stride]]
+    return page(head, groups, plain=printed_table(cells))
 
 
 def asked_group(rows: list[dict], arms: list[str]) -> dict:
     """A question with the responses of all models."""
-    traces = [trace_of(row, arm=arms.index(row["model"]), index=row["index"]) for row in rows]
+    traces = []
+    for row in sorted(rows, key=lambda row: arms.index(row["model"])):
+        traces.append(trace_of(row, arm=arms.index(row["model"]), index=row["index"]))
     for row in rows:
         if "forced" in row:
-            longer = {"answer": None, "reason": "", "attempts": [], "verdicts": [], **row["forced"]}
             arm = arms.index(row["model"] + FORCED_TO_GO_ON)
-            traces.append(trace_of(longer, arm=arm, index=row["index"]))
-    first = rows[0]
-    return {
-        "task": first["task"],
-        "id": first["id"],
-        "question": first["question"],
-        "reference": first["reference"] or "",
-        "traces": traces,
-    }
+            traces.append(trace_of(row["forced"], arm=arm, index=row["index"]))
+    asked = {name: rows[0][name] for name in ("task", "id", "question", "reference")}
+    return {**asked, "traces": traces}
 
 
-def lengths_of(rows: dict[str, list[dict]]) -> dict:
+def lengths_of(task: str, cells: list[dict], rows: list[dict]) -> dict:
     """Histograms of the lengths of right and wrong responses of each model, in the same bins for all."""
-    longest = max(row["tokens"] for of_model in rows.values() for row in of_model)
+    of_task = [row for row in rows if row["task"] == task]
+    longest = max(row["tokens"] for row in of_task)
     edges = np.linspace(0, longest + 1, BINS + 1)
-
-    def histogram(of_model, correct):
-        lengths = [row["tokens"] for row in of_model if row["correct"] == correct]
-        return np.histogram(lengths, edges)[0].tolist()
-
     bars = []
-    for model, of_model in rows.items():
-        bars.append({
-            "model": model,
-            "right": histogram(of_model, True),
-            "wrong": histogram(of_model, False),
-            "median": float(np.median([row["tokens"] for row in of_model])),
-        })
-    return {"longest": longest, "bars": bars}
-
-
-def read_evaluation(out: Path) -> tuple[list[dict], dict]:
-    """(cells, results) of a folder of `evaluate.py`, which may be at work."""
-    path = out / "summary.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; it comes when the first model is through with a task")
-    cells = parsed(path.read_bytes(), path)
     for cell in cells:
-        cell["pass"] = {int(k): share for k, share in cell["pass"].items()}
-    results = {}
-    for where, row in whole_rows(out / "results.jsonl", ROW):
-        check_result(row, where, forced=False)
-        results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
-    return cells, results
+        if cell["task"] != task:
+            continue
+        bar = {"model": cell["model"], "median": cell["token_quantiles"]["50"]}
+        for name, correct in (("right", True), ("wrong", False)):
+            lengths = [row["tokens"] for row in of_task
+                       if row["model"] == cell["model"] and row["correct"] == correct]
+            bar[name] = np.histogram(lengths, edges)[0].tolist()
+        bars.append(bar)
+    return {"longest": longest, "bars": bars}
 
 
 # ---- a run of training ---------------------------------------------------------------------------
 def of_run(out: Path) -> str:
     """The page of a folder of `sft.py` or `grpo.py`, which may be at work."""
-    rows = [row for _, row in whole_rows(out / "metrics.jsonl", {"step": int})]
+    rows = [parsed(line, where) for where, line in whole_lines(out / "metrics.jsonl")]
     path = out / "rollouts.jsonl"
-    starts = starts_of_lines(path) if path.exists() else []
+    groups = []
+    in_all = 0
+    if path.exists():
+        stride = stride_for(path.stat().st_size / 2)  # half of it are ids and log-probabilities
+        for in_all, (where, line) in enumerate(whole_lines(path), 1):
+            if in_all % stride == 0:
+                groups.append(rolled_group(parsed(line, where)))
     origin = origin_of(out)
-    return page(
-        title=f"SkillFactory: {origin['command'].partition('.py')[0]}",
-        head={**origin, "arms": [], "curves": curves_of(rows)},
-        groups=[partial(rolled_group, path, line, start) for line, start in enumerate(starts, 1)],
-        plain="The curves and the rollouts of this page need JavaScript.",
-    )
+    title = f"SkillFactory: {origin['command'].partition('.py')[0]}"
+    head = {**origin, "title": title, "arms": [], "curves": curves_of(rows), "groups_in_all": in_all}
+    return page(head, groups, plain="The curves and the rollouts of this page need JavaScript.")
 
 
-GROUP = {"step": int, "task": str, "id": str, "question": str, "reference": str, "rollouts": list}
-ROLLOUT = {
-    "response": str, "answer": str | None, "correct": bool, "reason": str, "reward": float | int,
-    "advantage": float | int, "finish": str, "tokens": int, "attempts": list, "verdicts": list,
-}
-
-
-def rolled_group(path: Path, line: int, start: int) -> dict:
-    """A question of a step with its rollouts, from the line that begins at byte `start`."""
-    where = f"{path}:{line}"
-    with open(path, "rb") as f:
-        f.seek(start)
-        row = parsed(f.readline(), where)
-    check_row(row, GROUP, where)
+def rolled_group(row: dict) -> dict:
+    """A question of a step with its rollouts, of a line of rollouts.jsonl."""
     traces = []
     for i, rollout in enumerate(row["rollouts"]):
-        check_row(rollout, ROLLOUT, where)
         traces.append(trace_of(rollout, index=i, reward=rollout["reward"], advantage=rollout["advantage"]))
-    return {**{name: row[name] for name in GROUP if name != "rollouts"}, "traces": traces}
+    return {**{name: row[name] for name in ("step", "task", "id", "question", "reference")}, "traces": traces}
 
 
 MOST_POINTS = 2000  # of a curve
@@ -290,37 +251,29 @@ def curves_of(rows: list[dict]) -> list[dict]:
     return curves
 
 
-# ---- files that may be growing -------------------------------------------------------------------
-def starts_of_lines(path: Path) -> list[int]:
-    """Where the whole lines of a file begin; the last one may still be written."""
-    starts = [0]
-    with open(path, "rb") as f:
-        for line in f:
-            if line.endswith(b"\n"):
-                starts.append(starts[-1] + len(line))
-    return starts[:-1]
-
-
-def whole_rows(path: Path, types: dict) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) of the whole lines of a file."""
+# ---- the folder ----------------------------------------------------------------------------------
+def whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """("file:line", line) of a file whose last line may still be written."""
     with open(path, "rb") as f:
         for i, line in enumerate(f, 1):
             if line.endswith(b"\n"):
-                row = parsed(line, f"{path}:{i}")
-                check_row(row, types, f"{path}:{i}")
-                yield f"{path}:{i}", row
+                yield f"{path}:{i}", line
 
 
 def origin_of(out: Path) -> dict:
     """How a folder was made, by its run.json."""
     record = read_json(out / "run.json")
-    check_row(record, {"command": list, "flags": dict}, out / "run.json")
-    return {"command": " ".join(map(str, record["command"])), "settings": record["flags"]}
+    return {"command": " ".join(record["command"]), "settings": record["flags"]}
+
+
+def stride_for(size: float) -> int:
+    """Every how many-th question a page shows, if all would take `size` bytes."""
+    return math.ceil(max(1, size) / (1e6 * MEGABYTES))
 
 
 # ---- the page ------------------------------------------------------------------------------------
-def page(title: str, head: dict, groups: list[Callable[[], dict]], plain: str) -> str:
-    """The page: `head`, and as many of the groups as fit, from all over them, each made when it is wanted.
+def page(head: dict, groups: list[dict], plain: str) -> str:
+    """The page of some groups and what `head` says of all of them.
 
     All data is one block of JSON that no text in it can end (`to_data`). The policy lets the browser
     run this script, apply this style sheet, and load nothing. `plain` is shown where no script may run.
@@ -328,26 +281,17 @@ def page(title: str, head: dict, groups: list[Callable[[], dict]], plain: str) -
     here = Path(__file__).resolve().parent
     script = (here / "report.js").read_text(encoding="utf-8")
     style = (here / "report.css").read_text(encoding="utf-8")
-    shown = {}  # the JSON of a group, by its place
-    size = 0
-    for place in spread(len(groups)):
-        text = to_data(groups[place]())
-        size += len(text)
-        if shown and size > 1e6 * MEGABYTES:
-            break
-        shown[place] = text
     settings = {name: json.dumps(value, ensure_ascii=False) for name, value in head["settings"].items()}
-    head = {"title": title, **head, "settings": settings, "groups_in_all": len(groups)}
-    in_order = ",\n".join(shown[place] for place in sorted(shown))
-    data = f'{to_data(head)[:-1]},"groups":[\n{in_order}]}}'
+    data = to_data({**head, "settings": settings, "groups": groups})
     policy = f"default-src 'none'; script-src '{hash_of(script)}'; style-src '{hash_of(style)}'"
+    title = html.escape(head["title"])
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
+<title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
@@ -357,19 +301,6 @@ def page(title: str, head: dict, groups: list[Callable[[], dict]], plain: str) -
 </body>
 </html>
 """
-
-
-def spread(n: int) -> list[int]:
-    """0..n-1 in an order of which every beginning is spread evenly: the last, the first, and in between.
-
-    spread(5)  ->  [4, 0, 2, 1, 3]
-    """
-    order = [n - 1] * (n > 0)
-    stride = 2 ** n.bit_length()
-    while stride:
-        order += range(0, n, stride)
-        stride //= 2
-    return list(dict.fromkeys(order))
 
 
 def to_data(value) -> str:
@@ -393,13 +324,26 @@ def hash_of(text: str) -> str:
 
 # ---- the command ---------------------------------------------------------------------------------
 def renew(out: Path) -> None:
-    """Make the page of a folder anew, whatever made the folder."""
-    if (out / "results.jsonl").is_file():
-        text = of_evaluation(out, *read_evaluation(out))
+    """Make the page of a folder anew. It is no part of a run: what goes wrong with it is only said."""
+    try:
+        make(out)
+    except Exception as e:
+        say(f"{out}/report.html is not renewed: {e}")
+
+
+def make(out: Path) -> None:
+    """Make the page of a folder, whatever made the folder."""
+    if (out / "summary.json").is_file():
+        cells = parsed((out / "summary.json").read_bytes(), out / "summary.json")
+        for cell in cells:
+            cell["pass"] = {int(k): share for k, share in cell["pass"].items()}
+        rows = [parsed(line, where) for where, line in whole_lines(out / "results.jsonl")]
+        done = {(cell["model"], cell["task"]) for cell in cells}
+        text = of_evaluation(out, cells, [row for row in rows if (row["model"], row["task"]) in done])
     elif (out / "metrics.jsonl").is_file():
         text = of_run(out)
     else:
-        raise UserError(f"{out}: nothing to show yet, neither metrics.jsonl nor results.jsonl")
+        raise UserError(f"{out}: nothing to show yet, neither metrics.jsonl nor summary.json")
     write_whole(out / "report.html", text)
 
 
@@ -409,7 +353,7 @@ def main():
     out = Path(p.parse_args().folder)
     if not (out / "run.json").is_file():
         raise UserError(f"{out}: not a folder of evaluate.py, sft.py or grpo.py (it has no run.json)")
-    renew(out)
+    make(out)
     say(f"wrote {out / 'report.html'}")
 
 

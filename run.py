@@ -29,6 +29,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+import report
 from cli import Stopped, UserError, handlers, say
 from files import appearing, check_row, parsed, read_json, read_rows_so_far, to_json, write_whole
 from processes import barrier, rank, total
@@ -164,16 +165,8 @@ class Run:
                 self._copy_model(self.saved)
             self._link_best()
             self._remove_old()
-            self._renew_page()
-        barrier()
-
-    def _renew_page(self) -> None:
-        """report.html, to watch the run. It is no part of the run: what goes wrong with it is only said."""
-        import report  # here, so that it is a leaf: it can be deleted with these lines
-        try:
             report.renew(self.out)
-        except Exception as e:
-            say(f"{self.out}/report.html is not renewed: {e}")
+        barrier()
 
     def _model_of(self, step: int) -> Path:
         return self.out / "checkpoints" / f"step-{step:06d}"

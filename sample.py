@@ -53,13 +53,12 @@ from tokenizer import Tokenizer
 class Params:
     """How tokens are chosen.
 
-    The cuts come in vLLM's order: repetition penalty, temperature, min-p, top-k, top-p.
+    The cuts come in vLLM's order: repetition penalty, temperature, top-k, top-p.
     """
     max_new_tokens: int = 512
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0
-    min_p: float = 0.0
     repetition_penalty: float = 1.0  # of tokens in the prompt or the output so far (Keskar et al. 2019)
 
 
@@ -343,7 +342,6 @@ class Sampler:
             temperature=p.temperature,
             top_k=p.top_k,
             top_p=p.top_p,
-            min_p=p.min_p,
             penalty=p.repetition_penalty,
             seen=state.seen[:B] if p.repetition_penalty != 1 else None,
         )
@@ -421,7 +419,7 @@ def choice_of(args, model: Transformer) -> Params:
         if getattr(args, name) is None:
             setattr(args, name, miniature if model.is_miniature else paper)
     return Params(
-        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.repetition_penalty)
 
 
 def arguments():
@@ -450,8 +448,6 @@ def arguments():
                    help="keep the likeliest tokens up to this mass; " + if_not_given("top_p"))
     g.add_argument("--top-k", type=natural,
                    help="keep this many of the likeliest tokens; 0 keeps all; " + if_not_given("top_k"))
-    g.add_argument("--min-p", type=number(float, 0, 1), default=0.0,
-                   help="drop tokens less likely than this fraction of the likeliest")
     g.add_argument("--repetition-penalty", type=number(float, 0, open_low=True),
                    help="divides the positive logits of tokens already seen; "
                         + if_not_given("repetition_penalty"))

@@ -11,30 +11,18 @@ from itertools import pairwise
 import numpy as np
 
 from cli import UserError
-from files import check_row
 
 Interval = tuple[float, float]
 
 
 # ---- the rows ------------------------------------------------------------------------------------
-# Those of results.jsonl, as `evaluate.py` makes them, in a file that may have been damaged since.
-FORCED = {"response": str, "tokens": int, "finish": str, "correct": bool}
+# Those of results.jsonl, as `evaluate.py` makes them.
 ROW = {
-    **FORCED, "model": str, "task": str, "id": str, "index": int, "question": str, "answer": str | None,
-    "reason": str, "reference": str | None, "lenient": bool, "wrong_form": bool, "answers": int,
-    "reflections": int, "attempts": list, "verdicts": list,
+    "model": str, "task": str, "id": str, "index": int, "question": str, "reference": str | None,
+    "response": str, "tokens": int, "finish": str, "answer": str | None, "correct": bool, "reason": str,
+    "lenient": bool, "wrong_form": bool, "answers": int, "reflections": int, "attempts": list,
+    "verdicts": list,
 }
-
-
-def check_result(row: dict, where: str, forced: bool) -> None:
-    """Raises UserError for a row that cannot be summed up."""
-    flags = [*row["attempts"], *(said for pair in row["verdicts"] if isinstance(pair, list) for said in pair)]
-    pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in row["verdicts"])
-    if not pairs or not row["attempts"] or not all(isinstance(flag, bool) for flag in flags):
-        raise UserError(f"{where}: attempts or verdicts are not what they can be")
-    if forced or "forced" in row:
-        check_row(row, {"forced": dict}, where)
-        check_row(row["forced"], FORCED, where)
 
 
 # ---- intervals -----------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from cli import UserError
 from files import appearing, write_whole
-from processes import all_or_none, rank, world
 
 
 # ---- reading and checking ----------------------------------------------------------------------------
@@ -31,14 +30,13 @@ def open_tensors(path: Path) -> Iterator:
 
 
 def check_finite_files(files: list[Path]) -> None:
-    """Raises UserError for a number that is not finite. All processes must call it; each reads some files."""
-    with all_or_none():
-        for path in files[rank()::world()]:
-            with open_tensors(path) as f:
-                for name in f.keys():  # noqa: SIM118 (a safetensors file is not a dict)
-                    w = f.get_tensor(name)
-                    if w.is_floating_point() and not w.isfinite().all():
-                        raise UserError(f"{path}: {name} holds numbers that are not finite")
+    """Raises UserError for a number that is not finite."""
+    for path in files:
+        with open_tensors(path) as f:
+            for name in f.keys():  # noqa: SIM118 (a safetensors file is not a dict)
+                w = f.get_tensor(name)
+                if w.is_floating_point() and not w.isfinite().all():
+                    raise UserError(f"{path}: {name} holds numbers that are not finite")
 
 
 # ---- writing -----------------------------------------------------------------------------------------

@@ -87,7 +87,6 @@ def next_tokens(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    min_p: float = 0.0,
     penalty: float = 1.0,
     seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -95,7 +94,7 @@ def next_tokens(
 
     logits (B, V) float32, may be overwritten; u (B,) in [0, 1). The cuts come in the order of vLLM:
     repetition penalty on the tokens marked in `seen` (B, V) bool (the choice is then marked too),
-    temperature, min-p, top-k, top-p, each on what the one before has left; tokens of equal probability stay
+    temperature, top-k, top-p, each on what the one before has left; tokens of equal probability stay
     or go together. Temperature 0 takes the largest logit. Returns tokens (B,) int64 and their
     log-probabilities (B,) under softmax(logits / temperature) *before* penalty and cuts: the number a trainer
     recomputes (for temperature 0, at temperature 1).
@@ -108,7 +107,7 @@ def next_tokens(
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)  # (B, 1)
     else:
-        tokens = _invert(_cut(p, top_k, top_p, min_p), u)
+        tokens = _invert(_cut(p, top_k, top_p), u)
     if seen is None:
         return tokens[:, 0], p.gather(1, tokens).log()[:, 0]
     seen.scatter_(1, tokens, True)
@@ -122,11 +121,9 @@ def _cooled(logits, temperature):
     return logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
 
 
-def _cut(p, top_k, top_p, min_p):
+def _cut(p, top_k, top_p):
     """The probabilities p (B, V), those that do not survive the cuts set to 0."""
     V = p.shape[1]
-    if min_p:  # in relation to the likeliest
-        p = torch.where(p >= min_p * p.amax(-1, keepdim=True), p, 0)
     if 0 < top_k < V:
         p = torch.where(p >= p.topk(top_k).values[:, -1:], p, 0)
     if top_p < 1:

@@ -4,7 +4,8 @@ import torch
 from conftest import tiny
 
 import cache
-from cache import Graphs, KVCache, Move, bucket, host_memory, in_batches, slot_capacity, slot_count
+from cache import Graphs, KVCache, Move, bucket, host_memory, slot_capacity, slot_count
+from processes import in_batches
 
 
 @pytest.mark.parametrize("needed, current, growing, want", [
@@ -38,8 +39,9 @@ def test_slot_count(waiting, current, wanted, fitting, want):
 
 
 def test_batches_are_of_similar_length_and_bounded():
-    assert list(in_batches([5, 1, 4, 2, 30], int, most=8)) == [[1, 2], [4], [5], [30]]
-    assert list(in_batches([3, 3, 3], int, most=9)) == [[3, 3, 3]] and not list(in_batches([], int))
+    assert in_batches([5, 1, 4, 2, 30], int, most=8, padded=True) == [[1, 2], [4], [5], [30]]
+    assert in_batches([5, 1, 4, 2, 30], int, most=8) == [[1, 2, 4], [5], [30]]
+    assert in_batches([3, 3, 3], int, most=9, padded=True) == [[3, 3, 3]] and in_batches([], int, 9) == []
 
 
 def test_slots_are_copied_whatever_their_lengths():
@@ -77,10 +79,9 @@ MIB = 2**20
 MACHINE = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8192 kB\n"}  # 8 MiB are free
 
 
-def group(version, limit, used, cache=0):
-    names = {2: ("max", "current", ""), 1: ("limit_in_bytes", "usage_in_bytes", "total_")}[version]
-    return {f"memory.{names[0]}": str(limit), f"memory.{names[1]}": str(used),
-            "memory.stat": f"anon 1\n{names[2]}inactive_file {cache}\nactive_file 7\n"}
+def group(limit, used, cache=0):
+    return {"memory.max": str(limit), "memory.current": str(used),
+            "memory.stat": f"anon 1\ninactive_file {cache}\nactive_file 7\n"}
 
 
 def under(folder, files):
@@ -89,15 +90,14 @@ def under(folder, files):
 
 @pytest.mark.parametrize("files, want", [
     ({}, 8 * MIB),
-    ({"proc/self/cgroup": "0::/job", **under("sys/fs/cgroup/job", group(2, "max", MIB))}, 8 * MIB),
-    ({"proc/self/cgroup": "0::/job", **under("sys/fs/cgroup/job", group(2, 5 * MIB, 3 * MIB))}, 2 * MIB),
-    ({"proc/self/cgroup": "0::/a/job", **under("sys/fs/cgroup/a", group(2, 5 * MIB, 3 * MIB, MIB)),
-      **under("sys/fs/cgroup/a/job", group(2, "max", 1))}, 3 * MIB),  # its parent's; files in memory make way
-    ({"proc/self/cgroup": "0::/../host/path", **under("sys/fs/cgroup", group(2, 4 * MIB, 3 * MIB))}, MIB),
-    ({"proc/self/cgroup": "4:cpu,memory:/docker/1\n1:cpu:/",
-      **under("sys/fs/cgroup/memory/docker/1", group(1, 6 * MIB, 2 * MIB))}, 4 * MIB),
-    ({"proc/self/cgroup": "4:memory:/", **under("sys/fs/cgroup/memory", group(1, MIB, 2 * MIB))}, 0),
-], ids=["none", "no limit", "limit", "parent", "container", "version 1", "over"])
+    ({"proc/self/cgroup": "0::/job", **under("sys/fs/cgroup/job", group("max", MIB))}, 8 * MIB),
+    ({"proc/self/cgroup": "0::/job", **under("sys/fs/cgroup/job", group(5 * MIB, 3 * MIB))}, 2 * MIB),
+    ({"proc/self/cgroup": "0::/a/job", **under("sys/fs/cgroup/a", group(5 * MIB, 3 * MIB, MIB)),
+      **under("sys/fs/cgroup/a/job", group("max", 1))}, 3 * MIB),  # its parent's; files in memory make way
+    ({"proc/self/cgroup": "0::/../host/path", **under("sys/fs/cgroup", group(4 * MIB, 3 * MIB))}, MIB),
+    ({"proc/self/cgroup": "0::/", **under("sys/fs/cgroup", group(MIB, 2 * MIB))}, 0),
+    ({"proc/self/cgroup": "4:memory:/\n0::/job", **under("sys/fs/cgroup/job", group(5 * MIB, MIB))}, 4 * MIB),
+], ids=["none", "no limit", "limit", "parent", "container", "over", "hybrid"])
 def test_the_least_memory_counts(tmp_path, files, want):
     for name, content in {**MACHINE, **files}.items():
         path = tmp_path / name
@@ -111,7 +111,3 @@ def test_processes_of_a_host_share_its_memory(monkeypatch):
     monkeypatch.setattr(cache, "host_memory", lambda: 900)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert cache.free_memory(device) == 300
-    monkeypatch.setattr(cache.resource, "getrlimit", lambda _: (10**18, 10**18))
-    assert cache.free_memory(device) == 300
-    monkeypatch.setattr(cache.resource, "getrlimit", lambda _: (4096, 4096))  # long passed
-    assert cache.free_memory(device) == 0

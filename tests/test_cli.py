@@ -122,8 +122,6 @@ def test_rows_as_people_have_them(tmp_path, name, content, places):
     ("a.json", b"[]", "holds no rows"),
     ("a.json", b"[1]", "a.json: item 1: expected an object"),
     ("a.json", b'[{"a": 1},', "a.json: not valid JSON"),
-    ("a.jsonl", b'{"prompt": "x", "completion": "y"}',
-     "this is a row of TRL's prompt and completion; make it ours"),
 ])
 def test_other_shapes_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)

@@ -146,7 +146,7 @@ def test_rows_that_cannot_be_converted(cmd, row, message):
 
 
 def test_from_a_published_chat_to_a_trained_model(cmd):
-    """The line that refuses the file holds the command that makes it trainable."""
+    """The line that refuses the file names the command that makes it trainable."""
     rows = [{"conversations": [{"from": "human", "value": f"What is {i} * 2?"},
                                {"from": "gpt", "value": str(2 * i)}]}
             for i in range(8)]
@@ -154,9 +154,8 @@ def test_from_a_published_chat_to_a_trained_model(cmd):
         json.dump(rows, f)
     flags = ("--model", MINI, "--device", "cpu", "--epochs", "1")
     _, _, err = cmd(sft, *flags, "--data", "share.json")
-    command = err[err.index("python convert.py"):].split()
-    assert command[2:] == ["share.json", "--out", "chat.jsonl"]
-    assert cmd(convert, *command[2:])[0] == 0
+    assert "python convert.py FILE makes published data ours" in err
+    assert cmd(convert, "share.json", "--out", "chat.jsonl")[0] == 0
     assert cmd(sft, *flags, "--data", "chat.jsonl")[0] == 0
 
 
@@ -168,7 +167,7 @@ def test_from_published_gsm8k_to_a_right_answer(cmd):
     flags = ("--models", MINI, "--device", "cpu", "--split", "all", "--max-new-tokens", "2")
     for task in ("file:raw.jsonl.gz", "file:raw.jsonl.gz:integer"):
         _, _, err = cmd(evaluate, *flags, "--tasks", task)
-        assert "raw.jsonl.gz:1: this is GSM8K as it is published; make it ours: python convert.py" in err
+        assert "has GSM8K's #### in it; python convert.py FILE makes it ours" in err
     assert cmd(convert, "raw.jsonl.gz", "--out", "questions.jsonl")[0] == 0
     task = tasks.find("file:questions.jsonl:integer")
     for p in task.problems("all", 0):

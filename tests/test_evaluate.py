@@ -12,7 +12,7 @@ import tasks
 from cli import UserError
 from evaluate import forced_prompt, named_model
 from sample import Completion
-from summary import all_figures, checked_by_number, f1, interval, paired, paper_rows, pass_at, student, wilson
+from summary import all_figures, checked_by_number, f1, interval, paired, pass_at, student, wilson
 from tokenizer import Tokenizer
 
 
@@ -335,10 +335,3 @@ def test_names_of_models():
     assert named_model("out/lr=1e-3") == ("lr=1e-3", "out/lr=1e-3")
     assert named_model("./a=b") == ("a=b", "./a=b")
     assert named_model("a=out/lr=1") == ("a", "out/lr=1")
-
-
-def test_paper_figures_are_printed_for_its_tasks():
-    rows = paper_rows(["countdown-4", "gsm8k", "mine"], heading="paper")
-    assert len(rows) == 5
-    assert rows[-1] == {"paper": "SkillFactory then GRPO", "countdown-4": "42.1", "gsm8k": "68.2"}
-    assert paper_rows(["mine"], heading="paper") == []

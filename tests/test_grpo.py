@@ -13,7 +13,9 @@ from torch import tensor
 
 import grpo
 import tasks
+import train
 from checkpoint import load
+from diagnostics import Statistics, Tokens, warnings_of
 from grpo import Group, advantages, policy_loss, response_logprobs, token_weight
 from sample import Completion
 from train import Optimizer
@@ -43,8 +45,8 @@ def completions(lengths=(4, 9, 1, 6), seed=0):
     return out
 
 
-def group_of(responses, advantage, place=0):
-    return Group(place, None, None, PROMPT, responses, advantages=advantage)
+def group_of(responses, advantage, number=0):
+    return Group(number, None, None, PROMPT, responses, advantages=advantage)
 
 
 # ---- the objective -------------------------------------------------------------------------------
@@ -69,10 +71,13 @@ def test_advantages():
 def test_clip_quadrants(ratio, advantage, moves):
     """Rule 11: a token stops only where its ratio has left the range in the direction of its advantage."""
     logp = tensor([math.log(ratio)], requires_grad=True)
-    loss, stats = policy_loss(logp, torch.zeros(1), tensor([advantage]), torch.ones(1))
+    loss, _ = policy_loss(logp, torch.zeros(1), tensor([advantage]), torch.ones(1))
     loss.backward()
     assert logp.grad.item() == pytest.approx(-ratio * advantage if moves else 0.0)
-    assert stats["clip_fraction"] == (not moves)
+    counted = Statistics()
+    counted.add(Tokens(logp, torch.zeros(1), torch.zeros(1), tensor([advantage]), torch.ones(1), None),
+                loss, 0.2, 0.2)
+    assert counted.over_all_processes()["clip_fraction"] == (not moves)
 
 
 def test_clip_low_and_high_are_two_numbers():
@@ -86,9 +91,9 @@ def test_clip_low_and_high_are_two_numbers():
 def test_kl_term_is_k3():
     logp, reference = tensor([-1.0, -2.0], requires_grad=True), tensor([-1.5, -1.0])
     weight = tensor([0.5, 0.5])
-    loss, stats = policy_loss(logp, logp.detach(), torch.zeros(2), weight, reference=reference, kl=0.1)
+    _, loss = policy_loss(logp, logp.detach(), torch.zeros(2), weight, reference=reference, kl=0.1)
     k3 = sum(math.exp(gap) - gap - 1 for gap in (-1.5 - -1.0, -1.0 - -2.0))
-    assert loss.item() == pytest.approx(0.1 * k3 / 2) and stats["reference_kl"] == pytest.approx(k3)
+    assert loss.item() == pytest.approx(0.1 * k3 / 2)
 
 
 @pytest.mark.parametrize("loss, shares", [
@@ -175,51 +180,48 @@ def close(a, b, atol=1e-5):
 def test_micro_batches_do_not_change_the_gradient():
     """Rule 9 for GRPO."""
     groups = [group_of(completions(), [1.0, -0.5, 0.5, -1.0]),
-              group_of(completions((3, 2), seed=4), [0.7, -0.7], place=1)]
+              group_of(completions((3, 2), seed=4), [0.7, -0.7], number=1)]
     whole, _ = gradient(*groups)
     for budget in (1, 12, 20, 30):
         assert close(gradient(*groups, micro_batch_tokens=budget)[0], whole)
 
 
-def test_small_groups_are_run_together(monkeypatch):
-    """A micro-batch of one small group leaves a GPU to wait for the host's launches."""
+def test_a_groups_prompt_runs_once(monkeypatch):
+    """Whatever the lengths of its responses, and with others beside it, as far as a micro-batch goes."""
     ran = []
     real = grpo.response_logprobs
-    monkeypatch.setattr(grpo, "response_logprobs", lambda model, asked, t: ran.append(len(asked)) or real(
-        model, asked, t))
-    groups = [group_of(completions((3, 2)), [0.7, -0.7], place) for place in range(6)]
-    gradient(*groups, micro_batch_tokens=35)  # a group's responses and prompt have 11 tokens with padding
-    assert ran == [3, 3]
+
+    def response_logprobs(model, asked, temperature):
+        ran.append([(len(prompt), [len(r) for r in responses]) for prompt, responses in asked])
+        return real(model, asked, temperature)
+    monkeypatch.setattr(grpo, "response_logprobs", response_logprobs)
+    groups = [group_of(completions((2, 30)), [0.7, -0.7], number) for number in range(4)]
+    gradient(*groups, micro_batch_tokens=80)  # a group has 5 + 32 tokens
+    assert ran == [[(5, [2, 30])] * 2] * 2
+    ran.clear()
+    gradient(groups[0], micro_batch_tokens=20)  # larger than a micro-batch
+    assert ran == [[(5, [2])], [(5, [30])]]
 
 
-def test_micro_batches_hold_what_is_fed():
-    """Parts of many groups, each with a prompt of 2,000 tokens and one odd response, once had 64,128."""
-    groups = [Group(place, None, None, [5] * 2000, completions([5, *[400] * 15]), advantages=[1.0] * 16)
-              for place in range(8)]
-    args = SimpleNamespace(**{**vars(ARGS), "micro_batch_tokens": 8192})
-    batches = grpo.together(grpo.parts_to_train(groups, args, keep_all=False), 8192)
-    assert sum(len(part.responses) for parts in batches for part in parts) == 8 * 16
-    for parts in batches:
-        fed = sum(2000 + len(p.responses) * max(len(r.completion.tokens) for r in p.responses) for p in parts)
-        assert fed <= 8192 or len(parts) == 1
-
-
-def test_who_has_nothing_to_do_adds_nothing(monkeypatch):
-    """Where only others have a response a process runs one that weighs nothing: once it was counted."""
+def test_empty_passes_add_nothing(monkeypatch):
+    """A process with less to do runs them for the others, whose sharded weights come only if all run."""
     groups = [group_of(completions(), [1.0, -0.5, 0.5, -1.0])]
-    optimizer = SimpleNamespace(step=lambda lr: 0.0)
     reference, _ = tiny(seed=1)
-    alone = grpo.update(tiny()[0], reference, optimizer, groups, ARGS, lr=0.1)[1]
-    real = grpo.evenly
-    monkeypatch.setattr(grpo, "evenly", lambda parts, device: real(parts, device) + [None])
-    assert grpo.update(tiny()[0], reference, optimizer, groups, ARGS, lr=0.1)[1] == alone
-    assert alone["reference_tokens"] == sum(len(c.tokens) for c in groups[0].completions)
+
+    def update():
+        model, _ = tiny()
+        figures = grpo.update(model, reference, SimpleNamespace(step=lambda lr: 0.0), groups, ARGS, lr=0.1)
+        return figures, [w.grad for w in model.parameters()]
+    alone, grads = update()
+    monkeypatch.setattr(train, "largest", lambda passes: passes + 2)
+    others, more_grads = update()
+    assert others == alone and all(torch.equal(a, b) for a, b in zip(grads, more_grads, strict=True))
 
 
 def test_equal_rewards_give_no_gradient_and_count_in_the_divisor():
     """Rule 12: alone, such a group makes no step at all; beside another it halves that one's weight."""
     responses = completions((5, 5))
-    flat = group_of(completions((5, 5), seed=9), [0.0, 0.0], place=1)
+    flat = group_of(completions((5, 5), seed=9), [0.0, 0.0], number=1)
     mixed = group_of(responses, [1.0, -1.0])
     assert gradient(flat) == (None, None)
     assert close(2 * gradient(mixed, flat)[0], gradient(mixed)[0])
@@ -267,9 +269,9 @@ def test_a_run_leaves_what_is_promised(cmd):
     assert status == 0, err
     out = Path("out/grpo")
     assert {path.name for path in out.iterdir()} >= FILES
-    before, first, second = read_rows(out / "metrics.jsonl")
-    assert before.keys() == {"step", "val"} and before["step"] == 0
-    assert "val" not in first and 0 <= second["val"] <= 1
+    rows = read_rows(out / "metrics.jsonl")
+    assert [(row["step"], "val" in row) for row in rows] == [(0, True), (1, False), (2, False), (2, True)]
+    assert rows[0].keys() == {"step", "val"} and 0 <= rows[-1]["val"] <= 1
     record = json.loads((out / "run.json").read_text())
     assert record["flags"]["clip_low"] == 0.2 and "torch" in record["versions"]
     logged = read_rows(out / "rollouts.jsonl")
@@ -330,7 +332,7 @@ def test_a_run_stopped_before_its_first_checkpoint_logs_nothing_twice(cmd):
     shutil.rmtree("out/grpo/state")  # as after a kill before the first checkpoint
     cmd(grpo, *FLAGS, "--steps", "2", "--save-every", "0", "--eval-every", "2", "--eval-questions", "4",
         "--resume")
-    assert [row["step"] for row in read_rows("out/grpo/metrics.jsonl")] == [0, 1, 2]
+    assert [row["step"] for row in read_rows("out/grpo/metrics.jsonl")] == [0, 1, 2, 2]
 
 
 def test_figures_mean_the_same_with_a_reference():
@@ -338,7 +340,7 @@ def test_figures_mean_the_same_with_a_reference():
     model, _ = tiny(seed=5)
     reference, _ = tiny(seed=5)
     groups = [group_of(completions(), [1.0, 0.0, 0.0, -1.0]),
-              group_of(completions(seed=3), [0.0] * 4, place=1)]
+              group_of(completions(seed=3), [0.0] * 4, number=1)]
 
     def sums(reference, kl):
         args = SimpleNamespace(**{**vars(ARGS), "kl": kl})
@@ -392,15 +394,15 @@ def test_goes_on_from_what_is_there(cmd):
 def test_warnings():
     bad = {"truncated": 0.95, "groups_with_signal": 0.0, "sampler_trainer_mean": 0.2}
     good = {"truncated": 0.1, "groups_with_signal": 0.5, "sampler_trainer_mean": 1e-6}
-    assert len(grpo.warnings_of(bad)) == 3 and not grpo.warnings_of(good)
+    assert len(warnings_of(bad)) == 3 and not warnings_of(good)
 
 
 def test_a_collapsed_reward_is_warned_of():
     """The last five steps against the best five in a row."""
     good = {"truncated": 0.1, "groups_with_signal": 0.5, "sampler_trainer_mean": 1e-6}
     fine = [0.2, 0.3, 0.5, 0.4, 0.5, 0.5, 0.3, 0.3, 0.2, 0.3, 0.3]
-    assert not grpo.warnings_of(good, rewards=fine) and not grpo.warnings_of(good, rewards=[1.0, 0, 0, 0])
-    fallen = grpo.warnings_of(good, rewards=[*fine, 0.1, 0.1, 0.0, 0.2, 0.0])
+    assert not warnings_of(good, rewards=fine) and not warnings_of(good, rewards=[1.0, 0, 0, 0])
+    fallen = warnings_of(good, rewards=[*fine, 0.1, 0.1, 0.0, 0.2, 0.0])
     assert fallen.keys() == {"collapsed"} and "fallen from 0.440 to 0.080" in fallen["collapsed"]
 
 
@@ -419,5 +421,5 @@ def test_a_budget_that_the_context_cuts_is_said_once(cmd, folder):
     assert out.count("the context of 256 tokens leaves 16 of 16 prompts less than --max-new-tokens 1000") == 1
     assert "raise --max-new-tokens" not in out
     row = {"truncated": 1.0, "groups_with_signal": 1, "sampler_trainer_mean": None}
-    warning = grpo.warnings_of(row, context_cuts=True)["truncated"]
+    warning = warnings_of(row, context_cuts=True)["truncated"]
     assert "cut off at the end of the model's context; only a model with a longer one helps" in warning

@@ -1,6 +1,5 @@
 """The miniature's base has never seen what SkillFactory teaches: no document retries or chains anything."""
 import importlib.util
-import json
 import re
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from conftest import MINI, ROOT
 import tasks
 from checkpoint import load
 from grading import TRACE_TAGS
+from rearrange import PHRASES
 
 spec = importlib.util.spec_from_file_location("pretrain", ROOT / "mini" / "pretrain.py")
 pretrain = importlib.util.module_from_spec(spec)
@@ -107,7 +107,7 @@ def test_a_breach_is_found(text, found):
     assert breach(text) == found
 
 
-GLUE = [text for texts in json.loads((ROOT / "phrases.json").read_text()).values() for text in texts]
+GLUE = [text for texts in PHRASES.values() for text in texts]
 
 
 def test_no_document_holds_what_the_method_teaches():

@@ -65,7 +65,7 @@ def test_sampling_in_two_processes_writes_the_rows_of_one():
 
 def test_parts_of_another_run_are_not_taken(cmd):
     Path("samples.jsonl.rank1").write_text("{}\n")
-    refused(cmd, sample, SAMPLE, "samples.jsonl.rank1 is left over from another run; remove it")
+    refused(cmd, sample, SAMPLE, "--out samples.jsonl exists and holds no run")
 
 
 def test_evaluating_in_two_processes_writes_the_rows_of_one():

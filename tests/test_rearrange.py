@@ -10,7 +10,7 @@ from conftest import read_rows, refused, write_jsonl
 
 import rearrange
 import tasks
-from rearrange import RECIPES, Pair, build, paper, read_phrases
+from rearrange import RECIPES, Pair, build, paper
 
 
 def reflection(text, said, finish="stop"):
@@ -112,7 +112,7 @@ def test_same_bytes_whatever_the_order_of_rows(cmd):
 
 
 # ---- the format ----------------------------------------------------------------------------------
-def test_format_to_the_byte():
+def test_format_to_the_byte(monkeypatch):
     """With one phrase of each kind, so that nothing is drawn."""
     phrases = {
         "correct": ["Fine, but check."],
@@ -124,7 +124,8 @@ def test_format_to_the_byte():
         Pair("A <answer>7</answer>", "B <verdict>Incorrect</verdict>", "7", False, "plan", 0),
         Pair("C <answer>6</answer>", "D <verdict>Correct</verdict>", "6", True, "plain", 1),
     ]
-    parts = build(trace, RECIPES["paper"], phrases, random.Random(0))
+    monkeypatch.setattr(rearrange, "PHRASES", phrases)
+    parts = build(trace, RECIPES["paper"], random.Random(0))
     assert "".join(text for _, text in parts) == """<think>
 <sample>
 A <answer>7</answer>
@@ -149,7 +150,7 @@ So:
 
 
 def test_glue_fits_what_it_follows(cmd):
-    phrases = read_phrases(Path(rearrange.__file__).parent / "phrases.json")
+    phrases = rearrange.PHRASES
     for kind in ("correct", "incorrect", "neutral"):
         assert len(phrases[kind]) == len(set(phrases[kind])) >= 12
     made, _ = silver(cmd, sample_rows(questions=30))
@@ -287,12 +288,10 @@ def test_bad_files(cmd, tmp_path, content, message):
     refused(cmd, rearrange, (), message)
 
 
-def test_bad_input(cmd, tmp_path):
+def test_bad_input(cmd):
     refused(cmd, rearrange, (), "rearrange.py: samples.jsonl: no such file")
     write_jsonl("samples.jsonl", [{**row, "correct": False} for row in sample_rows()])
     refused(cmd, rearrange, (), "none of the 168 sampled attempts is correct; sample more")
     write_jsonl("samples.jsonl", sample_rows())
-    (tmp_path / "p.json").write_text('{"correct": []}')
-    refused(cmd, rearrange, ("--phrases", "p.json"), "'correct' must be a list of phrases")
     cmd(rearrange)
     refused(cmd, rearrange, (), "--out silver.jsonl exists")

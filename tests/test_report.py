@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import re
-import shutil
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +17,9 @@ import grpo
 import report
 import sft
 import tasks
-from report import parts_of, spread
+from report import parts_of
 from cli import CONTROL, printable
 from summary import summarise
-from tokenizer import Tokenizer
 
 HOSTILE = ("</script><script>alert(1)</script><img src=x onerror=alert(1)> & \"'`${x} <!-- ]]> \\u003c "
            + "".join(map(chr, CONTROL)) + "\U0001f600 é 中 \u202e")
@@ -41,7 +39,7 @@ def result(model="base", number=0, index=0, response=TRACE, **change):
 
 
 def evaluation(out, rows, samples=1):
-    """A folder as evaluate.py leaves it. Returns (cells, results)."""
+    """A folder as evaluate.py leaves it. Returns (cells, rows)."""
     results = {}
     for row in rows:
         results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
@@ -52,7 +50,10 @@ def evaluation(out, rows, samples=1):
     write_jsonl(out / "results.jsonl", rows)
     (out / "summary.json").write_text(json.dumps(cells))
     (out / "run.json").write_text(json.dumps({"command": ["evaluate.py", HOSTILE], "flags": {"x": HOSTILE}}))
-    return cells, results
+    cells = json.loads(json.dumps(cells))
+    for cell in cells:
+        cell["pass"] = {samples: cell["pass"][str(samples)]}
+    return cells, rows
 
 
 def responses(n, seed=0):
@@ -138,36 +139,6 @@ def test_the_parts_of_what_is_no_whole_trace(text, grades, kinds):
     assert [kind for kind, _ in parts] == kinds and "".join(part for _, part in parts) == text
 
 
-def test_tokens_lie_where_their_text_is():
-    """Also where a character has several tokens, or two units of JavaScript, or is spelled out."""
-    tokenizer = Tokenizer(MINI)
-    for text in ("abc 12", "é中\U0001f600", "a\x1b[31m\u202e", "\ufffd", "", "\U0001f600" * 9):
-        ids = tokenizer.encode(text)
-        pieces = pieces_of(tokenizer, ids)
-        assert "".join(pieces) == text and len(pieces) == len(ids)
-        if text.isascii():
-            assert pieces == [tokenizer.decode([token]) for token in ids]
-        for finish, sampled in (("stop", [*ids, tokenizer.end_id]), ("length", ids)):
-            rollout = {"ids": sampled, "finish": finish, "response": text,
-                       "sampler_logprobs": [-0.5] * len(sampled), "trainer_logprobs": None}
-            found = tokens_of(rollout, tokenizer)
-            assert sum(found["widths"]) == len(printable(text).encode("utf-16-le")) // 2
-            assert len(found["widths"]) == len(sampled) == len(found["sampler"]) and found["trainer"] is None
-            assert found["end"] == ("<|im_end|>" if finish == "stop" else "")
-    assert tokens_of({**rollout, "response": "other"}, tokenizer) == {}  # of another tokenizer
-
-
-def test_half_characters_have_tokens_too():
-    """What a model samples need not be whole characters."""
-    tokenizer = Tokenizer(MINI)
-    smile = tokenizer.encode("\U0001f600")
-    assert len(smile) == 4
-    for ids in (smile[:2], [*smile[:3], 40], [smile[0]] * 3 + smile, smile[1:] * 3):
-        text = tokenizer.decode(ids)
-        pieces = pieces_of(tokenizer, ids)
-        assert "".join(pieces) == text and len(pieces) == len(ids)
-
-
 # ---- the page --------------------------------------------------------------------------------------
 def test_text_is_never_markup(tmp_path):
     """Whatever is in any field: the page has the same tags, and no control character reaches it."""
@@ -213,30 +184,19 @@ def test_same_data_same_bytes(tmp_path):
     assert (tmp_path / "report.html").read_text() == first
 
 
-def test_figures_are_of_all_rows_and_groups_are_whole(tmp_path):
+def test_figures_are_of_all_rows_and_groups_are_whole(tmp_path, monkeypatch):
     """However few of the responses a page has room for."""
     rows = [result(model, number, index, text) for model in ("a", "b") for number in range(40)
             for index, text in enumerate(responses(2, seed=number))]
     made = evaluation(tmp_path, rows, samples=2)
-    whole, small = (Page(report.of_evaluation(tmp_path, *made, megabytes)).data for megabytes in (20, 0.03))
+    whole = Page(report.of_evaluation(tmp_path, *made)).data
+    monkeypatch.setattr(report, "MEGABYTES", 0.01)
+    small = Page(report.of_evaluation(tmp_path, *made)).data
     assert len(whole["groups"]) == whole["groups_in_all"] == small["groups_in_all"] == 40
     assert 3 < len(small["groups"]) < 20
-    for group in small["groups"]:
-        assert group in whole["groups"] and len(group["traces"]) == 4
-    for end in (0, -1):
-        assert small["groups"][end] == whole["groups"][end]
+    assert all(group in whole["groups"] and len(group["traces"]) == 4 for group in small["groups"])
     for name in ("cells", "tables", "lengths"):
         assert small[name] == whole[name]
-    one = Page(report.of_evaluation(tmp_path, *made, 1e-9)).data
-    assert len(one["groups"]) == 1
-
-
-def test_spread():
-    for n in (0, 1, 2, 5, 64, 100):
-        order = spread(n)
-        assert sorted(order) == list(range(n)) and order[:1] == [n - 1] * (n > 0)
-        for k in range(3, n):  # no gap is more than twice what it must be, and some
-            assert max(b - a for a, b in pairwise(sorted(order[:k]))) <= 4 * n / k
 
 
 def test_what_retries_and_verdicts_did():
@@ -263,27 +223,6 @@ def test_what_retries_and_verdicts_did():
     assert cell["accuracy"] - cell["first_attempt"] == pytest.approx(cell["gain"])
     low, high = cell["gain_interval"]
     assert low < cell["gain"] < high
-
-
-def test_lengths_are_counted_in_the_same_bins():
-    found = report.lengths_of({"a": [{"tokens": i, "correct": i % 3 == 0} for i in range(100)],
-                               "b": [{"tokens": 1000 + i, "correct": True} for i in range(10)]})
-    assert found["longest"] == 1009
-    a, b = found["bars"]
-    assert sum(a["right"]) == 34 and sum(a["wrong"]) == 66 and a["median"] == 49.5
-    assert sum(a["right"][:4]) == 34 and sum(b["right"][39:]) == 10 and not any(b["wrong"])
-
-
-def test_the_papers_figures_stand_below_ours():
-    def table(task):
-        row = result("a", task=task)
-        return report.page_tables([summarise([row], [row], 1, [1])])
-    found = table("countdown-4")
-    assert found["accuracy"][0] == ["model", "countdown-4"]
-    assert found["accuracy"][-1] == ["SkillFactory then GRPO (the paper, 1.5B)", "42.1"]
-    assert found["verdicts"][-1][1:6] == ["countdown-4", "2.34", "7.13", "0.65 / 0.97", ""]
-    found = table("countdown-4-small")  # of which the paper has nothing
-    assert len(found["accuracy"]) == len(found["verdicts"]) == 2
 
 
 # ---- folders ---------------------------------------------------------------------------------------
@@ -326,15 +265,13 @@ def test_an_evaluation_ends_with_its_page(cmd):
 def test_a_run_has_a_page_from_its_first_checkpoint_on(cmd):
     assert cmd(grpo, *GRPO, "--steps", "3", "--save-every", "1", "--keep", "2")[0] == 0
     data = page_of()
-    assert data["curves"]["steps"] == [1, 2, 3] and len(data["groups"]) == 6
-    reward = next(chart for chart in data["curves"]["charts"] if chart["title"] == "Reward")
+    assert len(data["groups"]) == data["groups_in_all"] == 6
+    curves = {curve["name"]: curve["points"] for curve in data["curves"]}
     rows = read_rows("run/metrics.jsonl")
-    assert reward["lines"]["reward"] == pytest.approx([row["reward"] for row in rows], rel=1e-5)
-    logged = read_rows("run/rollouts.jsonl")
-    for group, row in zip(data["groups"], logged, strict=True):
+    assert curves["reward"] == [[row["step"], pytest.approx(row["reward"], rel=1e-5)] for row in rows]
+    for group, row in zip(data["groups"], read_rows("run/rollouts.jsonl"), strict=True):
         assert (group["step"], group["id"]) == (row["step"], row["id"])
         assert [t["reward"] for t in group["traces"]] == [r["reward"] for r in row["rollouts"]]
-        assert all(sum(t["widths"]) == len("".join(text for _, text in t["parts"])) for t in group["traces"])
     assert not list(Path("run/checkpoints").rglob("report.html"))  # it is no part of a model
     before = Path("run/report.html").read_bytes()
     with open("run/rollouts.jsonl", "a") as f, open("run/metrics.jsonl", "a") as g:  # being written
@@ -344,94 +281,34 @@ def test_a_run_has_a_page_from_its_first_checkpoint_on(cmd):
     assert Path("run/report.html").read_bytes() == before
 
 
-def test_a_run_has_a_page_before_its_first_checkpoint(cmd):
-    """Without tokens, whose tokenizer comes with the model."""
-    assert cmd(grpo, *GRPO, "--steps", "1")[0] == 0
-    tokens = [trace["ids"] for group in page_of()["groups"] for trace in group["traces"]]
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"):
-        Path("run", name).unlink()
-    assert cmd(report, "run")[0] == 0
-    found = [trace for group in page_of()["groups"] for trace in group["traces"]]
-    assert len(found) == len(tokens) and all("ids" not in trace for trace in found)
-
-
-def test_tokens_where_the_prompt_opens_a_thought(cmd, tmp_path):
-    """By a template that is told to: what it was told is in the run's record."""
-    shutil.copytree(MINI, "model")
-    template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                "{% if add_generation_prompt %}<|im_start|>assistant\n{% if thinking %}<think>\n{% endif %}"
-                "{% endif %}")
-    config = json.loads(Path("model/tokenizer_config.json").read_text())
-    Path("model/tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-    flags = [flag if flag != MINI else "model" for flag in GRPO]
-    status, _, err = cmd(grpo, *flags, "--steps", "1", "--chat-template-kwargs", '{"thinking": true}')
-    assert status == 0, err
-    for group in page_of()["groups"]:
-        assert group["prompt"].endswith("<think>\n")
-        for trace in group["traces"]:
-            assert trace["opening"] == len("<think>\n") and trace["ids"]
-
-
 def test_sft_has_curves(cmd):
     write_jsonl("chat.jsonl", CHAT[:4])
     assert cmd(sft, *FLAGS, "--data", "chat.jsonl", "--epochs", "2", "--out", "run")[0] == 0
     data = page_of()
-    titles = [chart["title"] for chart in data["curves"]["charts"]]
-    assert {"Loss", "Learning rate", "Gradient norm", "Speed"} <= set(titles) and data["groups"] == []
+    assert {"loss", "lr", "grad_norm"} <= {curve["name"] for curve in data["curves"]}
+    assert data["groups"] == []
 
 
 def test_long_runs_are_thinned():
     rows = [{"step": step, "loss": float(step), "mine": None if step % 2 else 1, "none": None}
             for step in range(1, 5001)]
-    curves = report.curves_of(rows)
-    assert curves["each"] == 3 and len(curves["steps"]) == 1667 and curves["steps"][-1] == 5000
-    loss, mine = curves["charts"]
-    assert loss["lines"]["loss"][:2] == [2, 5]
-    assert mine == {"title": "mine", "unit": "", "lines": {"mine": [1.0] * 1667}}
+    loss, mine = report.curves_of(rows)
+    assert len(loss["points"]) == 1667 and loss["points"][:2] == [[3, 2], [6, 5]]
+    assert loss["points"][-1][0] == 5000 and {value for _, value in mine["points"]} == {1.0}
 
 
 def test_a_page_that_cannot_be_made_ends_no_run(cmd, monkeypatch):
     def fail(out):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(report, "renew", fail)
+    monkeypatch.setattr(report, "make", fail)
     status, out, err = cmd(grpo, *GRPO, "--steps", "1")
     assert status == 0 and "report.html is not renewed: [Errno 28]" in out, err
 
 
-@pytest.mark.parametrize("name, change, message", [
-    ("metrics.jsonl", lambda text: "{}\n", "run/metrics.jsonl:1: the key 'step' is missing"),
-    ("metrics.jsonl", None, "run: nothing to show yet, neither metrics.jsonl nor results.jsonl"),
-    ("rollouts.jsonl", lambda text: "[1]\n", "run/rollouts.jsonl:1: expected an object"),
-    ("rollouts.jsonl", lambda text: text.replace('"attempts": [', '"attempts": 5, "x": [', 1),
-     "run/rollouts.jsonl:1: attempts is '5'"),
-    ("rollouts.jsonl", lambda text: text.replace('"ids": [', '"ids": ["a", ', 1),
-     "run/rollouts.jsonl:1: damaged; remove this line"),
-    ("rollouts.jsonl", lambda text: text.replace('"prompt": [', '"prompt": ["a", ', 1),
-     "run/rollouts.jsonl:1: damaged; remove this line"),
-    ("run.json", None, "run: not a folder of evaluate.py, sft.py or grpo.py"),
-    ("run.json", lambda text: "{", "run/run.json: not valid JSON"),
-    ("run.json", lambda text: '{"command": 5}', "run/run.json: command is '5'"),
-])
-def test_a_damaged_run_is_named(cmd, name, change, message):
-    assert cmd(grpo, *GRPO, "--steps", "1")[0] == 0
-    path = Path("run", name)
-    if change:
-        path.write_text(change(path.read_text()))
-    else:
-        path.unlink()
-    refused(cmd, report, ("run",), message)
-
-
-@pytest.mark.parametrize("name, change, message", [
-    ("summary.json", lambda text: text.replace("1.0", "NaN", 1), "run/summary.json: damaged"),
-    ("summary.json", lambda text: "[" * 10**5, "run/summary.json: damaged"),
-    ("summary.json", lambda text: "[{}]", "run/summary.json: damaged, or of another version"),
-    ("summary.json", lambda text: text.replace('"retries"', '"other"'), "run/summary.json: damaged"),
-    ("results.jsonl", lambda text: text[text.index("\n") + 1:], "run/results.jsonl: rows of base on multi"),
-    ("results.jsonl", lambda text: text.replace("true", "3"), "run/results.jsonl:1: "),
-])
-def test_a_damaged_evaluation_is_named(cmd, name, change, message):
-    evaluation(Path("run"), [result("base", i) for i in range(3)])
-    path = Path("run", name)
-    path.write_text(change(path.read_text()))
-    refused(cmd, report, ("run",), message)
+def test_folders_without_a_page(cmd):
+    Path("run").mkdir()
+    refused(cmd, report, ("run",), "run: not a folder of evaluate.py, sft.py or grpo.py")
+    Path("run/run.json").write_text('{"command": [], "flags": {}}')
+    refused(cmd, report, ("run",), "run: nothing to show yet, neither metrics.jsonl nor summary.json")
+    Path("run/metrics.jsonl").write_text("[1\n")
+    refused(cmd, report, ("run",), "run/metrics.jsonl:1: not valid JSON")

@@ -95,11 +95,7 @@ def test_schedule():
     ({"messages": "no"}, "chat.jsonl:1: messages must be a list"),
     ({"messages": [{"role": "user", "content": "x"}]}, "the last of the messages must be the assistant's"),
     ({"text": "x"}, "chat.jsonl:1: the key 'messages' is missing"),
-    ({"prompt": "x", "completion": "y"},
-     "a row of TRL's prompt and completion; make it ours: python convert.py"),
-    ({"conversations": [{"from": "human", "value": "x"}]}, "a row of ShareGPT's conversations; make it ours"),
-    ({"instruction": "x", "input": "", "output": "y"},
-     "a row of Alpaca's instruction and output; make it ours"),
+    ({"conversations": [{"from": "human", "value": "x"}]}, "convert.py FILE makes published data ours"),
 ])
 def test_bad_rows(cmd, row, message):
     write_jsonl("chat.jsonl", [row])

@@ -295,10 +295,8 @@ def test_a_mistyped_grading_is_no_path(tmp_path, name, message):
     ({"nums": [1, 2]}, ":countdown", "expected nums"),
     ({"nums": [1, "2"], "target": 3}, ":countdown", "expected nums"),
     ({"nums": [1, 2], "target": 3, "answer": "1 - 2"}, ":countdown", "the answer '1 - 2' is wrong"),
-    ({"question": "?", "answer": "He has 2. #### 2"}, "", "this is GSM8K as it is published"),
-    ({"question": "?", "answer": "He has 2. #### 2"}, ":integer",
-     "python convert.py .*my.jsonl --out questions.jsonl"),
-    ({"problem": "?", "solution": "2", "answer": "2"}, ":math", "AIME, AMC or MATH-500 as it is published"),
+    ({"question": "?", "answer": "He has 2. #### 2"}, "", "GSM8K's ####.*; python convert.py FILE"),
+    ({"problem": "?", "solution": "2", "answer": "2"}, ":math", "question must be text.*convert.py FILE"),
 ])
 def test_rows_that_cannot_be_graded_are_refused(tmp_path, row, grading, message):
     path = write_jsonl(tmp_path / "my.jsonl", [row])

@@ -20,8 +20,6 @@ only the logits above it are collected, in a second sweep, and bisected exactly:
 Bytes for a row of V float32 logits: 4 V and a block without cuts, 8 V with them, 12 V with the histogram (and
 V for each sweep with a penalty). A sort would move 16 V or more, several times.
 """
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -199,7 +197,7 @@ def _choose(
 @triton.jit
 def _choose_cut(
     logits, u, seen, tokens, logprobs, bests, masses, maxima, kept, kept_ids, V, row_stride,
-    cold, penalty, top_k, top_p, min_p_depth,
+    cold, penalty, top_k, top_p,
     PENALTY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):
     """With cuts. `maxima` (B, BLOCK) has room for lanes' bests, `kept`, `kept_ids` (B, V) for candidates."""
@@ -215,8 +213,8 @@ def _choose_cut(
     lanes, own_top, own_total = _sweep(logits, seen, bests, masses, V, cold, penalty, PENALTY, BLOCK)
     _, top, mass = _blocks(bests, masses, V, cold, BLOCK, BLOCKS)
 
-    # A lower bound of every survivor: what min-p leaves, raised by the lanes' maxima or the histogram.
-    lowest = tl.maximum(top - min_p_depth, LOWEST)
+    # A lower bound of every survivor, by the lanes' maxima or the histogram.
+    lowest = tl.full((), LOWEST, tl.float32)
     bound = lowest
     tl.store(maxima + lane, lanes)
     tl.debug_barrier()
@@ -228,12 +226,10 @@ def _choose_cut(
         if bound == lowest:
             bound = _bound_by_histogram(logits, seen, V, goal, lowest, top, cold, penalty, PENALTY, BLOCK)
 
-    # The second sweep collects, in vocabulary order, what reaches the bound, and sums what min-p leaves.
+    # The second sweep collects, in vocabulary order, what reaches the bound.
     n = 0
-    left = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, V, BLOCK, num_stages=3):
         z, own = _read(logits, seen, start + lane, V, penalty, PENALTY)
-        left += tl.where(z >= lowest, tl.exp((z - top) * cold), 0.0)
         candidate = ((start + lane < V) & (z >= bound)).to(tl.int32)
         to = n + tl.cumsum(candidate) - 1
         tl.store(kept + to, z, candidate > 0)
@@ -242,7 +238,7 @@ def _choose_cut(
     tl.debug_barrier()
 
     # The cuts, each on what the one before has left.
-    left_mass = tl.sum(left)
+    left_mass = tl.sum(mass)
     cut = bound
     if top_k > 0:
         cut = _threshold(kept, n, top_k, bound, top, cold, False, BLOCK)
@@ -262,7 +258,7 @@ def _choose_cut(
     _write(row, logits, seen, tokens, logprobs, first, last, V, cold, own_top, own_total, PENALTY)
 
 
-def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0, seen=None):
+def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, penalty=1.0, seen=None):
     """As `reference.next_tokens`. With cuts it takes 8 more bytes per logit for what it collects."""
     B, V = logits.shape
     device = logits.device
@@ -278,7 +274,7 @@ def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penal
     warps = max(1, BLOCK // 256)
     bests, masses = torch.empty(2, B, BLOCKS, device=device)
     top_k = top_k if top_k < V else 0
-    if greedy or not (top_k or top_p < 1 or min_p):
+    if greedy or not (top_k or top_p < 1):
         _choose[(B,)](
             logits, u, marks, tokens, logprobs, bests, masses, V, logits.stride(0), 1 / temperature,
             float(penalty), greedy, penalised, BLOCK, BLOCKS, num_warps=warps)
@@ -286,9 +282,7 @@ def next_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penal
     maxima = torch.empty(B, BLOCK, device=device)
     kept = torch.empty(B, V, device=device)
     kept_ids = torch.empty(B, V, device=device, dtype=torch.int32)
-    min_p_depth = -math.log(min_p) * temperature if min_p else float("inf")
     _choose_cut[(B,)](
         logits, u, marks, tokens, logprobs, bests, masses, maxima, kept, kept_ids, V, logits.stride(0),
-        1 / temperature, float(penalty), top_k, float(top_p), min_p_depth, penalised, BLOCK, BLOCKS,
-        num_warps=warps)
+        1 / temperature, float(penalty), top_k, float(top_p), penalised, BLOCK, BLOCKS, num_warps=warps)
     return tokens, logprobs
