@@ -265,21 +265,16 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
     """
     p = bare_parser(doc)
     if model:
-        place(p.add_argument("--model", default=model,
-                             help="a folder in Hugging Face format, or a hub id; "
-                                  "mini is the one that ships with the project"))
+        place(p.add_argument("--model", default=model, help="a folder in Hugging Face format, or a hub id"))
     if model is not None:
         may_change(p.add_argument("--device", default="auto",
                                   help="cpu, cuda or cuda:N; auto takes a GPU if there is one"))
         p.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                       help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU (where bfloat16 is "
-                            "faster too if lscpu names avx512_bf16 or amx_bf16, but rounds more; no float16: "
-                            "small gradients vanish in it, and float32 masters come too late to save them)")
-        p.add_argument("--chat-template-kwargs", type=json_object, default=None, metavar="JSON",
+                       help="of the weights; auto is bfloat16 on a GPU, float32 on a CPU")
+        p.add_argument("--chat-template-kwargs", type=json_object, metavar="JSON",
                        help="for the model's chat template, such as '{\"enable_thinking\": false}'; "
                             "if not given, what the run that made the model was given")
-    place(p.add_argument("--out", type=output, default=out,
-                         help="where the output goes; nothing is overwritten in silence"))
+    place(p.add_argument("--out", type=output, default=out, help="where the output goes"))
     p.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0,
                    help="the same seed gives the same output")
     return p
@@ -330,8 +325,7 @@ def output(text: str) -> str:
 def resume_flag(p: argparse.ArgumentParser) -> None:
     may_change(p.add_argument(
         "--resume", nargs="?", const="yes", choices=["yes", "auto"], default=None,
-        help="go on with the run in --out, to the same end as if it had not stopped; "
-             "auto: if it is there, else start it"))
+        help="go on with the run in --out, to the same end; auto: if it is there, else start it"))
 
 
 def split_list(text: str, flag: str) -> list[str]:

@@ -106,11 +106,10 @@ def measure(groups: list, update_results: list[tuple]) -> dict:
 
 
 # ---- warnings ------------------------------------------------------------------------------------
-def warnings_of(row: dict, context_cuts: bool = False, rewards: list[float] = ()) -> dict[str, str]:
+def warnings_of(row: dict, context_cuts: bool = False) -> dict[str, str]:
     """{what in the figures of a step needs attention: why, and what to try}
 
-    `context_cuts`: it is the model's context that ends responses, not their budget. `rewards` are those of
-    all steps so far.
+    `context_cuts`: it is the model's context that ends responses, not their budget.
     """
     found = {}
     if row["truncated"] > 0.9:
@@ -127,24 +126,7 @@ def warnings_of(row: dict, context_cuts: bool = False, rewards: list[float] = ()
         found["apart"] = (
             f"sampler and trainer disagree by {difference:.3f} nats a token; the rollouts are not the "
             "trained policy's: try --dtype float32, or KERNELS=reference before the command")
-    best, now = collapse(rewards)
-    if now < best / 2:
-        found["collapsed"] = (
-            f"the mean reward of {WINDOW} steps has fallen from {best:.3f} to {now:.3f}; start another run "
-            "with a lower --lr, or from an earlier model (--keep, --eval-every)")
     return found
-
-
-WINDOW = 5  # steps
-
-
-def collapse(rewards: list[float]) -> tuple[float, float]:
-    """(the best mean of WINDOW steps in a row, that of the last ones): (0, 0) for too few steps.
-
-    collapse([0.2, 0.5, 0.5, 0.5, 0.5, 0.5, 0, 0, 0, 0, 0])  ->  (0.5, 0)
-    """
-    means = [sum(rewards[i:i + WINDOW]) / WINDOW for i in range(len(rewards) - WINDOW + 1)]
-    return (max(means), means[-1]) if means else (0.0, 0.0)
 
 
 # ---- the log of a run ------------------------------------------------------------------------------
@@ -172,8 +154,7 @@ class StepLog:
         row["rollout_seconds"] = round(seconds, 3)
         row["update_seconds"] = round(time.time() - self.rolled_out_at, 3)
         row["rollout_tokens_per_second"] = round(tokens / seconds, 1)
-        rewards = [before["reward"] for before in self.run.history if before.get("reward") is not None]
-        for name, text in warnings_of(row, self.context_cuts, [*rewards, row["reward"]]).items():
+        for name, text in warnings_of(row, self.context_cuts).items():
             if not self.warned[name]:
                 say(f"warning, step {step}: {text} (said once)")
             self.warned[name] += 1

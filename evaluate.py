@@ -190,33 +190,26 @@ ARMS = {"base": "mini", "rl-only": "out/rl", "sft": "out/sft", "sft+grpo": "out/
 
 def arguments():
     p = parser(__doc__, out="out/evaluate", model="")
-    place(p.add_argument("--models", default=None,
-                         help="name=folder or hub id, separated by commas; "
-                              "the first is what the others are compared with; "
-                              f"if not given, what is there of {', '.join(ARMS.values())}"))
+    place(p.add_argument("--models", help="name=folder or hub id, with commas; others are compared with the "
+                         f"first; if not given, what is there of {', '.join(ARMS.values())}"))
     p.add_argument("--tasks", default="countdown-3-small,countdown-4-small,countdown-5-small",
-                   help=f"separated by commas: {tasks.NAMES}")
-    p.add_argument("--split", default="test",
-                   help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
-    p.add_argument("--questions", type=natural, default=100,
-                   help="how many of each task (0: all rows of a file)")
+                   help=f"with commas between: {tasks.NAMES}")
+    p.add_argument("--split", default="test", help=f"{', '.join(tasks.SPLITS)}; of a file: also all")
+    p.add_argument("--questions", type=natural, default=100, help="of each task; 0: all of a file")
     p.add_argument("--samples", type=natural, default=0,
                    help="responses to each question; 0: 4, or 34 where fewer than 100 questions are asked")
-    p.add_argument("--k", default=None,
-                   help="pass@k for these k, separated by commas; if not given, for the number of samples")
+    p.add_argument("--k", help="pass@k for these k, with commas; if not given, for the number of samples")
     p.add_argument("--max-new-tokens", type=positive, default=1024, help="budget of a response")
     p.add_argument("--budget-forcing", action="store_true",
                    help="also let responses that ended go on with a new <sample>, up to twice the budget")
     p.add_argument("--style", default="plain", choices=list(tasks.STYLES),
-                   help="prompt style; `instruct` explains the tags to a model that was not trained on them")
+                   help="of the prompt; `instruct` explains the tags to a model that was not trained on them")
     p.add_argument("--temperature", type=number(float, 0), default=1.0, help="0 is greedy")
     p.add_argument("--top-p", type=number(float, 0, 1, open_low=True), default=1.0,
                    help="keep the likeliest tokens up to this mass")
-    p.add_argument("--top-k", type=natural, default=0,
-                   help="keep this many of the likeliest tokens; 0 keeps all")
+    p.add_argument("--top-k", type=natural, default=0, help="keep so many of the likeliest tokens; 0: all")
     place(p.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie"))
-    may_change(p.add_argument("--slots", type=natural, default=0,
-                              help="rows decoded at once; 0: as many as fit in memory"))
+    may_change(p.add_argument("--slots", type=natural, default=0, help="rows decoded at once; 0: what fits"))
     resume_flag(p)
     args = p.parse_args()
     if args.models is None:

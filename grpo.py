@@ -417,64 +417,42 @@ def keep_logprobs(micro_batch: list[list[Response]], logp: Tensor) -> None:
 # ---- the command ---------------------------------------------------------------------------------
 def arguments():
     p = parser(__doc__, out=None, model="")
-    place(p.add_argument(
-        "--model", default=None,
-        help="a folder in Hugging Face format, or a hub id, to go on from into out/grpo; if not given, "
-             "out/sft, or where there is none mini into out/rl, which is RL only"))
+    place(p.add_argument("--model", help="a folder in Hugging Face format, or a hub id, to go on from into "
+                         "out/grpo; if not given, out/sft, or where there is none mini into out/rl"))
     g = p.add_argument_group("what to train on")
-    place(g.add_argument("--task", default="countdown-3-small",
-                         help=f"tasks, separated by commas: {tasks.NAMES}"))
-    g.add_argument("--questions", type=natural, default=400,
-                   help="how many of each task (0: all rows of a file; the paper: 1000)")
-    g.add_argument("--split", default="rl",
-                   help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
+    place(g.add_argument("--task", default="countdown-3-small", help=f"with commas between: {tasks.NAMES}"))
+    g.add_argument("--questions", type=natural, default=400, help="of each task; 0: all (paper: 1000)")
+    g.add_argument("--split", default="rl", help=f"{', '.join(tasks.SPLITS)}; of a file: also all")
     place(g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/ and the like lie"))
-    may_change(g.add_argument(
-        "--steps", type=positive, default=30,
-        help="steps in all (the paper: 150); --resume with more goes on with a run that has ended"))
-    g.add_argument("--questions-per-step", type=positive, default=16,
-                   help="over all processes (the paper: 256)")
-    g.add_argument("--rollouts", type=positive, default=8,
-                   help="responses to each question, the group (the paper: 16)")
-    g.add_argument("--mini-batch", type=positive, default=4,
-                   help="questions of one optimizer update (the paper: 32)")
-    g.add_argument("--max-new-tokens", type=positive, default=400,
-                   help="budget of a response (the paper: 4096)")
-    may_change(g.add_argument("--slots", type=natural, default=0,
-                              help="rows decoded at once; 0: as many as fit in memory"))
+    may_change(g.add_argument("--steps", type=positive, default=30,
+                              help="in all (paper: 150); with --resume more go on with a run that has ended"))
+    g.add_argument("--questions-per-step", type=positive, default=16, help="of all processes (paper: 256)")
+    g.add_argument("--rollouts", type=positive, default=8, help="to each question, the group (paper: 16)")
+    g.add_argument("--mini-batch", type=positive, default=4, help="questions of one update (paper: 32)")
+    g.add_argument("--max-new-tokens", type=positive, default=400, help="budget of a response (paper: 4096)")
+    may_change(g.add_argument("--slots", type=natural, default=0, help="rows decoded at once; 0: what fits"))
     g = p.add_argument_group("the objective")
-    g.add_argument("--lr", type=number(float, 0), default=None,
-                   help="constant learning rate; if not given, the paper's 1e-6, "
-                        f"or {MINIATURE_LR:g} for a model under 10M parameters")
+    g.add_argument("--lr", type=number(float, 0), help="constant; if not given, the paper's 1e-6, or "
+                   f"{MINIATURE_LR:g} for a model under 10M parameters")
     g.add_argument("--temperature", type=number(float, 0, open_low=True), default=1.0,
-                   help="of the rollouts and of the log-probabilities; "
-                        "no top-k or top-p, which would make the two disagree")
-    g.add_argument("--clip-low", type=number(float, 0, 1), default=0.2,
-                   help="a ratio below 1 minus this stops falling")
-    g.add_argument("--clip-high", type=number(float, 0), default=0.2,
-                   help="a ratio above 1 plus this stops rising")
+                   help="of rollouts and log-probabilities; top-k or top-p would make the two disagree")
+    g.add_argument("--clip-low", type=number(float, 0, 1), default=0.2, help="1 less it ends a ratio's fall")
+    g.add_argument("--clip-high", type=number(float, 0), default=0.2, help="1 plus it ends a ratio's rise")
     g.add_argument("--kl", type=number(float, 0), default=0.0,
-                   help="weight of the divergence from the starting model; "
-                        "above 0 a second copy of it is kept")
+                   help="weight of the divergence from the starting model, of which a copy is then kept")
     g.add_argument("--loss", choices=["token-mean", "sequence-mean", "constant"], default="token-mean",
                    help="every token alike, every response alike, or the sum over a fixed length")
-    g.add_argument("--no-std", action="store_true",
-                   help="do not divide advantages by the group's standard deviation")
+    g.add_argument("--no-std", action="store_true", help="do not divide advantages by the group's deviation")
     g.add_argument("--truncated", choices=["keep", "mask"], default="keep",
-                   help="responses cut off at the budget: "
-                        "train on them (one that had answered already may be right), or leave them out "
-                        "of loss and divisor")
+                   help="what the budget cuts off: train on it, or leave it out of loss and divisor")
     g.add_argument("--reward", choices=["correct", "random"], default="correct",
                    help="random is a control: a coin that ignores the answer")
     training_flags(p)
-    may_change(p.add_argument("--eval-every", type=natural, default=0,
-                              help="steps between measurements on the split val, the first before step 1, "
-                                   "the last after the last; 0: never"))
-    p.add_argument("--eval-questions", type=positive, default=64, help="how many of each task")
-    may_change(p.add_argument(
-        "--log-groups", type=natural, default=2,
-        help="questions of a step that go into rollouts.jsonl and the page, each with all its rollouts, "
-             "their ids and log-probabilities: about 30 bytes a token"))
+    may_change(p.add_argument("--eval-every", type=natural, default=0, help="steps between measurements on "
+                              "the split val, from before the first to after the last; 0: never"))
+    p.add_argument("--eval-questions", type=positive, default=64, help="of each task")
+    may_change(p.add_argument("--log-groups", type=natural, default=2, help="questions of a step in "
+                              "rollouts.jsonl, each with all its rollouts: about 30 bytes a token"))
     args = p.parse_args()
     if args.questions_per_step % args.mini_batch:
         raise UserError(f"--mini-batch {args.mini_batch} must divide --questions-per-step "

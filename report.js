@@ -67,7 +67,6 @@ function percent(share) {
 }
 
 const signed = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
-const sum = (numbers) => numbers.reduce((total, x) => total + x, 0);
 
 function short(x) {
   if (x === null) return "–";
@@ -115,22 +114,7 @@ function accuracySection() {
 }
 
 function retriesSection() {
-  const kinds = [["gained", "wrong to right"], ["kept-right", "right to right"],
-    ["kept-wrong", "wrong to wrong"], ["lost", "right to wrong"]];
-  const picture = (cell) => {
-    const label = kinds.map(([, name]) => `${name}: ${cell.retries[name]}`).join(", ");
-    return el("div", { class: "stacked", role: "img", "aria-label": label, title: label },
-      kinds.map(([kind, name]) => placed(kind, { flexGrow: cell.retries[name] })));
-  };
-  const ofCell = (cell) => {
-    const retries = sum(Object.values(cell.retries));
-    return retries ? row(cell.model, picture(cell), retries)
-      : row(cell.model, el("span", { class: "note" }, "no retry"));
-  };
   return section("retries", "Checks and retries",
-    el("p", {}, "What became of an answer when the model tried again, and how many such retries there were."),
-    legend(kinds),
-    panels((task) => cellsOf(task).map(ofCell)),
     table("Retries, counted by what the attempt before was and what they were; first against final answer",
       data.tables.retries, 2),
     table("Verdicts: answers and reflections of a response, F1, and what attempts were called",
@@ -138,23 +122,8 @@ function retriesSection() {
 }
 
 function lengthsSection() {
-  const bar = (bin, from, to, kind) => svg("rect",  // with a gap beside it
-    { x: bin + 0.06, width: 0.88, y: 1 - to, height: to - from, class: kind });
-  const picture = ({ model, right, wrong }) => {
-    const highest = Math.max(...right.map((count, bin) => count + wrong[bin]));
-    const bars = right.map((count, bin) => {
-      const top = wrong[bin] / highest;
-      return [bar(bin, 0, top, "wrong"), bar(bin, top, top + count / highest, "right")];
-    });
-    return svg("svg", { class: "histogram", viewBox: `0 0 ${right.length} 1`, preserveAspectRatio: "none",
-      role: "img", "aria-label": `lengths of ${model}` }, bars);
-  };
   return section("lengths", "Length of responses",
-    el("p", {}, "Each row has its own height; the number is its median."),
-    legend([["right", "right answer"], ["wrong", "wrong answer"]]),
-    panels((task) => [
-      data.lengths[task].bars.map((bars) => row(bars.model, picture(bars), short(bars.median))),
-      row("", axis("0", `${data.lengths[task].longest} tokens`))]));
+    table("Tokens: so many in a hundred responses are no longer than this", data.tables.lengths, 2));
 }
 
 function figuresSection() {
@@ -280,7 +249,6 @@ function clearFilters() {
 }
 
 // ---- the viewer: the list ----------------------------------------------------------------------------
-const PAGE = 100;  // groups that are listed at once
 const list = el("ol", { class: "list" });
 const count = el("p", { class: "note", role: "status" });
 const detail = el("div", { class: "detail", id: "trace", tabindex: -1 });
@@ -310,18 +278,7 @@ function drawList() {
   if (data.groups.length < data.groups_in_all) {
     count.textContent += ` The page has room for ${data.groups.length} of ${data.groups_in_all} questions.`;
   }
-  const listFrom = (from) => {
-    list.append(...groups.slice(from, from + PAGE).map((group) => entry(group, matching)));
-    const left = groups.length - from - PAGE;
-    if (left <= 0) return;
-    const more = el("li", {}, el("button", { type: "button", onclick: () => {
-      more.remove();
-      listFrom(from + PAGE);
-    } }, `${Math.min(left, PAGE)} more of ${left} questions`));
-    list.append(more);
-  };
-  list.replaceChildren();
-  listFrom(0);
+  list.replaceChildren(...groups.map((group) => entry(group, matching)));
 }
 
 // A question, with a mark for each of its traces.
@@ -452,8 +409,6 @@ const shown = [...(isRun ? [curvesSection] : figures), ...(traces.length ? [trac
 const sections = shown.map((make) => make());
 document.body.append(
   el("header", {}, el("h1", {}, data.title), el("p", {}, el("code", {}, data.command)),
-    el("details", {}, el("summary", {}, "Settings"),
-      table("Its flags", [["flag", "value"], ...Object.entries(data.settings)])),
     el("nav", { "aria-label": "Sections" }, sections.map((made) =>
       el("a", { href: `#${made.id}` }, made.querySelector("h2").textContent)))),
   el("main", {}, sections));

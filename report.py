@@ -15,8 +15,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from cli import UserError, bare_parser, command, printable, say
 from files import parsed, read_json, write_whole
 from grading import attempts_in
@@ -67,12 +65,20 @@ def retry_row(cell: dict) -> dict[str, str]:
     }
 
 
+def length_row(cell: dict) -> dict[str, str]:
+    """Quantiles of the lengths of responses, in tokens."""
+    quantiles = {f"{q}%": f"{tokens:.0f}" for q, tokens in cell["token_quantiles"].items()}
+    return {"model": cell["model"], "task": cell["task"], **quantiles, "mean": f"{cell['tokens']:.0f}",
+            "cut off %": percent(cell["truncated"])}
+
+
 def page_tables(cells: list[dict]) -> dict[str, list[list[str]]]:
     """Those of an evaluation, by what they tell."""
     return {
         "accuracy": accuracy_table(cells),
         "verdicts": with_headings([verdict_row(cell) for cell in cells]),
         "retries": with_headings([retry_row(cell) for cell in cells]),
+        "lengths": with_headings([length_row(cell) for cell in cells]),
         "all": all_figures(cells),
     }
 
@@ -141,7 +147,6 @@ def trace_of(row: dict, **more) -> dict:
 
 # ---- an evaluation -------------------------------------------------------------------------------
 FORCED_TO_GO_ON = ", forced to go on"
-BINS = 40
 
 
 def of_evaluation(out: Path, cells: list[dict], rows: list[dict]) -> str:
@@ -159,11 +164,10 @@ def of_evaluation(out: Path, cells: list[dict], rows: list[dict]) -> str:
     for row in rows:
         asked.setdefault((row["task"], row["id"]), []).append(row)
     head = {
-        **origin_of(out),
+        "command": command_of(out),
         "title": "SkillFactory: evaluation",
         "cells": cells,
         "arms": arms,
-        "lengths": {task: lengths_of(task, cells, rows) for task in names},
         "tables": page_tables(cells),
         "groups_in_all": len(asked),
     }
@@ -186,24 +190,6 @@ def asked_group(rows: list[dict], arms: list[str]) -> dict:
     return {**asked, "traces": traces}
 
 
-def lengths_of(task: str, cells: list[dict], rows: list[dict]) -> dict:
-    """Histograms of the lengths of right and wrong responses of each model, in the same bins for all."""
-    of_task = [row for row in rows if row["task"] == task]
-    longest = max(row["tokens"] for row in of_task)
-    edges = np.linspace(0, longest + 1, BINS + 1)
-    bars = []
-    for cell in cells:
-        if cell["task"] != task:
-            continue
-        bar = {"model": cell["model"], "median": cell["token_quantiles"]["50"]}
-        for name, correct in (("right", True), ("wrong", False)):
-            lengths = [row["tokens"] for row in of_task
-                       if row["model"] == cell["model"] and row["correct"] == correct]
-            bar[name] = np.histogram(lengths, edges)[0].tolist()
-        bars.append(bar)
-    return {"longest": longest, "bars": bars}
-
-
 # ---- a run of training ---------------------------------------------------------------------------
 def of_run(out: Path) -> str:
     """The page of a folder of `sft.py` or `grpo.py`, which may be at work."""
@@ -216,9 +202,10 @@ def of_run(out: Path) -> str:
         for in_all, (where, line) in enumerate(whole_lines(path), 1):
             if in_all % stride == 0:
                 groups.append(rolled_group(parsed(line, where)))
-    origin = origin_of(out)
-    title = f"SkillFactory: {origin['command'].partition('.py')[0]}"
-    head = {**origin, "title": title, "arms": [], "curves": curves_of(rows), "groups_in_all": in_all}
+    made_by = command_of(out)
+    title = f"SkillFactory: {made_by.partition('.py')[0]}"
+    head = {"command": made_by, "title": title, "arms": [], "curves": curves_of(rows),
+            "groups_in_all": in_all}
     return page(head, groups, plain="The curves and the rollouts of this page need JavaScript.")
 
 
@@ -260,10 +247,9 @@ def whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}:{i}", line
 
 
-def origin_of(out: Path) -> dict:
+def command_of(out: Path) -> str:
     """How a folder was made, by its run.json."""
-    record = read_json(out / "run.json")
-    return {"command": " ".join(record["command"]), "settings": record["flags"]}
+    return " ".join(read_json(out / "run.json")["command"])
 
 
 def stride_for(size: float) -> int:
@@ -281,8 +267,7 @@ def page(head: dict, groups: list[dict], plain: str) -> str:
     here = Path(__file__).resolve().parent
     script = (here / "report.js").read_text(encoding="utf-8")
     style = (here / "report.css").read_text(encoding="utf-8")
-    settings = {name: json.dumps(value, ensure_ascii=False) for name, value in head["settings"].items()}
-    data = to_data({**head, "settings": settings, "groups": groups})
+    data = to_data({**head, "groups": groups})
     policy = f"default-src 'none'; script-src '{hash_of(script)}'; style-src '{hash_of(style)}'"
     title = html.escape(head["title"])
     return f"""<!doctype html>

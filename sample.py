@@ -18,7 +18,7 @@ Left out: paged cache, speculative decoding, quantised weights, prefixes shared 
 import json
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -42,7 +42,7 @@ from grading import verdict
 from kernels import next_tokens, uniform, uses_triton
 from model import Transformer
 from processes import (
-    ALONE, in_batches, join_parts, joined_rows, own_part, rank, start_processes, summed, total, world,
+    ALONE, in_batches, join_parts, joined_rows, own_part, rank, start_processes, total, world,
 )
 from record import refuse_wrong_out, start_or_check
 from tokenizer import Tokenizer
@@ -425,35 +425,26 @@ def choice_of(args, model: Transformer) -> Params:
 def arguments():
     p = parser(__doc__, out="samples.jsonl")
     g = p.add_argument_group("what to sample")
-    place(g.add_argument("--task", default="countdown-3-small",
-                         help=f"tasks, separated by commas: {tasks.NAMES}"))
-    g.add_argument("--questions", type=natural, default=400,
-                   help="how many of each task (0: all rows of a file; the paper: 4000)")
-    g.add_argument("--split", default="sft",
-                   help=f"which problems: {', '.join(tasks.SPLITS)}; of a file: also all")
-    g.add_argument("--styles", default="plain,plan,alternatives,rephrase",
-                   help="prompt styles, separated by commas")
+    place(g.add_argument("--task", default="countdown-3-small", help=f"with commas between: {tasks.NAMES}"))
+    g.add_argument("--questions", type=natural, default=400, help="of each task; 0: all (paper: 4000)")
+    g.add_argument("--split", default="sft", help=f"{', '.join(tasks.SPLITS)}; of a file: also all")
+    g.add_argument("--styles", default="plain,plan,alternatives,rephrase", help="of prompts, with commas")
     g.add_argument("--n", "--attempts", type=positive, default=6,
-                   help="attempts of each question and style (the paper: 16); torchrun, which has flags "
-                        "that begin with --n, takes --attempts only")
-    g.add_argument("--reflections", type=natural, default=1,
-                   help="reflections on each attempt (the paper: 4)")
+                   help="attempts of each question and style (paper: 16); torchrun takes --attempts only")
+    g.add_argument("--reflections", type=natural, default=1, help="on each attempt (paper: 4)")
     g.add_argument("--hint", action="store_true",
                    help="rationalisation: also make attempts whose prompt tells the right answer")
     place(g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie"))
-    g.add_argument("--prompt", default=None, help="only answer this text, with --n samples, and print them")
+    g.add_argument("--prompt", help="only answer this text, with --n samples, and print them")
     g = p.add_argument_group("how to choose tokens")
     g.add_argument("--temperature", type=number(float, 0), help="0 is greedy; " + if_not_given("temperature"))
     g.add_argument("--top-p", type=number(float, 0, 1, open_low=True),
                    help="keep the likeliest tokens up to this mass; " + if_not_given("top_p"))
-    g.add_argument("--top-k", type=natural,
-                   help="keep this many of the likeliest tokens; 0 keeps all; " + if_not_given("top_k"))
-    g.add_argument("--repetition-penalty", type=number(float, 0, open_low=True),
-                   help="divides the positive logits of tokens already seen; "
-                        + if_not_given("repetition_penalty"))
+    g.add_argument("--top-k", type=natural, help="keep so many, 0 for all; " + if_not_given("top_k"))
+    g.add_argument("--repetition-penalty", type=number(float, 0, open_low=True), help="divides the positive "
+                   "logits of tokens already seen; " + if_not_given("repetition_penalty"))
     g.add_argument("--max-new-tokens", type=positive, default=512, help="budget of an attempt or reflection")
-    may_change(g.add_argument("--slots", type=natural, default=0,
-                              help="rows decoded at once; 0: as many as fit in memory"))
+    may_change(g.add_argument("--slots", type=natural, default=0, help="rows decoded at once; 0: what fits"))
     resume_flag(p)
     args = p.parse_args()
     for style in split_list(args.styles, "--styles"):
@@ -544,26 +535,6 @@ def start_or_go_on(args, problems: list) -> set:
     return done
 
 
-@dataclass
-class Tally:
-    """What the rows that were written in this call amount to."""
-    attempts: int = 0
-    correct: int = 0
-    reflections: int = 0
-    agreeing: int = 0
-
-    def add(self, row: dict) -> None:
-        self.attempts += 1
-        self.correct += row["correct"]
-        self.reflections += len(row["reflections"])
-        self.agreeing += sum(r["verdict"] == row["correct"] for r in row["reflections"])
-
-    def __str__(self) -> str:
-        return (f"{self.correct / self.attempts:.1%} of {self.attempts:.0f} attempts are correct; "
-                f"{self.agreeing / max(self.reflections, 1):.1%} of {self.reflections:.0f} reflections agree "
-                "with the grade")
-
-
 def answer_by_hand(args) -> None:
     """--prompt: print samples of one text."""
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
@@ -602,8 +573,7 @@ def main():
         f"each, with {args.model}")
     say_what_the_context_cuts([request.prompt for request in queue], model, args.max_new_tokens)
 
-    tally = Tally()
-    too_long = 0
+    tally = Counter()  # of what is written in this call
     with (open(own_part(args.out), "a", encoding="utf-8") as f,
           Progress("sample", waiting, unit="attempt") as progress):
         for request, index, completion in sampler.stream(queue, params, args.seed):
@@ -616,7 +586,7 @@ def main():
                     if len(reflect.prompt) < context:
                         queue.appendleft(reflect)
                         continue  # the row is written when its reflections have come
-                    too_long += 1
+                    tally["too long"] += 1
             else:
                 row, found = request.payload.row, request.payload.found
                 found[index] = {"text": text, "verdict": verdict(text), "finish": completion.finish}
@@ -625,14 +595,18 @@ def main():
                 row["reflections"] = [found[i] for i in range(args.reflections)]
             f.write(to_json(row) + "\n")
             f.flush()
-            tally.add(row)
-            progress.update(correct=f"{tally.correct / tally.attempts:.1%}")
-    tally = Tally(**summed(vars(tally)))
-    too_long, = total([too_long])  # and all have written their part
-    if rank() == 0:
+            tally["attempts"] += 1
+            tally["correct"] += row["correct"]
+            tally["reflections"] += len(row["reflections"])
+            tally["agreeing"] += sum(r["verdict"] == row["correct"] for r in row["reflections"])
+            progress.update(correct=f"{tally['correct'] / tally['attempts']:.1%}")
+    names = ("attempts", "correct", "reflections", "agreeing", "too long")
+    attempts, correct, reflections, agreeing, too_long = total([tally[name] for name in names])
+    if rank() == 0:  # all have written their part
         join_parts(args.out)
-    if tally.attempts:
-        say(str(tally))
+    if attempts:
+        say(f"{correct / attempts:.1%} of {attempts:.0f} attempts are correct; "
+            f"{agreeing / max(reflections, 1):.1%} of {reflections:.0f} reflections agree with the grade")
     if too_long:
         say(f"{too_long:.0f} attempts are too long to be reflected on within the context of {context}")
     say(f"wrote {args.out}")

@@ -180,23 +180,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
 def arguments():
     p = parser(__doc__, out="out/sft")
     place(p.add_argument("--data", default="silver.jsonl", help="chat JSONL; several files with commas"))
-    p.add_argument("--epochs", type=positive, default=None,
-                   help="times through the data; if not given, the paper's 2, "
-                        f"or {MINIATURE_EPOCHS} for a model under 10M parameters")
-    p.add_argument("--lr", type=number(float, 0), default=None,
-                   help="peak learning rate; if not given, the paper's 1e-6, "
-                        f"or {MINIATURE_LR:g} for a model under 10M parameters")
-    p.add_argument("--tokens-per-batch", type=positive, default=1024,
-                   help="tokens of one optimizer step, over all processes")
-    p.add_argument("--context", type=positive, default=2048,
-                   help="leave out rows longer than this many tokens (the paper: 4096)")
+    p.add_argument("--epochs", type=positive, help="times through the data; if not given, the paper's 2, or "
+                   f"{MINIATURE_EPOCHS} for a model under 10M parameters")
+    p.add_argument("--lr", type=number(float, 0), help="at its peak; if not given, the paper's 1e-6, or "
+                   f"{MINIATURE_LR:g} for a model under 10M parameters")
+    p.add_argument("--tokens-per-batch", type=positive, default=1024, help="of one update, of all processes")
+    p.add_argument("--context", type=positive, default=2048, help="leave out longer rows (paper: 4096)")
     training_flags(p)
-    p.add_argument("--eval-every", type=natural, default=0,
-                   help="steps between measurements of the loss on rows that are held out from training, the "
-                        "first before step 1, the last after the last; 0: never, and no row is held out")
+    p.add_argument("--eval-every", type=natural, default=0, help="steps between measurements of the loss on "
+                   "held-out rows, from before the first to after the last; 0: never, and none is held out")
     p.add_argument("--held-out", type=number(int, 1, 50), default=5,
-                   help="with --eval-every: hundredths of the conversations that are held out, by a hash of "
-                        "their first question")
+                   help="with --eval-every: hundredths of the conversations, by a hash of the first question")
     p.set_defaults(weight_decay=1e-4, save_every=200)
     return p.parse_args()
 

@@ -34,27 +34,19 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
 def training_flags(p: argparse.ArgumentParser) -> None:
     """Add the flags that both trainers have."""
     p.add_argument("--weight-decay", type=number(float, 0), default=0.0, help="AdamW's, on matrices only")
-    p.add_argument("--max-norm", type=number(float, 0), default=1.0,
-                   help="clip the gradient to this norm; 0 does not")
+    p.add_argument("--max-norm", type=number(float, 0), default=1.0, help="of the gradient; 0: no clipping")
     g = p.add_argument_group("memory and checkpoints")
-    may_change(g.add_argument(
-        "--micro-batch-tokens", type=positive, default=None,
-        help="tokens that go through the model at once; if not given, {cpu}, or {cuda} on a GPU; lower it if "
-             "memory runs out".format(**MICRO_BATCH_TOKENS)))
-    may_change(g.add_argument(
-        "--recompute", action="store_true",
-        help="keep no activations inside the layers and compute them again: much less memory, a third more "
-             "work"))
+    may_change(g.add_argument("--micro-batch-tokens", type=positive, help="tokens that the model runs at "
+                              "once; if not given, {cpu}, or {cuda} on a GPU".format(**MICRO_BATCH_TOKENS)))
+    may_change(g.add_argument("--recompute", action="store_true",
+                              help="keep no activations inside the layers: less memory, a third more work"))
     may_change(g.add_argument("--save-every", type=natural, default=20,
                               help="steps between checkpoints; 0: only at the end"))
-    may_change(g.add_argument(
-        "--keep", type=positive, default=1,
-        help="how many of the latest checkpoints stay; if more than 1, their models too, in "
-             "OUT/checkpoints"))
+    may_change(g.add_argument("--keep", type=positive, default=1, help="how many of the latest checkpoints "
+                              "stay; if more than 1, their models too, in OUT/checkpoints"))
     resume_flag(g)
-    may_change(g.add_argument(
-        "--timeout", type=number(float, 0, 10**6, open_low=True), default=60.0,
-        help="of several processes: minutes that they wait for one that is dead or stuck"))
+    may_change(g.add_argument("--timeout", type=number(float, 0, 10**6, open_low=True), default=60.0,
+                              help="minutes that processes wait for one that is dead or stuck"))
 
 
 def settle_flags(args, device: torch.device) -> None:

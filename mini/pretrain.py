@@ -126,8 +126,6 @@ LAYOUT = ("<p>\n", "</p>\n", "<li>\n", "</li>\n", "<div>\n", "</div>\n", "<td>\n
           "End of part.\n", "So much for that.\n")
 GAP = "\0"  # a place where positions may jump ahead, as if some text had been cut out there
 
-PARTS = ("account", "sheets", "fillers", "jumps")  # what `--without` can leave out, to see what it is worth
-
 
 # ---- steps ---------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -231,15 +229,14 @@ class Item:
 
 
 class Author:
-    """Writes the documents, from one random state. `without` names the PARTS that it leaves out."""
+    """Writes the documents, from one random state."""
 
-    def __init__(self, seed: int, without: Sequence[str] = ()):
+    def __init__(self, seed: int):
         self.rng = random.Random(seed)
-        self.without = without
 
     def document(self) -> tuple[list[dict], str]:
         """(chat messages, response): a sheet, a single attempt, or a check of one."""
-        if "sheets" not in self.without and self.rng.random() < 0.5:
+        if self.rng.random() < 0.5:
             return Sheet(self).write()
         name = self.pick(KINDS)
         style = self.rng.choice(list(OPENINGS))
@@ -283,8 +280,7 @@ class Author:
         opening = self.rng.choice(OPENINGS[style])
         if style == "rephrase":
             opening += f"target {target}.\n"
-        worked = lines(steps) if "account" in self.without else account(steps, used)
-        attempt = f"{opening}{worked}<answer>{expression(steps)}</answer>"
+        attempt = f"{opening}{account(steps, used)}<answer>{expression(steps)}</answer>"
         misused = sorted(used) != sorted(numbers)
         return Item(question, attempt, self.check(steps, target, misused), tuple(numbers), target)
 
@@ -343,7 +339,6 @@ class Sheet:
         self.rng = author.rng
         self.layout = Layout(author.rng)
         self.checked = self.rng.choice((0.5, 1, 1))  # how many of the attempts
-        self.fillers = "fillers" not in author.without
         self.seen = set()  # the numbers of each problem, sorted
 
     def write(self) -> tuple[list[dict], str]:
@@ -353,7 +348,7 @@ class Sheet:
         while True:
             item = self.unseen({**KINDS, **EXERCISES})
             text += self.layout(0) + item.question + "\n\n" + GAP
-            searched = self.fillers and item.question.startswith("Numbers")
+            searched = item.question.startswith("Numbers")
             if searched and rng.random() < 0.65:
                 text += "".join(self.filler(item) for _ in range(rng.randint(1, 4)))
             text += self.attempted(item)
@@ -506,12 +501,11 @@ def encoded(tokenizer: Tokenizer, author: Author) -> tuple[list[int], list[int]]
     At a quarter of the GAPs positions jump ahead by up to 400: no document is long enough for such distances.
     """
     messages, response = author.document()
-    jump = 0.0 if "jumps" in author.without else 0.25
     ids = tokenizer.chat(messages)
     positions = list(range(len(ids)))
     at = len(ids)
     for i, part in enumerate(response.split(GAP)):
-        if i and author.rng.random() < jump:
+        if i and author.rng.random() < 0.25:
             at += author.rng.randint(0, 400)
         new = tokenizer.encode(part)
         ids += new
@@ -611,10 +605,6 @@ def train(model: Transformer, tokenizer: Tokenizer, data, args) -> None:
     started = time.time()
     tokens = 0
     losses = []
-    # Loss where a check says how its value compares with the target, one of two phrases each: 1.39 is not
-    # knowing, 0.69 is knowing. It falls rather suddenly; before that no check is worth anything.
-    comparing = []
-    outcomes = torch.tensor([tokenizer.encode(phrase)[0] for phrase in (*HITS, *MISSES)])
     for step in range(1, steps + 1):
         ids, positions, real = next(data)
         targets = ids[:, 1:][real]  # (N,)
@@ -630,19 +620,14 @@ def train(model: Transformer, tokenizer: Tokenizer, data, args) -> None:
         adamw.step()
         adamw.zero_grad()
         tokens += len(targets)
-        comparing += (-logp.detach()[torch.isin(targets, outcomes)]).tolist()
         if step % 500 == 0 or step == steps:
             say(f"step {step}/{steps}  loss {sum(losses) / len(losses):.4f}  "
-                f"comparing {torch.tensor(comparing).mean():.2f}  "
                 f"{tokens / (time.time() - started):,.0f} tokens/s")
             losses.clear()
-            comparing.clear()
 
 
 def arguments():
     p = parser(__doc__, out="out/mini", model=None)
-    p.add_argument("--without", nargs="+", default=[], choices=PARTS, metavar="PART",
-                   help=f"leave parts out of the documents, to see what they are worth: {', '.join(PARTS)}")
     p.add_argument("--tokens", type=positive, default=16_000_000,
                    help="as many steps as would hold these tokens if all were full; 86 in 100 are text")
     p.add_argument("--batch", type=positive, default=1024,
@@ -665,7 +650,7 @@ def main():
     size = sum(w.numel() for w in model.parameters())
     say(f"{size / 1e6:.2f}M parameters, {tokenizer.size} tokens in the vocabulary")
 
-    data = batches(tokenizer, Author(args.seed, args.without), args.batch)
+    data = batches(tokenizer, Author(args.seed), args.batch)
     train(model, tokenizer, data, args)
     # A line of a trace is drawn like the lines that stand in its place in a sheet.
     for new, like in zip(trace_lines(), (LAYOUT, COPY), strict=True):

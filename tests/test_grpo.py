@@ -397,15 +397,6 @@ def test_warnings():
     assert len(warnings_of(bad)) == 3 and not warnings_of(good)
 
 
-def test_a_collapsed_reward_is_warned_of():
-    """The last five steps against the best five in a row."""
-    good = {"truncated": 0.1, "groups_with_signal": 0.5, "sampler_trainer_mean": 1e-6}
-    fine = [0.2, 0.3, 0.5, 0.4, 0.5, 0.5, 0.3, 0.3, 0.2, 0.3, 0.3]
-    assert not warnings_of(good, rewards=fine) and not warnings_of(good, rewards=[1.0, 0, 0, 0])
-    fallen = warnings_of(good, rewards=[*fine, 0.1, 0.1, 0.0, 0.2, 0.0])
-    assert fallen.keys() == {"collapsed"} and "fallen from 0.440 to 0.080" in fallen["collapsed"]
-
-
 def test_a_warning_is_said_once_and_counted(cmd):
     _, out, _ = cmd(grpo, *FLAGS, "--max-new-tokens", "3", "--steps", "3")
     assert out.count("cut off at the budget; raise --max-new-tokens") == 1
