@@ -30,17 +30,8 @@ lint: .venv/installed
 	.venv/bin/oxlint --deny-warnings report.js
 
 bench: .venv/installed
-	@$(RUN) out="--repeats 1 --out out/benchmarks"; \
-	  python benchmarks/ops.py --scale 0.01 $$out/ops.json; \
-	  TRITON_INTERPRET=1 KERNELS=triton python benchmarks/ops.py --scale 0.0005 --device cpu --dtype float32 $$out/ops-interpreted.json; \
-	  for load in nano-vllm group chat decode; do python benchmarks/sampling.py --model mini --load $$load --scale 0.03 $$out/$$load.json; done; \
-	  python benchmarks/scheduler.py --groups 5 --slots 16 --out out/benchmarks/scheduler.json; \
-	  python benchmarks/dtypes.py --model mini --device cpu --max-new-tokens 8 $$out/dtypes.json; \
-	  printf '{"question": "What is 7 * 8?"}\n%.0s' {1..60} > out/benchmarks/questions.jsonl; \
-	  python benchmarks/tiles.py --model mini --data out/benchmarks/questions.jsonl --tokens 256 --out out/benchmarks/tiles.json; \
-	  python benchmarks/page.py --traces 20 $$out/page.json; \
-	  python benchmarks/training.py sft --model mini --rows 2 --length 64 $$out/sft.json; \
-	  python benchmarks/training.py grpo --model mini --questions 2 --rollouts 4 --max-new-tokens 32 $$out/grpo.json
+	@$(RUN) TRITON_INTERPRET=1 SCALE=0.003 OUT=out/benchmarks bash benchmarks/gpu.sh; \
+	  python benchmarks/sampling.py --model mini --load chat --scale 0.03 --repeats 1 --out out/benchmarks/chat.json
 
 # In a folder of its own, out/demo, with links to the scripts. The two RL runs go side by side, a core each.
 demo: .venv/installed

@@ -267,6 +267,8 @@ def load(
     transformer.load_state_dict(weights, strict=True, assign=True)
     transformer.frequencies = transformer.frequencies.to(device)
     transformer.vocab = min(tokenizer.size, config.vocab_size)
+    if transformer.is_miniature and device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a second one costs more than it brings
     return transformer, tokenizer
 
 

@@ -24,6 +24,10 @@ from types import FrameType
 
 from tqdm import tqdm
 
+# Threads that wait sleep. Else they spin, and beside other work take the processor from those they wait for.
+# Read when torch is imported, which every command does after this module.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 class UserError(Exception):
     """A mistake the user can fix.

@@ -23,13 +23,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from cli import (  # before torch: it says how threads wait
+    Progress, UserError, command, may_change, natural, number, parser, place, positive, say,
+)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import tasks
 from checkpoint import device_and_dtype, load, model_fingerprint
-from cli import Progress, UserError, command, may_change, natural, number, parser, place, positive, say
 from diagnostics import Statistics, StepLog, Tokens
 from files import to_json
 from model import Attend, Transformer, side_by_side

@@ -25,6 +25,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cli import (  # before torch: it says how threads wait
+    Progress, UserError, command, may_change, natural, number, parser, place, positive, resume_flag, say,
+    split_list,
+)
+
 import torch
 
 import tasks
@@ -33,10 +38,6 @@ from cache import (
     slot_count,
 )
 from checkpoint import device_and_dtype, load, model_fingerprint
-from cli import (
-    Progress, UserError, command, may_change, natural, number, parser, place, positive, resume_flag, say,
-    split_list,
-)
 from files import fingerprint, refuse_folder, to_json
 from grading import verdict
 from kernels import next_tokens, uniform, uses_triton

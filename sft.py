@@ -18,11 +18,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from cli import (  # before torch: it says how threads wait
+    Progress, UserError, command, natural, number, parser, place, positive, say, split_list,
+)
+
 import torch
 from torch import Tensor
 
 from checkpoint import device_and_dtype, load, model_fingerprint
-from cli import Progress, UserError, command, natural, number, parser, place, positive, say, split_list
 from conversations import plain_messages
 from files import file_fingerprint, read_jsonl
 from model import Transformer, causal, side_by_side
@@ -242,7 +245,10 @@ def main():
                      "tokens_per_second": round(speed, 1)})
             progress.update(**{"loss": f"{loss:.3f}", "norm": f"{norm:.2f}", "tokens/s": f"{speed:,.0f}"})
             run.end_of_step(step, step, asked, measure)
-    say(f"wrote {run.out}" if run.step < steps else f"{run.out} is finished already")
+    if run.step >= steps:
+        say(f"{run.out} is finished already")
+        return
+    say(f"wrote {run.out}: loss {loss:.4f} at the last step")
 
 
 def inputs(args) -> dict:

@@ -5,9 +5,7 @@
 
 Times are medians of --repeats turns, the two in turns; the bytes and flops are those of the forward pass in
 each kernel's file, and the roof is a large copy or matrix product measured in the same run. The plain version
-of the linear + log-probability is the dense one (logits, log-softmax, gather), with its peak memory beside
-ours. On a CPU the product of the head is also set against one with weights packed for oneDNN. Liger's kernels
-are not compared.
+of the linear + log-probability is the dense one (logits, log-softmax, gather).
 """
 import statistics
 from collections.abc import Callable
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from common import (  # first of ours: it sets the path
-    SHAPES, VOCABULARY, machine, name_of, roofline, seconds_of, write,
+    SHAPE, VOCABULARY, machine, name_of, roofline, seconds_of, write,
 )
 
 import torch
@@ -32,7 +30,6 @@ class Case:
     """One operation at one shape, with the work of its forward pass as its kernel's file counts it."""
     name: str
     ours: Callable
-    peer: str
     plain: Callable
     trained: tuple = ()  # inputs with a gradient
     others: tuple = ()
@@ -56,8 +53,7 @@ def dense_attention(q, k, v, past_k, past_v, lengths):
 
 def cases(scale, device, dtype):
     """The Cases, with tokens, vocabulary and cache shrunk by `scale`."""
-    shape = SHAPES["qwen2.5-0.5b"]
-    C, M, H, K, D = shape["hidden_size"], shape["intermediate_size"], 14, 2, 64
+    C, M, H, K, D = SHAPE["hidden_size"], SHAPE["intermediate_size"], 14, 2, 64
     V = max(64, round(scale * VOCABULARY))
     N = max(4, round(scale * 16_384))
     S = max(16, round(scale * 4096))
@@ -70,38 +66,30 @@ def cases(scale, device, dtype):
         s = x + delta
         return s, F.rms_norm(s, (C,), w, 1e-6)
 
-    yield Case("norm with the add", lambda x, d, w: kernels.add_norm(x, d, w, 1e-6), "torch", plain_norm,
+    yield Case("norm with the add", lambda x, d, w: kernels.add_norm(x, d, w, 1e-6), plain_norm,
                trained=(random(1, N, C), random(1, N, C), random(C)), bytes=4 * N * C * size)
 
     angle = torch.rand(1, N, 1, D // 2, device=device)
     cos, sin = angle.cos(), angle.sin()
-    yield Case("rotary", lambda q, k: kernels.rotate(q, k, cos, sin), "torch",
+    yield Case("rotary", lambda q, k: kernels.rotate(q, k, cos, sin),
                lambda q, k: reference.rotate(q, k, cos, sin),
                trained=(random(1, N, H, D), random(1, N, K, D)), bytes=2 * N * (H + K) * D * size)
 
-    yield Case("swiglu", lambda g, u: (kernels.swiglu(g, u),), "torch", lambda g, u: (F.silu(g) * u,),
+    yield Case("swiglu", lambda g, u: (kernels.swiglu(g, u),), lambda g, u: (F.silu(g) * u,),
                trained=(random(N, M), random(N, M)), bytes=3 * N * M * size)
 
     N = max(4, N // 4)  # 4,096 rows: more dense logits do not fit into 24 GB
     targets = torch.randint(0, V, (N,), device=device)
-    yield Case("linear + log-probability", lambda h, w: kernels.linear_logprob(h, w, targets)[:1], "dense",
+    yield Case("linear + log-probability", lambda h, w: kernels.linear_logprob(h, w, targets)[:1],
                lambda h, w: dense_logprob(h, w, targets)[:1],
                trained=(random(N, C), random(V, C) / C**0.5), flops=2 * N * V * C)
-
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        for n in (16, 128):
-            h, w = random(n, C), random(V, C)
-            packed = torch.ops.mkldnn._reorder_linear_weight(w, n)
-            yield Case(f"head, {n} rows", lambda h=h, w=w: kernels.linear_float32(h, w), "packed by oneDNN",
-                       lambda h=h, packed=packed: torch.ops.mkldnn._linear_pointwise(
-                           h, packed, None, "none", [], ""), flops=2 * n * V * C)
 
     for B in sorted({1, 8, max(1, round(scale * 128))}):
         lengths = torch.full((B,), S - 1, device=device)
         new = (random(B, H, D), random(B, K, D), random(B, K, D))
         inputs = (*new, random(B, K, S, D), random(B, K, S, D), lengths)
         name = f"decode attention, {B} rows over {S}"
-        yield Case(name, kernels.decode_attention, "torch", dense_attention,
+        yield Case(name, kernels.decode_attention, dense_attention,
                    others=inputs, bytes=2 * B * K * S * D * size)
         logits = 3 * torch.randn(B, V, device=device)
         u = torch.rand(B, device=device)
@@ -111,13 +99,13 @@ def cases(scale, device, dtype):
             # The reference writes over its logits, but at temperature 1 leaves them as they are.
             ours = partial(kernels.next_tokens, **cuts)
             plain = partial(reference.next_tokens, **cuts)
-            yield Case(f"next token, {name}, {B} rows", ours, "torch", plain,
+            yield Case(f"next token, {name}, {B} rows", ours, plain,
                        others=(logits, u), bytes=(2 if cuts else 1) * B * V * 4)
 
 
 # ---- how -----------------------------------------------------------------------------------------
-def timed(run, case, device, backward):
-    """(seconds, peak bytes on a GPU) of one call, with its backward pass if asked."""
+def seconds_of_call(run, case, device, backward):
+    """Of one call, with its backward pass if asked. On a GPU nothing of it is left in the last cache."""
     leaves = [x.detach().requires_grad_(backward) for x in case.trained]
 
     def call():
@@ -128,51 +116,30 @@ def timed(run, case, device, backward):
 
     call()  # compile, tune
     if device.type != "cuda":
-        return seconds_of(call, device), 0
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    peak = torch.cuda.max_memory_allocated() - before
+        return seconds_of(call, device)
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)  # larger than the last cache level
     calls = 10
     empty = seconds_of(lambda: [flush.zero_() for _ in range(calls)], device, 3)
     full = seconds_of(lambda: [(flush.zero_(), call()) for _ in range(calls)], device, 3)
-    return max(1e-9, full - empty) / calls, peak
+    return max(1e-9, full - empty) / calls
 
 
 def measure(case, device, backward, repeats, copy, matmul):
     """A row of figures. `copy` and `matmul` are the machine's limits."""
-    turns = {"ours": [], case.peer: []}
+    turns = {"ours": [], "plain": []}
     for _ in range(repeats):
-        turns["ours"].append(timed(case.ours, case, device, backward))
-        turns[case.peer].append(timed(case.plain, case, device, backward))
-    row = {"operation": case.name + (", forward + backward" if backward else "")}
-    row["spread"], row["peak_mib"] = {}, {}
-    median = {}
-    for who, made in turns.items():
-        seconds = [s for s, _ in made]
-        median[who] = statistics.median(seconds)
-        row[f"{who}_microseconds"] = round(1e6 * median[who], 1)
-        row["spread"][who] = [round(1e6 * min(seconds), 1), round(1e6 * max(seconds), 1)]
-        row["peak_mib"][who] = round(max(peak for _, peak in made) / 2**20)
-    row["times_as_fast"] = {case.peer: round(median[case.peer] / median["ours"], 2)}
+        turns["ours"].append(seconds_of_call(case.ours, case, device, backward))
+        turns["plain"].append(seconds_of_call(case.plain, case, device, backward))
+    ours, plain = (statistics.median(made) for made in turns.values())
+    row = {"operation": case.name + (", forward + backward" if backward else ""),
+           "microseconds": {who: [round(1e6 * s, 1) for s in sorted(made)] for who, made in turns.items()},
+           "times_as_fast": round(plain / ours, 2)}
     # The backward pass's bytes are not counted; the head's flops are: it makes the logits twice.
     if case.bytes and not backward:
-        row["of_bandwidth"] = round(case.bytes / median["ours"] / copy, 3)
+        row["of_bandwidth"] = round(case.bytes / ours / copy, 3)
     if case.flops:
-        row["of_matmul"] = round((4 if backward else 1) * case.flops / median["ours"] / matmul, 3)
+        row["of_matmul"] = round((4 if backward else 1) * case.flops / ours / matmul, 3)
     return row
-
-
-def show(row, peer, on_gpu):
-    text = f"{row['operation']:<48} {row['ours_microseconds']:>12,.1f} us   "
-    text += f"{row['times_as_fast'][peer]:>6.2f} x {peer:<6} "
-    for name in ("of_bandwidth", "of_matmul"):
-        if name in row:
-            text += f"{name.replace('_', ' ')} {row[name]:.0%}"
-    if on_gpu:
-        text += f"  memory {row['peak_mib']['ours']:,} of {row['peak_mib'][peer]:,} MiB"
-    print(text, flush=True)
 
 
 def main():
@@ -190,7 +157,7 @@ def main():
     for case in cases(args.scale, device, dtype):
         for backward in (False, True) if case.trained else (False,):
             rows.append(measure(case, device, backward, args.repeats, copy, matmul))
-            show(rows[-1], case.peer, device.type == "cuda")
+            print(rows[-1], flush=True)
     write(f"ops-{name_of(dtype)}", args, copy_gigabytes_per_second=round(copy / 1e9, 1),
           matmul_teraflops=round(matmul / 1e12, 1), rows=rows)
 

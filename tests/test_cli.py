@@ -165,3 +165,16 @@ def test_a_wrong_KERNELS_leaves_nothing_behind(cmd, monkeypatch, tmp_path):
     flags = ("--model", MINI, "--device", "cpu", "--out", "run")
     refused(cmd, grpo, flags, "KERNELS=fast: give reference or triton")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["sample", "sft", "grpo", "evaluate"])
+def test_threads_that_wait_sleep(name):
+    """Beside other work spinning threads made an evaluation 3 times as slow. Torch reads it when imported."""
+    said = ("import sys, os; from importlib.abc import MetaPathFinder\n"
+            "class Watch(MetaPathFinder):\n"
+            "    def find_spec(self, name, *more):\n"
+            "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY'))\n"
+            f"sys.meta_path.insert(0, Watch()); import {name}")
+    kept = {key: value for key, value in environment().items() if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, env=kept)
+    assert done.stdout == "passive\n", done.stderr
