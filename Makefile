@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 SHELL = /bin/bash
-RUN = set -euo pipefail; . .venv/bin/activate; export OMP_NUM_THREADS=1;
+RUN = set -euo pipefail; . .venv/bin/activate;
 
 # The demo is the README's commands; these add flags to each, as CI does to make it smaller.
 SAMPLE =
@@ -33,7 +33,8 @@ bench: .venv/installed
 	@$(RUN) TRITON_INTERPRET=1 SCALE=0.003 OUT=out/benchmarks bash benchmarks/gpu.sh; \
 	  python benchmarks/sampling.py --model mini --load chat --scale 0.03 --repeats 1 --out out/benchmarks/chat.json
 
-# In a folder of its own, out/demo, with links to the scripts. The two RL runs go side by side, a core each.
+# In a folder of its own, out/demo, with links to the scripts. The two RL runs go side by side, a core each, and
+# two processes evaluate.
 demo: .venv/installed
 	@rm -rf out/demo && mkdir -p out/demo && cd out/demo && ln -s ../../*.py .
 	@$(RUN) cd out/demo; \
@@ -45,6 +46,5 @@ demo: .venv/installed
 	  python sft.py $(SFT); \
 	  python grpo.py $(GRPO); \
 	  wait $$rl; \
-	  export OMP_NUM_THREADS=2; \
-	  python evaluate.py $(EVALUATE)
+	  torchrun --nproc-per-node 2 evaluate.py $(EVALUATE)
 	@echo "open out/demo/out/evaluate/report.html, and out/demo/out/grpo/report.html for the training"

@@ -1,6 +1,7 @@
 """What both trainers promise: exact small steps, one process or two alike, the same end after any kill."""
 import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -377,6 +378,52 @@ def test_a_log_knows_no_infinity(cmd, monkeypatch):
     row, = read_rows("run/metrics.jsonl")
     assert row["approx_kl"] is None and row["mine"] == {"a": [None, 1]}
     assert "Infinity" not in Path("run/metrics.jsonl").read_text()
+
+
+# ---- struck anywhere -------------------------------------------------------------------------------
+TWO = ("--device", "cpu", "--questions", "4", "--max-new-tokens", "30")
+STRUCK = {
+    "sample": ("--model", MINI, *TWO, "--n", "1", "--resume", "auto", "--out", "run.jsonl"),
+    "sft": (*SFT, "--epochs", "2", "--save-every", "1", "--keep", "2", "--eval-every", "2", "--held-out",
+            "20", "--resume", "auto", "--out", "run"),
+    "grpo": ("--model", MINI, *TWO, "--questions-per-step", "2", "--mini-batch", "1", "--rollouts", "2",
+             "--steps", "3", "--save-every", "1", "--eval-every", "2", "--eval-questions", "2", "--reward",
+             "random", "--resume", "auto", "--out", "run"),
+    "evaluate": ("--models", f"a={MINI}", *TWO, "--samples", "1", "--tasks",
+                 "countdown-3-small,countdown-2-small", "--resume", "auto", "--out", "run"),
+}
+
+
+@pytest.mark.parametrize("name", STRUCK)
+def test_struck_anywhere_it_goes_on_to_the_same_end(name):
+    """Rule 15: SIGKILL, or a full disk, at some of the calls that change a file."""
+    def strike(how, at):
+        process = start("tests/struck.py", how, at, name, *STRUCK[name])
+        return process.wait(), process.stdout.read()
+
+    def rows():
+        return sorted(json.dumps(row) for row in read_rows("run/results.jsonl"))
+
+    def end():
+        if name == "sample":
+            return sorted(json.dumps(row) for row in read_rows("run.jsonl"))
+        return rows() if name == "evaluate" else everything("run")
+
+    status, screen = strike("kill", 0)
+    assert status == 0, screen
+    calls = int(screen.split()[-1])
+    whole = end()
+    for how in ("kill", "kill", "kill", "full"):
+        for path in Path().glob("run*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        status, screen = strike(how, random.Random(f"{name}{how}{len(screen)}").randint(1, calls))
+        if how == "full":
+            assert status == 2 and screen.count("the disk is full") == 1, screen
+        else:
+            assert status == -signal.SIGKILL, screen
+        status, screen = strike("kill", 0)
+        assert status == 0, screen
+        assert end() == whole
 
 
 # ---- processes -----------------------------------------------------------------------------------
