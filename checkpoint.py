@@ -243,7 +243,7 @@ def load(
 ) -> tuple[Transformer, Tokenizer]:
     """(Transformer, Tokenizer) of a Hugging Face folder or hub id, as `read_folder` reads it.
 
-    `on_host` leaves the weights in main memory, mapped from their files, for `processes.shard` to take from.
+    `on_host` leaves the weights in main memory, mapped from their files, for `train.shard` to take from.
     """
     device, dtype = device_and_dtype(device, dtype)
     folder, config, tokenizer = read_folder(model, template_kwargs)

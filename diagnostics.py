@@ -2,7 +2,6 @@
 
 Groups, completions and grades are those of `grpo.py`.
 """
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor
 
 from cli import say
-from files import to_json
-from processes import gathered, largest, rank, summed
+from processes import largest, rank, summed
 from run import Run
 from tokenizer import Tokenizer
 
@@ -158,7 +156,8 @@ class StepLog:
             if not self.warned[name]:
                 say(f"warning, step {step}: {text} (said once)")
             self.warned[name] += 1
-        log_rollouts(self.run, groups, self.tokenizer, step, self.args.log_groups)
+        for group in groups[:self.args.log_groups]:
+            self.run.log(group_row(step, group, self.tokenizer), "rollouts.jsonl")
         if rank() == 0 and (step == 1 or step % 20 == 0):
             show_rollouts(groups[0], self.tokenizer, step)
         self.run.log(row)
@@ -167,17 +166,6 @@ class StepLog:
     def say_warnings(self) -> None:
         for name, count in self.warned.items():
             say(f"warned of in {count} of {self.run.last - self.run.step} steps: {name}")
-
-
-def log_rollouts(run: Run, groups: list, tokenizer: Tokenizer, step: int, most: int) -> None:
-    """The first `most` questions of a step for rollouts.jsonl, each whole. All processes must call it."""
-    logged = groups[:most]
-    mine = [{i: logp.tolist() for i, logp in group.trainer_logprobs.items()} for group in logged]
-    for text in gathered(to_json(mine)):  # each process has trained some of the responses
-        for group, theirs in zip(logged, json.loads(text), strict=True):
-            group.trainer_logprobs.update({int(i): logprobs for i, logprobs in theirs.items()})
-    for group in logged:
-        run.log(group_row(step, group, tokenizer), "rollouts.jsonl")
 
 
 def group_row(step: int, group, tokenizer: Tokenizer) -> dict:
@@ -197,10 +185,7 @@ def group_row(step: int, group, tokenizer: Tokenizer) -> dict:
             "tokens": len(completion.tokens),
             **group.task.skills(group.problem, text),
             "ids": completion.tokens,
-            "sampler_logprobs": rounded(completion.logprobs),
-            # At the update of this group: at a step's first one the weights are those that sampled. None for
-            # a response that had no part in it, such as one of a group whose rewards are all equal.
-            "trainer_logprobs": rounded(group.trainer_logprobs.get(i)),
+            "sampler_logprobs": [round(logp, 5) for logp in completion.logprobs],
         })
     return {
         "step": step,
@@ -211,10 +196,6 @@ def group_row(step: int, group, tokenizer: Tokenizer) -> dict:
         "prompt": group.prompt,
         "rollouts": rollouts,
     }
-
-
-def rounded(logprobs: list[float] | None) -> list[float] | None:
-    return logprobs and [round(logp, 5) for logp in logprobs]
 
 
 def show_rollouts(group, tokenizer: Tokenizer, step: int) -> None:

@@ -6,8 +6,7 @@
 
 All models get the same questions, so the difference to the first is paired. Intervals are at 95%. An answer
 counts if it is the last one after </think> (strict); the lenient figure takes the last one anywhere. Beside
-them appears the part without a readable answer, and the part of all that is right but for that (an <answer>
-elsewhere, or \\boxed{}): what training gains there is form, not reasoning.
+them stands the part without a readable answer: what training gains there is form, not reasoning.
 
 `torchrun --nproc-per-node 8 evaluate.py ...` divides the questions among the processes. Left out: judging by
 another model.
@@ -27,7 +26,6 @@ from cli import (
     split_list,
 )
 from files import to_json, write_whole
-from grading import last_boxed
 from processes import ALONE, joined_rows, own_part, rank, start_processes, world
 from record import refuse_wrong_out, start_or_check, sweep
 from sample import Completion, Params, Request, Sampler, refuse_long_prompt, say_what_the_context_cuts
@@ -48,30 +46,14 @@ def forced_prompt(tokenizer: Tokenizer, completion: Completion) -> tuple[list[in
     cut = text.rfind("</think>")
     if cut >= 0:
         text = text[:cut]
-    beginning = sampled[:longest_prefix(tokenizer, sampled, text)]
+    n = len(sampled)
+    while not text.startswith(tokenizer.decode(sampled[:n])):
+        n -= 1
+    beginning = sampled[:n]
     rest = text[len(tokenizer.decode(beginning)):]
     line = "" if text.endswith("\n") else "\n"
     beginning = beginning + tokenizer.encode(f"{rest}{line}<sample>\n")
     return completion.prompt + beginning, beginning
-
-
-def longest_prefix(tokenizer: Tokenizer, ids: list[int], text: str) -> int:
-    """How many of the first ids say nothing but a beginning of the text.
-
-    By bisection over their length, then step by step: ids that end within a character are longer than those
-    that complete it.
-    """
-    low, high = 0, len(ids)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if len(tokenizer.decode(ids[:middle])) <= len(text):
-            low = middle
-        else:
-            high = middle - 1
-    n = min(low + 4, len(ids))  # a character has up to 4 bytes
-    while not text.startswith(tokenizer.decode(ids[:n])):
-        n -= 1
-    return n
 
 
 # ---- a cell: one model on one task ---------------------------------------------------------------
@@ -158,7 +140,6 @@ def result_row(name, task, problem, index, completion, tokenizer):
         "reference": problem.truth["answer"],
         **graded,
         "lenient": task.grade(problem, text, lenient=True).correct,
-        "wrong_form": graded["answer"] is None and right_in_another_form(task, problem, text),
     }
 
 
@@ -176,13 +157,6 @@ def graded_response(task, problem, completion, tokenizer):
     }
 
 
-def right_in_another_form(task, problem, text):
-    """Whether a response without a readable answer has the right one elsewhere, or in \\boxed{}."""
-    boxed = last_boxed(text)
-    return (task.grade(problem, text, lenient=True).correct
-            or (boxed is not None and not task.check(boxed, problem.truth)))
-
-
 # ---- the command ---------------------------------------------------------------------------------
 # Where the README's commands leave their models.
 ARMS = {"base": "mini", "rl-only": "out/rl", "sft": "out/sft", "sft+grpo": "out/grpo"}
@@ -198,7 +172,8 @@ def arguments():
     p.add_argument("--questions", type=natural, default=100, help="of each task; 0: all of a file")
     p.add_argument("--samples", type=natural, default=0,
                    help="responses to each question; 0: 4, or 34 where fewer than 100 questions are asked")
-    p.add_argument("--k", help="pass@k for these k, with commas; if not given, for the number of samples")
+    p.add_argument("--k", type=numbers,
+                   help="pass@k for these k, with commas; if not given, for the number of samples")
     p.add_argument("--max-new-tokens", type=positive, default=1024, help="budget of a response")
     p.add_argument("--budget-forcing", action="store_true",
                    help="also let responses that ended go on with a new <sample>, up to twice the budget")
@@ -219,8 +194,12 @@ def arguments():
         args.models = [named_model(text) for text in split_list(args.models, "--models")]
     if len({name for name, _ in args.models}) < len(args.models):
         raise UserError("--models: two models have the same name; give them as name=folder")
-    args.k = whole_numbers(args.k) if args.k else None
     return args
+
+
+def numbers(text: str) -> list[int]:
+    """An argparse type: "1,4" -> [1, 4]"""
+    return [positive(k) for k in text.split(",")]
 
 
 def named_model(text: str) -> tuple[str, str]:
@@ -229,13 +208,6 @@ def named_model(text: str) -> tuple[str, str]:
     if equals and "/" not in name and "." not in name:
         return name, folder
     return os.path.basename(text.rstrip("/")), text
-
-
-def whole_numbers(text: str) -> list[int]:
-    ks = split_list(text, "--k")
-    if not all(k.isdecimal() and len(k) < 10 and int(k) > 0 for k in ks):
-        raise UserError(f"--k {text}: give whole numbers from 1 on, separated by commas, such as 1,4")
-    return [int(k) for k in ks]
 
 
 def make_plans(args) -> list[Plan]:

@@ -210,8 +210,6 @@ class Group:
     grades: list[tasks.Grade] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
-    # What the update computed for the tokens of its rollouts, by their place in these lists.
-    trainer_logprobs: dict[int, list[float]] = field(default_factory=dict)
 
 
 def choose(problems: list, step: int, count: int, seed: int) -> list:
@@ -378,7 +376,6 @@ def update(
             tokens.reference_logp, args.kl)
         (loss + reference_loss).backward()
         statistics.add(tokens, loss, args.clip_low, args.clip_high)
-        keep_logprobs(micro_batch, tokens.logp)
     even_passes(model, len(mine), reference)
     sums = statistics.over_all_processes()
     check_finite(sums["loss"], "loss")
@@ -407,14 +404,6 @@ def run_tokens(
     return Tokens(
         logp=logp, entropy=entropy, old_logp=old_logp, reference_logp=reference_logp,
         advantage=by_token([r.advantage for r in responses]), weight=by_token([r.weight for r in responses]))
-
-
-def keep_logprobs(micro_batch: list[list[Response]], logp: Tensor) -> None:
-    """Give the groups what the update computed for the tokens of their rollouts, for the log."""
-    responses = [response for part in micro_batch for response in part]
-    of_responses = logp.detach().split([len(response) for response in responses])
-    for response, logprobs in zip(responses, of_responses, strict=True):
-        response.group.trainer_logprobs[response.index] = logprobs
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -98,8 +98,10 @@ def balanced(items: list, cost: Callable[[Any], int]) -> list:
     return shares[rank()]
 
 
-def in_batches(items: list, length: Callable[[Any], int], most: int, padded: bool = False) -> list[list]:
-    """Items by growing length, in batches of at most `most` tokens (or of one item).
+def in_batches(
+    items: list, length: Callable[[Any], int], most: int, padded: bool = False, by_length: bool = True,
+) -> list[list]:
+    """Items by growing length (or in their order), in batches of at most `most` tokens (or of one item).
 
     In a `padded` batch every item takes as much as the longest, else what it has.
 
@@ -108,7 +110,7 @@ def in_batches(items: list, length: Callable[[Any], int], most: int, padded: boo
     """
     batches = []
     size = 0  # of the last batch
-    for item in sorted(items, key=length):
+    for item in sorted(items, key=length) if by_length else items:
         n = length(item)
         grown = (len(batches[-1]) + 1) * n if padded and batches else size + n
         if batches and grown <= most:

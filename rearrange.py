@@ -262,7 +262,7 @@ RECIPES = {
     "no-reflection": Recipe(paper, "ablation: the paper's traces without the <reflect> blocks",
                             reflections=False),
     "star": Recipe(star, "baseline: each correct attempt as it is", tagged=False, needs_reflection=False),
-    # The same.
+    # Needs reflections too: its attempts are those that `paper` draws.
     "unarranged": Recipe(unarranged, "control: the attempts that `paper` draws, right or wrong, each alone",
                          tagged=False),
 }

@@ -75,9 +75,7 @@ function short(x) {
 }
 
 // ---- figures of an evaluation ------------------------------------------------------------------------
-const COLOURS = 6;  // of models; the seventh has the first one's again
 const cellsOf = (task) => data.cells.filter((cell) => cell.task === task);
-const colourOf = (cell) => `arm${data.arms.indexOf(cell.model) % COLOURS}`;
 
 // A figure for each task.
 function panels(draw) {
@@ -101,8 +99,8 @@ function accuracySection() {
     const [low, high] = cell.interval;
     const range = { left: percent(low / end), width: percent((high - low) / end) };
     return el("div", { class: "track" },
-      placed(`range ${colourOf(cell)}`, range),
-      placed(`dot ${colourOf(cell)}`, { left: percent(cell.accuracy / end) }));
+      placed("range", range),
+      placed("dot", { left: percent(cell.accuracy / end) }));
   };
   return section("accuracy", "Accuracy",
     el("p", {}, "Dot: share of right answers; bar: its 95% interval."),
@@ -296,17 +294,6 @@ function entry(group, matching) {
 }
 
 // ---- the viewer: a question and a trace ----------------------------------------------------------------
-const TITLES = {  // of parts
-  correct: "an attempt that is right",
-  incorrect: "an attempt that is wrong",
-  attempt: "an attempt without a grade",
-  reflection: "a check",
-  agrees: "a verdict that agrees with the grade",
-  contradicts: "a verdict that contradicts the grade",
-  verdict: "a verdict that does not count",
-  answer: "the final answer",
-};
-
 function openTrace(trace) {
   current = trace;
   const { group } = trace;
@@ -354,7 +341,7 @@ function partView(trace) {
   for (const [kind, text] of trace.parts) {
     const [what, content] = kind.split(" ");  // "open correct"
     if (what === "open" || what === "close") box = body;
-    box.append(el("span", { class: what, title: TITLES[what] || null }, text));
+    box.append(el("span", { class: what }, text));
     if (what === "open") {
       box = el("div", { class: `block ${content}` });
       body.append(box);

@@ -217,24 +217,13 @@ def rolled_group(row: dict) -> dict:
     return {**{name: row[name] for name in ("step", "task", "id", "question", "reference")}, "traces": traces}
 
 
-MOST_POINTS = 2000  # of a curve
-
-
 def curves_of(rows: list[dict]) -> list[dict]:
-    """The metrics of metrics.jsonl, {"name", "points": [[step, value]]}, without what was not measured.
-
-    Where there are more than MOST_POINTS, a point is the mean of several.
-    """
+    """The metrics of metrics.jsonl, {"name", "points": [[step, value]]}, without what was not measured."""
     curves = []
     for name in dict.fromkeys(name for row in rows for name in row if name != "step"):
-        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
-        each = math.ceil(len(points) / MOST_POINTS)
-        means = []
-        for i in range(0, len(points), max(1, each)):
-            some = points[i:i + each]
-            means.append([some[-1][0], float(f"{sum(value for _, value in some) / len(some):.6g}")])
-        if means:
-            curves.append({"name": name, "points": means})
+        points = [[row["step"], row[name]] for row in rows if isinstance(row.get(name), int | float)]
+        if points:
+            curves.append({"name": name, "points": points})
     return curves
 
 

@@ -25,12 +25,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
 
 import report
-from cli import Stopped, UserError, handlers, say
+from cli import Stopped, handlers, say
 from files import appearing, check_row, parsed, read_json, read_rows_so_far, to_json, write_whole
 from processes import barrier, rank, total
 from record import is_written, start_or_check, sweep
@@ -40,21 +37,18 @@ WEIGHTS = "*.safetensors"
 SCORES = {"val": 1, "val_loss": -1}  # of held-out data in metrics.jsonl, and which way is better
 
 
-class State(Protocol):
-    """What a run saves and takes back: `train.Optimizer`."""
-    def tensors(self) -> dict[str, Tensor]: ...
-    def load(self, files: list[Path], updates: int) -> None: ...
-
-
 Measure = Callable[[], dict[str, float] | None]  # {"val": share}; None, if somebody asked to stop meanwhile
 
 
 class Run:
-    """An output folder, as above. `publish` writes the model into it, called by all processes; `last` is the
-    run's last step."""
+    """An output folder, as above.
+
+    `state` has what is saved and taken back: `tensors()`, {name: tensor}, and `load(files, updates)`.
+    `publish` writes the model into the folder, called by all processes. `last` is the run's last step.
+    """
 
     def __init__(
-        self, args, inputs: Callable[[], dict], state: State, publish: Callable[[Path], None], last: int,
+        self, args, inputs: Callable[[], dict], state, publish: Callable[[Path], None], last: int,
     ):
         self.out = Path(args.out)
         self.save_every = args.save_every
@@ -70,7 +64,8 @@ class Run:
         self.step = 0  # of the checkpoint that the run goes on from
         self.updates = 0  # optimizer steps until then; GRPO makes several in a step
         if self.resume_from:
-            counts = self._counts(self.resume_from)
+            counts = read_json(self.resume_from / "state.json")
+            check_row(counts, {"step": int, "updates": int}, self.resume_from / "state.json")
             self.step, self.updates = counts["step"], counts["updates"]
         self.saved = self.step  # the step of the newest checkpoint
         if rank() == 0:
@@ -86,16 +81,6 @@ class Run:
     def _checkpoints(self) -> list[Path]:
         found = sorted((self.out / "state").glob("step-*"))  # without the .tmp of a killed save
         return [path for path in found if path.is_dir() and path.name[len("step-"):].isdecimal()]
-
-    def _counts(self, folder: Path) -> dict:
-        """What a checkpoint's state.json says. Raises UserError if it is damaged, or another file missing."""
-        counts = read_json(folder / "state.json")
-        check_row(counts, {"step": int, "updates": int, "files": int}, folder / "state.json")
-        missing = counts["files"] - len(list(folder.glob(WEIGHTS)))
-        if missing > 0:
-            raise UserError(f"{folder}: {missing} of its files are missing; put them back, or remove the "
-                            "folder: --resume goes on from the one before it, if --keep has kept one")
-        return counts
 
     def restore(self, asked: "StopRequest", measure: Measure | None = None) -> None:
         """Take the checkpoint, if there is one, and do what follows from it: a kill may have come before."""
@@ -146,8 +131,7 @@ class Run:
         save_tensors(tmp / f"rank{rank():03d}.safetensors", self.state.tensors())
         barrier()
         if rank() == 0:
-            counts = {"step": step, "updates": updates, "files": len(list(tmp.glob(WEIGHTS)))}
-            write_whole(tmp / "state.json", to_json(counts))
+            write_whole(tmp / "state.json", to_json({"step": step, "updates": updates}))
             os.replace(tmp, final)
         self.saved = step
         self.publish(self.out)
@@ -175,16 +159,10 @@ class Run:
         """The model folder as it is now, whole or not at all. Its weights get a second name, and no copy."""
         if self._model_of(step).is_dir():
             return
+        no_model = shutil.ignore_patterns("*.jsonl", "*.html", "*.tmp", "state", "checkpoints", "best")
+        self._model_of(step).parent.mkdir(exist_ok=True)
         with appearing(self._model_of(step)) as tmp:
-            tmp.mkdir(parents=True)
-            for path in self.out.iterdir():
-                if path.match(WEIGHTS):
-                    try:
-                        os.link(path, tmp / path.name)
-                    except OSError:  # a file system where a file has one name only
-                        shutil.copy2(path, tmp / path.name)
-                elif path.is_file() and path.suffix not in (".jsonl", ".html"):
-                    shutil.copy2(path, tmp / path.name)
+            shutil.copytree(self.out, tmp, ignore=no_model, copy_function=link_or_copy)
 
     def _link_best(self) -> None:
         best = self.best_step()
@@ -248,6 +226,14 @@ def cut_log(path: Path, step: int) -> None:
                 break
             end += len(line)
         f.truncate(end)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for a file, which is only ever replaced whole; a copy, where a file has one name only."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 # ---- stopping ------------------------------------------------------------------------------------

@@ -111,17 +111,8 @@ def make_batches(
 
     The order depends on (seed, epoch) only.
     """
-    order = random.Random(f"{seed}/{epoch}").sample(range(len(examples)), len(examples))
-    batches = [[]]
-    size = 0
-    for i in order:
-        example = examples[i]
-        if batches[-1] and size + len(example) > tokens_per_batch:
-            batches.append([])
-            size = 0
-        batches[-1].append(example)
-        size += len(example)
-    return batches
+    order = random.Random(f"{seed}/{epoch}").sample(examples, len(examples))
+    return in_batches(order, len, tokens_per_batch, by_length=False)
 
 
 def all_batches(examples: list[Example], args, model: Transformer) -> list[list[Example]]:

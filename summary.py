@@ -20,8 +20,7 @@ Interval = tuple[float, float]
 ROW = {
     "model": str, "task": str, "id": str, "index": int, "question": str, "reference": str | None,
     "response": str, "tokens": int, "finish": str, "answer": str | None, "correct": bool, "reason": str,
-    "lenient": bool, "wrong_form": bool, "answers": int, "reflections": int, "attempts": list,
-    "verdicts": list,
+    "lenient": bool, "answers": int, "reflections": int, "attempts": list, "verdicts": list,
 }
 
 
@@ -160,7 +159,6 @@ def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int
         "interval": interval(right),
         "lenient": mean("lenient"),
         "no_answer": float(np.mean([row["answer"] is None for row in rows])),
-        "wrong_form": mean("wrong_form"),
         "pass": pass_at_k,
         "truncated": float(np.mean([row["finish"] == "length" for row in rows])),
         "tokens": mean("tokens"),
@@ -231,7 +229,6 @@ def figures_row(cell: dict, ks: list[int]) -> dict[str, str]:
         "against the first": "",
         "lenient": percent(cell["lenient"]),
         "no answer": percent(cell["no_answer"]),
-        "only form wrong": percent(cell["wrong_form"]),
     }
     if "difference" in cell:
         row["against the first"] = change(cell["difference"], cell["difference_interval"])

@@ -13,6 +13,7 @@ import json
 import re
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import jinja2.ext
@@ -55,7 +56,7 @@ class ChatTemplate:
         self.names = set()  # of the variables that it looks at
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = self._tojson
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = self._refuse
         environment.globals["strftime_now"] = self._fixed_date
         del environment.globals["lipsum"], environment.filters["random"]
@@ -76,11 +77,6 @@ class ChatTemplate:
         except Exception as e:  # a template can raise anything
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(f"{self.where}: the chat template fails ({reason})") from e
-
-    @staticmethod
-    def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     @staticmethod
     def _refuse(message):

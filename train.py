@@ -1,4 +1,4 @@
-"""What both trainers share: flags, batches, the optimizer. (`run.py` has the folder and how to resume.)
+"""What both trainers share: flags, sharding, the optimizer. (`run.py` has the folder and how to resume.)
 
 Exact resuming needs no saved random state, because nothing here or in the loops draws from a running
 generator: the order of the data and every sampled token are functions of (seed, step, ...). A checkpoint of a

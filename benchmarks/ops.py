@@ -150,9 +150,8 @@ def main():
     args = p.parse_args()
     device, dtype = device_and_dtype(args.device, args.dtype)
     copy, matmul = roofline(device, dtype)
-    kind = "triton" if kernels.uses_triton(device, dtype) else "reference"
-    print(f"{machine()}, {dtype}: a copy moves {copy / 1e9:,.0f} GB/s, "
-          f"a matrix product does {matmul / 1e12:,.1f} TFLOP/s; kernels: {kind}", flush=True)
+    print(f"{machine()}, {dtype}: a copy moves {copy / 1e9:,.0f} GB/s, a matrix product does "
+          f"{matmul / 1e12:,.1f} TFLOP/s; Triton: {kernels.uses_triton(device, dtype)}", flush=True)
     rows = []
     for case in cases(args.scale, device, dtype):
         for backward in (False, True) if case.trained else (False,):

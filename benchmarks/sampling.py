@@ -4,12 +4,12 @@
     python benchmarks/sampling.py --load group                                  # the method's own: 32 x 64
     python benchmarks/sampling.py --load decode                                 # a step of 1 to 128 rows
     python benchmarks/sampling.py --load chat --model FOLDER --peers generate   # 8 x 16 rows: for a CPU
-    python benchmarks/sampling.py --load group --model mini --scale 0.1 --repeats 1      # to see that it runs
 
 Each turn is a process of its own, so that its peak memory is its own too. Random weights, of Qwen2.5-0.5B's
 shape, unless --model says otherwise; stops are ignored but for chat.
 """
 import random
+import statistics
 import time
 from collections import deque
 from pathlib import Path
@@ -143,17 +143,11 @@ def decode(args, model, tokenizer, device, dtype):
                 sampler.slot_state.lengths[:] = context
                 times.append(seconds_of(sixteen, device) / 16)
         times = sorted(times[1:])  # the first holds the eager step and the capture, and does not count
-        seconds = times[args.repeats // 2]
+        seconds = statistics.median(times)
         read = weights + B * (context + 8) * KVCache.bytes_per_token(model.config, dtype)
-        steps.append({
-            "rows": B,
-            "milliseconds": round(1e3 * seconds, 3),
-            "lowest": round(1e3 * times[0], 3),
-            "highest": round(1e3 * times[-1], 3),
-            "tokens_per_second": round(B / seconds),
-            "gigabytes_per_second": round(read / seconds / 1e9, 1),
-            "of_bandwidth": round(read / seconds / bandwidth, 3),
-        })
+        steps.append({"rows": B, "milliseconds": [round(1e3 * t, 3) for t in times],
+                      "tokens_per_second": round(B / seconds),
+                      "of_bandwidth": round(read / seconds / bandwidth, 3)})
         print(steps[-1], flush=True)
     print(f"a copy moves {bandwidth / 1e9:,.0f} GB/s on this machine")
     write(f"decode-{Path(args.model).name}-{name_of(dtype)}", args, context=context, steps=steps,

@@ -3,7 +3,6 @@
     python benchmarks/training.py sft --rows 64 --length 1024 --micro-batch-tokens 16384 --steps 5
     python benchmarks/training.py grpo --questions 32 --rollouts 16 --max-new-tokens 1024 --steps 3
     python benchmarks/training.py sft --model FOLDER --peers trl                        # for a CPU
-    python benchmarks/training.py sft --model mini --rows 2 --length 64 --repeats 1      # to see that it runs
 
 Each turn is a process of its own. TRL is left at its defaults but for what the comparison fixes (dtype, the
 rows of a step). Time is that of the last of --steps steps, without loading; memory is the peak of the
@@ -183,9 +182,7 @@ def main():
     device, dtype = device_and_dtype(args.device, args.dtype)
     settle_flags(args, device)
     args.model = folder_of(args.model, dtype)
-    runs = TURNS[args.stage]
-    if args.peers == "none":
-        runs = {"ours": runs["ours"]}
+    runs = {who: run for who, run in TURNS[args.stage].items() if who in ("ours", args.peers)}
     compare(f"{args.stage}-{shape}", args, runs)
 
 

@@ -1,11 +1,10 @@
 """The operations that decide the speed of the model, behind one door.
 
-model.py, cache.py and sample.py call these functions; only the sampler asks where they run, to know whether a
-step can be a CUDA graph. The rule: on a GPU that has triton, every dtype but float64 goes to the Triton
-kernel (kernels/fused, one file per operation), everything else to the same operation in plain PyTorch
-(kernels/reference.py, where each has its equation). KERNELS=reference or KERNELS=triton in the environment
-overrides it; triton on a CPU needs TRITON_INTERPRET=1 and is for tests. The fused modules, which import
-triton, are imported on first use, and only here.
+model.py, cache.py and sample.py call these functions. The rule: on a GPU that has triton, every dtype but
+float64 goes to the Triton kernel (kernels/fused, one file per operation), everything else to the same
+operation in plain PyTorch (kernels/reference.py, where each has its equation). KERNELS=reference or
+KERNELS=triton in the environment overrides it; triton on a CPU needs TRITON_INTERPRET=1 and is for tests.
+The fused modules, which import triton, are imported on first use, and only here.
 """
 import functools
 import importlib

@@ -43,7 +43,6 @@ The tokenizer is bytes, plus one token for each number up to 144, each fixed phr
 and of the documents, and each tag.
 """
 import json
-import math
 import random
 import sys
 import tempfile
@@ -63,7 +62,7 @@ from tokenizers import Tokenizer as BPE  # noqa: E402
 
 import tasks  # noqa: E402
 from checkpoint import config_of, save  # noqa: E402
-from cli import command, number, parser, positive, say  # noqa: E402
+from cli import command, parser, say  # noqa: E402
 from files import refuse_existing  # noqa: E402
 from model import Transformer  # noqa: E402
 from tokenizer import CHATML, Tokenizer  # noqa: E402
@@ -495,6 +494,12 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 
 
 # ---- training ------------------------------------------------------------------------------------
+STEPS = 15_625
+BATCH_TOKENS = 1024  # of a step, at most, padding included; 86 in 100 are text
+MATRIX_LR = 0.02  # Muon's, for the matrices
+LR = 3e-3  # AdamW's, for the embedding and the norms
+
+
 def encoded(tokenizer: Tokenizer, author: Author) -> tuple[list[int], list[int]]:
     """(ids, positions) of a document with its end token. Every token is trained, those of prompts too.
 
@@ -514,11 +519,11 @@ def encoded(tokenizer: Tokenizer, author: Author) -> tuple[list[int], list[int]]
     return ids + [tokenizer.end_id], positions + [at]
 
 
-def batches(tokenizer: Tokenizer, author: Author, tokens: int):
+def batches(tokenizer: Tokenizer, author: Author):
     """Endless (ids, positions, real): rows padded on the right, (B, T), and what is no padding, (B, T-1)."""
     while True:
         pool = [encoded(tokenizer, author) for _ in range(800)]
-        groups = in_batches(pool, lambda row: len(row[0]), tokens, padded=True)
+        groups = in_batches(pool, lambda row: len(row[0]), BATCH_TOKENS, padded=True)
         for group in author.rng.sample(groups, len(groups)):
             ids = pad_sequence([torch.tensor(ids) for ids, _ in group], batch_first=True)
             positions = pad_sequence([torch.tensor(at) for _, at in group], batch_first=True)
@@ -595,17 +600,16 @@ def draw_new(embedding: Tensor, new: list[int], like: list[int], seed: int) -> N
     embedding[new] = mean + weights @ (trained - mean) / len(trained) ** 0.5
 
 
-def train(model: Transformer, tokenizer: Tokenizer, data, args) -> None:
+def train(model: Transformer, data) -> None:
     matrices, others = [], []
     for name, w in model.named_parameters():
         (matrices if w.ndim == 2 and "embed" not in name else others).append(w)
     muon = Muon(matrices)
-    adamw = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    steps = math.ceil(args.tokens / args.batch)
+    adamw = torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     started = time.time()
     tokens = 0
     losses = []
-    for step in range(1, steps + 1):
+    for step in range(1, STEPS + 1):
         ids, positions, real = next(data)
         targets = ids[:, 1:][real]  # (N,)
         hidden = model(ids[:, :-1], positions[:, :-1])[real]  # (N, C)
@@ -614,32 +618,20 @@ def train(model: Transformer, tokenizer: Tokenizer, data, args) -> None:
         losses.append(loss.item())
         check_finite(losses[-1], "loss")
         loss.backward()
-        schedule = min(step / 100, 1, (steps - step) / (0.4 * steps))  # warm-up, flat, down to 0
-        muon.step(args.matrix_lr * schedule)
-        adamw.param_groups[0]["lr"] = args.lr * schedule
+        schedule = min(step / 100, 1, (STEPS - step) / (0.4 * STEPS))  # warm-up, flat, down to 0
+        muon.step(MATRIX_LR * schedule)
+        adamw.param_groups[0]["lr"] = LR * schedule
         adamw.step()
         adamw.zero_grad()
         tokens += len(targets)
-        if step % 500 == 0 or step == steps:
-            say(f"step {step}/{steps}  loss {sum(losses) / len(losses):.4f}  "
+        if step % 500 == 0 or step == STEPS:
+            say(f"step {step}/{STEPS}  loss {sum(losses) / len(losses):.4f}  "
                 f"{tokens / (time.time() - started):,.0f} tokens/s")
             losses.clear()
 
 
-def arguments():
-    p = parser(__doc__, out="out/mini", model=None)
-    p.add_argument("--tokens", type=positive, default=16_000_000,
-                   help="as many steps as would hold these tokens if all were full; 86 in 100 are text")
-    p.add_argument("--batch", type=positive, default=1024,
-                   help="tokens of a step, at most, padding included")
-    p.add_argument("--matrix-lr", type=number(float, 0), default=0.02, help="Muon's rate for the matrices")
-    p.add_argument("--lr", type=number(float, 0), default=3e-3,
-                   help="AdamW's rate for the embedding and the norms")
-    return p.parse_args()
-
-
 def main():
-    args = arguments()
+    args = parser(__doc__, out="out/mini", model=None).parse_args()
     refuse_existing(args.out)
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # at this size a second thread costs more than it brings
@@ -650,8 +642,7 @@ def main():
     size = sum(w.numel() for w in model.parameters())
     say(f"{size / 1e6:.2f}M parameters, {tokenizer.size} tokens in the vocabulary")
 
-    data = batches(tokenizer, Author(args.seed), args.batch)
-    train(model, tokenizer, data, args)
+    train(model, batches(tokenizer, Author(args.seed)))
     # A line of a trace is drawn like the lines that stand in its place in a sheet.
     for new, like in zip(trace_lines(), (LAYOUT, COPY), strict=True):
         new_ids, like_ids = (sorted(tokenizer.encode(line)[0] for line in lines) for lines in (new, like))

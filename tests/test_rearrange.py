@@ -279,7 +279,7 @@ def test_show_prints_and_writes_nothing(cmd, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ("", "holds no rows"),
-    ('{"id": 1}\n', "samples.jsonl:1: the key 'task' is missing"),
+    ('{"id": "1"}\n', "samples.jsonl:1: the key 'task' is missing"),
     ("[1]\n", "samples.jsonl:1: expected an object"),
     (json.dumps(sample_rows()[0]) + "\n{oops\n", "samples.jsonl:2: not valid JSON"),
 ])

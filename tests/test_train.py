@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT, MINI, children, finish, read_rows, refused, start, tiny, write_jsonl
+from conftest import CHAT, MINI, ROOT, children, finish, read_rows, refused, start, tiny, write_jsonl
 
 import diagnostics
 import grpo
+import losses
 import sft
 import run as run_module
 from checkpoint import load
@@ -100,6 +101,14 @@ def test_a_non_finite_loss_stops_the_run(cmd, monkeypatch):
     refused(cmd, sft, (*SFT, "--save-every", "1", "--out", "run"), "the loss is not finite")
     model, _ = load("run", "cpu")
     assert all(w.isfinite().all() for w in model.parameters())
+
+
+def test_first_losses_equal_the_golden_file():
+    """Three steps of SFT and of GRPO on fixed rows, float32: what many parts of both must not change."""
+    golden = json.loads((ROOT / "tests" / "golden" / "losses.json").read_text())
+    for name, steps in (("sft", losses.sft_losses()), ("grpo", losses.grpo_losses())):
+        for step, want in zip(steps, golden[name], strict=True):
+            assert step == pytest.approx(want, rel=1e-3, abs=1e-4), name
 
 
 # ---- resuming ------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ Memory for 16k tokens, 152k entries, C = 896 in bfloat16: d 0.5 GB at a time and
 logits, 10 GB of them in float32, 10 GB of log-probabilities, and their gradients. Work: 2 N V C flops four
 times; dense, three times. The entropy is a measurement and has no gradient. After Cut Cross-Entropy (Wijmans
 et al. 2024), which adds dh and dW up by atomics in the tiles themselves, and so can skip a tile whose
-probabilities are all under the precision of the sums. In a vocabulary's own order next to none is
-(benchmarks/tiles.py: 0.2% of them), so nothing is skipped here.
+probabilities are all under the precision of the sums. In a vocabulary's own order next to none is (0.2% of
+them, docs/log.md), so nothing is skipped here.
 """
 import torch
 import triton

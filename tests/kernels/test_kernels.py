@@ -346,7 +346,7 @@ def test_repetition_penalty(kind, temperature):
         assert torch.equal(tokens, want.argmax(-1))
     else:
         for b, token in enumerate(tokens.tolist()):
-            cdf = survivors(want[b].cpu(), temperature, 50, 1.0, 0.0).cumsum(0)
+            cdf = survivors(want[b].cpu(), temperature, 50, 1.0).cumsum(0)
             assert cdf[token] - 1e-5 >= u[b].cpu() - 2e-5
             assert token == 0 or cdf[token - 1] <= u[b].cpu() + 1e-5
     seen[torch.arange(B, device=DEVICE), tokens] = True
