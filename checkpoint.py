@@ -290,6 +290,9 @@ def check_shapes(folder: Path, config: Config, found: dict[str, tuple]) -> None:
         if all(name.startswith(prefix) for name in found):
             raise UserError(f"{folder}: the name of every tensor begins with {prefix!r}, which a wrapper put "
                             "there (torch.compile, DataParallel, peft); save the model inside it")
+    if config.num_hidden_layers > len(found):
+        raise UserError(f"{folder}: the weights do not fit config.json: num_hidden_layers is "
+                        f"{config.num_hidden_layers}, but there are {len(found)} tensors")
     with torch.device("meta"):
         expected = {name: tuple(w.shape) for name, w in Transformer(config).state_dict().items()}
     if config.tie_word_embeddings:

@@ -307,6 +307,9 @@ def json_object(text: str) -> dict:
     value = json.loads(text, parse_constant=int)  # int("NaN") is a ValueError, as bad JSON is
     if not isinstance(value, dict):
         raise ValueError
+    for name in ("messages", "add_generation_prompt", "tools", "documents"):
+        if name in value:
+            raise argparse.ArgumentTypeError(f"{name} cannot be given")
     return value
 
 

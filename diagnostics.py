@@ -96,8 +96,8 @@ def measure(groups: list, update_results: list[tuple]) -> dict:
         "sampler_trainer_max": None,
     }
     # At the first update the weights are still those that sampled: here sampler and trainer must agree.
-    first = next((s for _, s in update_results if s["trained_tokens"]), None)
-    if first:
+    first = next((s for norm, s in update_results if norm is not None), None)
+    if first and first["trained_tokens"]:
         row["sampler_trainer_mean"] = first["difference"] / first["trained_tokens"]
         row["sampler_trainer_max"] = first["largest_difference"]
     return row

@@ -13,6 +13,7 @@ another model.
 """
 import json
 import os
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ def forced_prompt(tokenizer: Tokenizer, completion: Completion) -> tuple[list[in
     cut = text.rfind("</think>")
     if cut >= 0:
         text = text[:cut]
-    n = len(sampled)
-    while not text.startswith(tokenizer.decode(sampled[:n])):
+    n = bisect_right(range(len(sampled)), len(text), key=lambda n: len(tokenizer.decode(sampled[:n])))
+    while not text.startswith(tokenizer.decode(sampled[:n])):  # ids may end within a character
         n -= 1
     beginning = sampled[:n]
     rest = text[len(tokenizer.decode(beginning)):]

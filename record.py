@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 
 from cli import UserError, say
-from files import file_fingerprint, fingerprint, read_json
+from files import check_row, file_fingerprint, fingerprint, read_json
 from processes import barrier, parts_of, rank, world
 
 
@@ -63,6 +63,7 @@ def start_or_check(path: Path, args, inputs: Callable[[], dict]) -> None:
         now = {**run_record(args), "inputs": inputs()}
         if is_written(path):
             record = read_json(path)
+            check_row(record, {"flags": dict, "inputs": dict, "command": list}, path)
             refuse_other_flags(args, record, path)
             refuse_other_inputs(now["inputs"], record, path)
         else:  # in place, where nothing was yet: the lock is the file's
@@ -105,7 +106,7 @@ def sweep(folder: Path) -> None:
 
 # ---- what must be the same -------------------------------------------------------------------------
 def refuse_other_flags(args, record: dict, path: Path) -> None:
-    before = record.get("flags", {})
+    before = record["flags"]
     now = json.loads(json.dumps(vars(args)))
     if before.keys() != now.keys():
         other = ", ".join(sorted(before.keys() ^ now.keys()))
@@ -122,7 +123,7 @@ def refuse_other_flags(args, record: dict, path: Path) -> None:
 
 
 def refuse_other_inputs(now: dict, record: dict, path: Path) -> None:
-    before = record.get("inputs", {})
+    before = record["inputs"]
     changed = []
     for name in sorted(before.keys() & now.keys()):
         old, new = before[name], now[name]

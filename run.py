@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import report
-from cli import Stopped, handlers, say
+from cli import Stopped, UserError, handlers, say
 from files import appearing, check_row, parsed, read_json, read_rows_so_far, to_json, write_whole
 from processes import barrier, rank, total
 from record import is_written, start_or_check, sweep
@@ -60,12 +60,16 @@ class Run:
         resumed = is_written(self.out / "run.json")
         start_or_check(self.out / "run.json", args, inputs)
         checkpoints = self._checkpoints()
+        if not checkpoints and (self.out / "config.json").exists():
+            raise UserError(f"{self.out} holds a model, but its state/ is gone; put it back, or start another "
+                            f"run with --model {self.out}")
         self.resume_from = checkpoints[-1] if checkpoints else None
         self.step = 0  # of the checkpoint that the run goes on from
         self.updates = 0  # optimizer steps until then; GRPO makes several in a step
         if self.resume_from:
-            counts = read_json(self.resume_from / "state.json")
-            check_row(counts, {"step": int, "updates": int}, self.resume_from / "state.json")
+            with self._way_back():
+                counts = read_json(self.resume_from / "state.json")
+                check_row(counts, {"step": int, "updates": int}, self.resume_from / "state.json")
             self.step, self.updates = counts["step"], counts["updates"]
         self.saved = self.step  # the step of the newest checkpoint
         if rank() == 0:
@@ -82,10 +86,23 @@ class Run:
         found = sorted((self.out / "state").glob("step-*"))  # without the .tmp of a killed save
         return [path for path in found if path.is_dir() and path.name[len("step-"):].isdecimal()]
 
+    @contextmanager
+    def _way_back(self) -> Iterator[None]:
+        """Says what to do where the newest checkpoint is damaged."""
+        try:
+            yield
+        except UserError as e:
+            newest, *older = reversed(self._checkpoints())
+            way_back = f"no other is kept, but its model is: start another run with --model {self.out}"
+            if older:
+                way_back = f"remove {newest}, and --resume goes on from {older[0].name}"
+            raise UserError(f"{newest} is damaged ({e}); {way_back}") from e
+
     def restore(self, asked: "StopRequest", measure: Measure | None = None) -> None:
         """Take the checkpoint, if there is one, and do what follows from it: a kill may have come before."""
         if self.resume_from:
-            self.state.load(sorted(self.resume_from.glob(WEIGHTS)), self.updates)
+            with self._way_back():
+                self.state.load(sorted(self.resume_from.glob(WEIGHTS)), self.updates)
             self.publish(self.out)
         if measure and self._is_due(self.step) and not self._is_scored(self.step):
             self._measure(self.step, measure, asked)
@@ -159,10 +176,11 @@ class Run:
         """The model folder as it is now, whole or not at all. Its weights get a second name, and no copy."""
         if self._model_of(step).is_dir():
             return
-        no_model = shutil.ignore_patterns("*.jsonl", "*.html", "*.tmp", "state", "checkpoints", "best")
-        self._model_of(step).parent.mkdir(exist_ok=True)
         with appearing(self._model_of(step)) as tmp:
-            shutil.copytree(self.out, tmp, ignore=no_model, copy_function=link_or_copy)
+            tmp.mkdir(parents=True)
+            for path in self.out.iterdir():
+                if path.is_file() and path.suffix not in (".jsonl", ".html", ".tmp"):
+                    link_or_copy(path, tmp / path.name)
 
     def _link_best(self) -> None:
         best = self.best_step()
@@ -197,7 +215,7 @@ class Run:
         scores = []
         for row in self.history:
             for name, sign in SCORES.items():
-                if row["step"] and row.get(name) is not None:
+                if row["step"] and isinstance(row.get(name), int | float):
                     scores.append((sign * row[name], -row["step"]))
         return -max(scores)[1] if scores else None
 
@@ -228,7 +246,7 @@ def cut_log(path: Path, step: int) -> None:
         f.truncate(end)
 
 
-def link_or_copy(source: str, target: str) -> None:
+def link_or_copy(source: Path, target: Path) -> None:
     """A second name for a file, which is only ever replaced whole; a copy, where a file has one name only."""
     try:
         os.link(source, target)

@@ -310,17 +310,19 @@ class Sampler:
             if not math.isfinite(sum(new_logprobs)):
                 raise UserError("the model's logits are not finite; "
                                 "its weights are damaged, or --temperature is far too low")
-            n = self.tokens_until_end(sequence, new)
-            sequence.completion.tokens += new[:n]
-            sequence.completion.logprobs += new_logprobs[:n]
+            for token, logprob in zip(new, new_logprobs, strict=True):
+                if not sequence.completion.finish:  # else it is dropped
+                    self.append(sequence, token, logprob)
 
-    def tokens_until_end(self, sequence: Sequence, new: list[int]) -> int:
-        """How many of the new tokens belong to the completion: up to its stop token or its budget."""
-        left = sequence.budget - len(sequence.completion.tokens)
-        for n, token in enumerate(new[:left], 1):
-            if token in self.tokenizer.stop_ids:
-                return n
-        return min(left, len(new))
+    def append(self, sequence: Sequence, token: int, logprob: float) -> None:
+        """One more token of a sample, which may be its last."""
+        completion = sequence.completion
+        completion.tokens.append(token)
+        completion.logprobs.append(logprob)
+        if token in self.tokenizer.stop_ids:
+            completion.finish = "stop"
+        elif len(completion.tokens) == sequence.budget:
+            completion.finish = "length"
 
     def decode_one(self, B: int, longest: int) -> None:
         """One token for each of the first B slots, whose caches end at `longest` or before."""
@@ -352,20 +354,11 @@ class Sampler:
 
     # ---- postprocess: hand out finished rows, close the gaps they leave ---------------------------
     def postprocess(self) -> list[tuple[Request, int, Completion]]:
-        done, ended = [], []
-        for slot, sequence in enumerate(self.live):
-            completion = sequence.completion
-            if completion.tokens[-1] in self.tokenizer.stop_ids:
-                completion.finish = "stop"
-            elif len(completion.tokens) == sequence.budget:
-                completion.finish = "length"
-            else:
-                continue
-            done.append((sequence.request, sequence.index, completion))
-            ended.append(slot)
+        ended = [slot for slot, sequence in enumerate(self.live) if sequence.completion.finish]
+        done = [self.live[slot] for slot in ended]
         if ended:
             self.close(ended)
-        return done
+        return [(sequence.request, sequence.index, sequence.completion) for sequence in done]
 
     @torch.inference_mode()
     def close(self, ended: list[int]) -> None:

@@ -61,11 +61,13 @@ FEW = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 def student(df: int) -> float:
     """The 97.5% quantile of Student's t for `df` degrees of freedom (Abramowitz and Stegun 26.7.5)."""
-    z = 1.959964
     if df in FEW:
         return FEW[df]
-    return (z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-            + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3))
+    z = 1.959964
+    g1 = (z**3 + z) / 4
+    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + g1 / df + g2 / df**2 + g3 / df**3
 
 
 def paired(differences) -> Interval:
@@ -132,24 +134,23 @@ def checked_by_number(rows: list[dict]) -> list[dict[str, float]]:
 
 
 # ---- a cell: one model on one task ---------------------------------------------------------------
+def average(values) -> float:
+    return float(np.mean(list(values)))
+
+
+def by_question(values, samples: int) -> np.ndarray:
+    """(questions, samples) of values that come question by question."""
+    return np.array(values, dtype=float).reshape(-1, samples)
+
+
 def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int]) -> dict:
     """The figures of a cell: one model on one task, each question asked `samples` times, pass@k for `ks`.
 
     `rows` are in the order of the questions; `baseline` are the first model's.
     """
-    def by_question(values):
-        return np.array(values, dtype=float).reshape(-1, samples)  # (questions, samples)
-
-    def mean(name):
-        return float(np.mean([row[name] for row in rows]))
-
-    right = by_question([row["correct"] for row in rows])
-    pass_at_k = {}
-    for k in ks:
-        pass_at_k[k] = float(np.mean([pass_at(k, samples, int(c)) for c in right.sum(1)]))
+    right = by_question([row["correct"] for row in rows], samples)
+    first = by_question([row["attempts"][0] for row in rows], samples)
     tokens = [row["tokens"] for row in rows]
-    verdicts = [tuple(pair) for row in rows for pair in row["verdicts"]]  # (said, actual)
-    first = by_question([row["attempts"][0] for row in rows])
     cell = {
         "model": rows[0]["model"],
         "task": rows[0]["task"],
@@ -157,16 +158,40 @@ def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int
         "samples": samples,
         "accuracy": right.mean(),
         "interval": interval(right),
-        "lenient": mean("lenient"),
-        "no_answer": float(np.mean([row["answer"] is None for row in rows])),
-        "pass": pass_at_k,
-        "truncated": float(np.mean([row["finish"] == "length" for row in rows])),
-        "tokens": mean("tokens"),
-        "answers": mean("answers"),
-        "reflections": mean("reflections"),
-        "first_attempt": float(first.mean()),
-        "any_attempt": float(np.mean([any(row["attempts"]) for row in rows])),
+        "lenient": average(row["lenient"] for row in rows),
+        "no_answer": average(row["answer"] is None for row in rows),
+        "pass": {k: average(pass_at(k, samples, int(c)) for c in right.sum(1)) for k in ks},
+        "truncated": average(row["finish"] == "length" for row in rows),
+        "tokens": average(tokens),
         "token_quantiles": {q: float(np.quantile(tokens, q / 100)) for q in (5, 25, 50, 75, 95)},
+        "answers": average(row["answers"] for row in rows),
+        "reflections": average(row["reflections"] for row in rows),
+        "first_attempt": first.mean(),
+        "any_attempt": average(any(row["attempts"]) for row in rows),
+        "retried": average(len(row["attempts"]) > 1 for row in rows),
+        "retries": retries_of(rows),
+        "checked": checked_by_number(rows),
+        "gain": (right - first).mean(),  # over the first attempt
+        "gain_interval": paired((right - first).mean(1)),
+        **verdict_figures([tuple(pair) for row in rows for pair in row["verdicts"]]),
+    }
+    if rows[0]["model"] != baseline[0]["model"]:
+        difference = right - by_question([row["correct"] for row in baseline], samples)
+        cell["difference"] = difference.mean()
+        cell["difference_interval"] = paired(difference.mean(1))
+    if "forced" in rows[0]:
+        forced = by_question([row["forced"]["correct"] for row in rows], samples)
+        cell["forced"] = forced.mean()
+        cell["forced_interval"] = interval(forced)
+        cell["forced_tokens"] = average(row["forced"]["tokens"] for row in rows)
+        cell["forced_difference"] = (forced - right).mean()
+        cell["forced_difference_interval"] = paired((forced - right).mean(1))
+    return cell
+
+
+def verdict_figures(verdicts: list[tuple[bool, bool]]) -> dict:
+    """What the verdicts [(said, actual)] of a cell come to."""
+    return {
         "f1_correct": f1(verdicts, True),
         "f1_incorrect": f1(verdicts, False),
         "verdicts": len(verdicts),
@@ -176,24 +201,7 @@ def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int
             "wrong called correct": verdicts.count((True, False)),
             "wrong called incorrect": verdicts.count((False, False)),
         },
-        "retried": float(np.mean([len(row["attempts"]) > 1 for row in rows])),
-        "retries": retries_of(rows),
-        "checked": checked_by_number(rows),
-        "gain": float((right - first).mean()),  # over the first attempt
-        "gain_interval": paired((right - first).mean(1)),
     }
-    if rows[0]["model"] != baseline[0]["model"]:
-        difference = right - by_question([row["correct"] for row in baseline])
-        cell["difference"] = float(difference.mean(1).mean())
-        cell["difference_interval"] = paired(difference.mean(1))
-    if "forced" in rows[0]:
-        forced = by_question([row["forced"]["correct"] for row in rows])
-        cell["forced"] = forced.mean()
-        cell["forced_interval"] = interval(forced)
-        cell["forced_tokens"] = float(np.mean([row["forced"]["tokens"] for row in rows]))
-        cell["forced_difference"] = float((forced - right).mean())
-        cell["forced_difference_interval"] = paired((forced - right).mean(1))
-    return cell
 
 
 # ---- tables --------------------------------------------------------------------------------------

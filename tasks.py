@@ -444,35 +444,21 @@ OWN_GRADINGS = {"exact": check_exact, "integer": check_integer, "math": check_ma
 
 
 # ---- names ---------------------------------------------------------------------------------------
-def _sizes(sizes):
-    """(2, 3, 4) -> "2..4";  (4, 5) -> "4/5"."""
-    if len(sizes) > 2:
-        return f"{sizes[0]}..{sizes[-1]}"
-    return "/".join(map(str, sizes))
+def generated() -> dict[str, Task]:
+    """The tasks that make their problems, by name."""
+    made = []
+    for kind in GENERATED:
+        made += [kind(size) for size in kind.sizes] + [kind(size, small=True) for size in kind.small_sizes]
+    return {task.name: task for task in made}
 
 
-def _names():
-    names = []
-    for task in GENERATED:
-        name = f"{task.kind}-{_sizes(task.sizes)}"
-        if task.small_sizes:
-            name += f" and {task.kind}-{_sizes(task.small_sizes)}-small"
-        names.append(name)
-    return ", ".join([*names, *FILES, f"file:PATH[{'|'.join(f':{grading}' for grading in OWN_GRADINGS)}]"])
-
-
-NAMES = _names()  # for --help and for errors
+NAMES = ", ".join([*generated(), *FILES, f"file:PATH[:{'|:'.join(OWN_GRADINGS)}]"])  # for --help and errors
 
 
 def find(name: str, data_dir: str | Path = "data") -> Task:
     """The task of a name. Raises UserError that lists the names."""
-    for task in GENERATED:
-        for size in task.sizes:
-            if name == f"{task.kind}-{size}":
-                return task(size)
-        for size in task.small_sizes:
-            if name == f"{task.kind}-{size}-small":
-                return task(size, small=True)
+    if name in generated():
+        return generated()[name]
     if name in FILES:
         check, files, source = FILES[name]
         files = {split: os.path.join(name, file) for split, file in files.items()}

@@ -26,7 +26,7 @@ def open_tensors(path: Path) -> Iterator:
         with safe_open(path, "pt") as f:
             yield f
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: truncated or damaged ({e}); fetch the file again") from e
+        raise UserError(f"{path}: truncated or damaged ({e}); get the file again") from e
 
 
 def check_finite_files(files: list[Path]) -> None:
@@ -57,33 +57,38 @@ SHARD_BYTES = 5 * 10**9  # of the weights in one file: what the hub and other en
 
 
 def save_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> torch.dtype:
-    """model.safetensors, or shards of at most SHARD_BYTES (or of one tensor) with an index.
+    """model.safetensors, or shards of at most SHARD_BYTES (or of one tensor) with an index. Returns the dtype.
 
-    All shards are written before the first gets its name, and the index comes last, so that nobody reads a
-    mixture of old and new ones. Returns the dtype.
+    At every moment the folder holds the old weights or the new ones, whole: new shards get other names than
+    those that the index lists, and count only when it lists them and there is no model.safetensors.
     """
+    index = folder / "model.safetensors.index.json"
+    old = {path.name for path in folder.glob("model-*.safetensors")}
+    prefix = "model-b" if index.is_file() and '"model-0' in index.read_text() else "model-"
     shards = []  # the names of the tensors in each
     size = 0
     for shard in shards_of(weights):
         shards.append(list(shard))
-        save_tensors(folder / f"model-{len(shards):05d}.safetensors.tmp", shard)
+        save_tensors(folder / f"shard-{len(shards)}.tmp", shard)
         size += sum(w.nbytes for w in shard.values())
         dtype = next(iter(shard.values())).dtype
         del shard  # only one at a time is in main memory
-    index = folder / "model.safetensors.index.json"
-    index.unlink(missing_ok=True)
-    for old in folder.glob("model-*-of-*.safetensors"):
-        old.unlink()
-    if len(shards) > 1:
-        (folder / "model.safetensors").unlink(missing_ok=True)
-    file_of = {}
-    for i, names in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        os.replace(folder / f"model-{i:05d}.safetensors.tmp", folder / name)
-        file_of.update(dict.fromkeys(names, name))
-    if len(shards) > 1:
+    if len(shards) == 1:
+        os.replace(folder / "shard-1.tmp", folder / "model.safetensors")
+        index.unlink(missing_ok=True)
+        new = set()
+    else:
+        file_of = {}
+        for i, names in enumerate(shards, 1):
+            name = f"{prefix}{i:05d}-of-{len(shards):05d}.safetensors"
+            os.replace(folder / f"shard-{i}.tmp", folder / name)
+            file_of.update(dict.fromkeys(names, name))
         content = {"metadata": {"total_size": size}, "weight_map": file_of}
         write_whole(index, json.dumps(content, indent=2))
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        new = set(file_of.values())
+    for name in old - new:
+        (folder / name).unlink()
     return dtype
 
 

@@ -276,7 +276,7 @@ class Optimizer:
                 pieces = [f.get_tensor(name) for f in holders]
                 all_rows = torch.cat(pieces) if pieces else torch.empty(0)
                 if all_rows.shape != into.shape:
-                    raise UserError(f"{files[0].parent}: {name} is missing or has another shape")
+                    raise UserError(f"{name} is missing or has another shape")
                 local(into).copy_(rows_of(all_rows, into))
                 return into
 

@@ -63,7 +63,7 @@ def test_large_weights_are_saved_in_shards(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(20_000, 20_000), (20_000, 10**9), (10**9, 20_000)])
 def test_old_and_new_shards_are_never_mixed(tmp_path, monkeypatch, sizes):
-    """A kill at any rename or removal of a save leaves the old weights, the new ones, or none that load."""
+    """A kill at any rename or removal of a save leaves the old weights or the new ones, whole."""
     (old, tokenizer), (new, _) = tiny("qwen2", seed=0), tiny("qwen2", seed=1)
     found = []
     for moment in itertools.count():
@@ -88,11 +88,7 @@ def test_old_and_new_shards_are_never_mixed(tmp_path, monkeypatch, sizes):
                 break
             except KeyboardInterrupt:
                 pass
-        try:
-            weights = load(tmp_path / str(moment), "cpu")[0].state_dict()
-        except UserError:
-            found.append("none")
-            continue
+        weights = load(tmp_path / str(moment), "cpu")[0].state_dict()
         for name, model in (("old", old), ("new", new)):
             if all(torch.equal(w, weights[key]) for key, w in model.state_dict().items()):
                 found.append(name)

@@ -217,23 +217,6 @@ def _whole(content):
 
 
 # ---- the command ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("text, answer, form", [
-    ("<answer>6</answer>", "6", False),
-    ("so \\boxed{6}", None, True),
-    ("<answer>7</answer>, no: \\boxed{6}", "7", False),
-    ("<think><answer>6</answer></think>", None, True),
-    ("<answer>6", None, False),
-    ("so \\boxed{7}", None, False),
-])
-def test_what_failed_by_form_only(text, answer, form):
-    task = tasks.find("multiply-2")
-    problem = tasks.Problem("", "", "", {"answer": "6"})
-    tokenizer = Bytes([text.encode()])
-    tokenizer.text = tokenizer.decode
-    row = evaluate.result_row("m", task, problem, 0, Completion([], [0], [], "stop"), tokenizer)
-    assert (row["answer"], row["wrong_form"]) == (answer, form)
-
-
 def test_sets_of_different_sizes_and_samples(cmd, monkeypatch):
     """A set of 30 questions beside one of 100, with the default --k: once a KeyError lost the later cells."""
     write_jsonl("aime.jsonl", [{"question": f"{i}?", "answer": i} for i in range(3)])
@@ -246,7 +229,7 @@ def test_sets_of_different_sizes_and_samples(cmd, monkeypatch):
     cells = json.loads(Path("out/evaluate/summary.json").read_text())
     assert [cell["samples"] for cell in cells] == [34, 4, 34, 4]
     assert "pass@4" in out and "pass@34" in out and "no answer" in out
-    assert all(cell["no_answer"] == 1 and cell["wrong_form"] == 0 for cell in cells)
+    assert all(cell["no_answer"] == 1 for cell in cells)
 
 
 def test_command(cmd):

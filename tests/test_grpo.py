@@ -324,6 +324,7 @@ def test_the_last_step_is_measured_too(cmd):
 def test_a_run_stopped_before_its_first_checkpoint_logs_nothing_twice(cmd):
     cmd(grpo, *FLAGS, "--steps", "2", "--save-every", "0", "--eval-every", "2", "--eval-questions", "4")
     shutil.rmtree("out/grpo/state")  # as after a kill before the first checkpoint
+    Path("out/grpo/config.json").unlink()
     cmd(grpo, *FLAGS, "--steps", "2", "--save-every", "0", "--eval-every", "2", "--eval-questions", "4",
         "--resume")
     assert [row["step"] for row in read_rows("out/grpo/metrics.jsonl")] == [0, 1, 2, 2]

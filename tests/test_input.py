@@ -32,7 +32,7 @@ MODEL = {  # what the commands that load a model share
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
 }
 TASK = {
-    "--task chess": "task chess: unknown; the tasks are countdown-2..6",
+    "--task chess": "task chess: unknown; the tasks are countdown-2, countdown-3",
     "--task countdown-3,countdown-3": "countdown-3 appears twice",
     "--task countdown-3,": "nothing between two commas",
     "--task file:none.jsonl --split all": "none.jsonl: no such file",

@@ -23,8 +23,8 @@ def test_every_problem_has_a_right_answer(name):
 
 
 def test_every_name_in_the_help_is_a_task():
-    assert tasks.NAMES.startswith("countdown-2..6 and countdown-2..6-small, letters-4/5, acronym-4/5, "
-                                  "multiply-2..5")
+    names = tasks.NAMES.split(", ")
+    assert {"countdown-2", "countdown-6-small", "letters-5", "acronym-4", "multiply-2-small"} <= set(names)
     for task in tasks.GENERATED:
         for size in task.sizes:
             assert isinstance(find(f"{task.kind}-{size}"), task)

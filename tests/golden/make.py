@@ -1,6 +1,7 @@
 """Make the golden files with transformers: python tests/golden/make.py
 
 mini_logits.json: logits of the miniature. chat.json: the ids of conversations by public chat templates.
+losses.json: the first steps of SFT and GRPO on the miniature, by this program itself.
 """
 import json
 import sys
@@ -14,6 +15,7 @@ from transformers.utils import chat_template_utils
 
 here = Path(__file__).parent
 sys.path.insert(0, str(here.parent))
+from losses import grpo_losses, sft_losses  # noqa: E402
 from test_tokenizer import CONVERSATIONS, TEMPLATES, folder_with  # noqa: E402
 
 
@@ -45,6 +47,9 @@ def main():
         logits = model(torch.tensor([tokens])).logits[0, -1]
     golden = {"messages": messages, "tokens": tokens, "logits": [round(x, 5) for x in logits.tolist()]}
     (here / "mini_logits.json").write_text(json.dumps(golden))
+
+    torch.set_num_threads(1)
+    (here / "losses.json").write_text(json.dumps({"sft": sft_losses(), "grpo": grpo_losses()}) + "\n")
 
     chat_template_utils.datetime = FixedDate
     lines = []
