@@ -61,8 +61,8 @@ class Run:
         start_or_check(self.out / "run.json", args, inputs)
         checkpoints = self._checkpoints()
         if not checkpoints and (self.out / "config.json").exists():
-            raise UserError(f"{self.out} holds a model, but its state/ is gone; put it back, or start another "
-                            f"run with --model {self.out}")
+            raise UserError(f"{self.out} holds a model, but its state/ is gone; put it back, or start "
+                            f"another run with --model {self.out}")
         self.resume_from = checkpoints[-1] if checkpoints else None
         self.step = 0  # of the checkpoint that the run goes on from
         self.updates = 0  # optimizer steps until then; GRPO makes several in a step

@@ -57,7 +57,7 @@ SHARD_BYTES = 5 * 10**9  # of the weights in one file: what the hub and other en
 
 
 def save_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> torch.dtype:
-    """model.safetensors, or shards of at most SHARD_BYTES (or of one tensor) with an index. Returns the dtype.
+    """model.safetensors, or shards of at most SHARD_BYTES (or one tensor) with an index; returns the dtype.
 
     At every moment the folder holds the old weights or the new ones, whole: new shards get other names than
     those that the index lists, and count only when it lists them and there is no model.safetensors.

@@ -437,12 +437,10 @@ class Layout:
 def phrases() -> list[str]:
     """Every fixed piece of text in the prompts, the documents and the traces: one token each."""
     question = tasks.find("countdown-2-small").problems("pretrain", 1)[0].question
-    pieces = {"system\n", "user\n", "assistant\n", "Numbers: ", "\nTarget: "}
-    pieces.add(question[question.index("\nReach"):])
-    pieces |= {"What is ", ", target ", ".\n", " = ", "\n\n"}
+    pieces = {"system\n", "user\n", "assistant\n", "Numbers: ", "\nTarget: ", "What is ", ", target ", ".\n"}
+    pieces |= {" = ", question[question.index("\nReach"):], "\n\n", "target ", HAVE, LEFT, NONE_LEFT, EXPRESS}
     pieces |= {f"{bracket} {op} " for op in "+-*" for bracket in ("", ")")}
-    pieces |= {"<verdict>Correct</verdict>", "<verdict>Incorrect</verdict>"}
-    pieces |= {"<answer>", "</answer>"}
+    pieces |= {"<verdict>Correct</verdict>", "<verdict>Incorrect</verdict>", "<answer>", "</answer>"}
     pieces |= {tasks.MUST_ANSWER, *(instruction for _, instruction in tasks.STYLES.values())}
     for part in tasks.REFLECT.split("{question}"):
         pieces |= set(part.split("{attempt}"))
@@ -450,7 +448,6 @@ def phrases() -> list[str]:
     others = (INSIDE, CHECKS, HITS, MISSES, MISUSED, GUESSES, RECITE, COPY, SHEETS, LAYOUT)
     for texts in (*openings, *others, *trace_lines()):
         pieces |= set(texts)
-    pieces |= {HAVE, LEFT, NONE_LEFT, EXPRESS, "target "}
     return sorted(pieces)
 
 
@@ -639,9 +636,6 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder))
     model = new_model(tokenizer)
-    size = sum(w.numel() for w in model.parameters())
-    say(f"{size / 1e6:.2f}M parameters, {tokenizer.size} tokens in the vocabulary")
-
     train(model, batches(tokenizer, Author(args.seed)))
     # A line of a trace is drawn like the lines that stand in its place in a sheet.
     for new, like in zip(trace_lines(), (LAYOUT, COPY), strict=True):
