@@ -122,14 +122,14 @@ def checked_by_number(rows: list[dict]) -> list[dict[str, float]]:
     """
     counts = []  # [attempts, checked ones]
     for row in rows:
-        for number, after in enumerate(row["response"].split("</sample>")[1:]):
-            after = after.lstrip()
-            if row["finish"] == "length" and "<reflect>".startswith(after):
-                continue
+        _, *after_each = row["response"].split("</sample>")
+        if after_each and row["finish"] == "length" and "<reflect>".startswith(after_each[-1].lstrip()):
+            after_each.pop()
+        for number, after in enumerate(after_each):
             if number == len(counts):
                 counts.append([0, 0])
             counts[number][0] += 1
-            counts[number][1] += after.startswith("<reflect>")
+            counts[number][1] += after.lstrip().startswith("<reflect>")
     return [{"attempts": n, "checked": checked / n} for n, checked in counts]
 
 

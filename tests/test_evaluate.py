@@ -308,6 +308,8 @@ def test_attempts_that_are_checked_by_number():
     rows = [{"response": text, "finish": finish} for text, finish in responses]
     assert checked_by_number(rows) == [{"attempts": 3, "checked": 1.0}, {"attempts": 2, "checked": 0.5},
                                        {"attempts": 1, "checked": 0.0}]
+    broken = [{"response": "<sample></sample></sample>6", "finish": "length"}]  # only the last can be cut off
+    assert checked_by_number(broken) == [{"attempts": 1, "checked": 0.0}, {"attempts": 1, "checked": 0.0}]
 
 
 def test_names_of_models():
