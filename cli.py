@@ -278,7 +278,7 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
         p.add_argument("--chat-template-kwargs", type=json_object, metavar="JSON",
                        help="for the model's chat template, such as '{\"enable_thinking\": false}'; "
                             "if not given, what the run that made the model was given")
-    place(p.add_argument("--out", default=out, help="where the output goes"))
+    place(p.add_argument("--out", type=output, default=out, help="where the output goes"))
     p.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0,
                    help="the same seed gives the same output")
     return p
@@ -314,6 +314,16 @@ def json_object(text: str) -> dict:
 
 
 json_object.__name__ = "JSON object"  # argparse names it, as above
+
+
+def output(text: str) -> str:
+    """An argparse type: a path that can be made."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("give a path that is not empty")
+    for parent in Path(text).absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} cannot be made: {parent} is a file")
+    return text
 
 
 def resume_flag(p: argparse.ArgumentParser) -> None:

@@ -47,8 +47,9 @@ def forced_prompt(tokenizer: Tokenizer, completion: Completion) -> tuple[list[in
     cut = text.rfind("</think>")
     if cut >= 0:
         text = text[:cut]
-    n = bisect_right(range(len(sampled)), len(text), key=lambda n: len(tokenizer.decode(sampled[:n])))
-    while not text.startswith(tokenizer.decode(sampled[:n])):  # ids may end within a character
+    # Ids that end within a character decode to up to three replacement characters: so 4 more, then back.
+    n = bisect_right(range(len(sampled)), len(text) + 4, key=lambda n: len(tokenizer.decode(sampled[:n])))
+    while not text.startswith(tokenizer.decode(sampled[:n])):
         n -= 1
     beginning = sampled[:n]
     rest = text[len(tokenizer.decode(beginning)):]

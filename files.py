@@ -63,7 +63,7 @@ def _values(path):
                     try:
                         to_json(value).encode()
                     except ValueError as e:  # NaN; "\ud800" alone, which is valid JSON but no text
-                        raise UserError(f"{path}:{i}: not valid JSON, or no text ({e}); remove it") from e
+                        raise UserError(f"{path}:{i}: not UTF-8 text, or not JSON ({e}); remove it") from e
                     yield f"{path}:{i}", value
     except (gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise UserError(f"{path}: not a whole gzip file; get it again") from e
