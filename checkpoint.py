@@ -12,7 +12,6 @@ Left out: other weight formats (pytorch_model.bin, GGUF), quantised weights, ada
 """
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +19,17 @@ import torch
 from torch import Tensor
 
 from cli import UserError, say
-from files import file_fingerprint, read_json, write_whole
+from files import file_fingerprint, fingerprint, read_json, write_whole
 from kernels import uses_triton
 from model import Config, Transformer
-from tensors import check_finite_files, open_tensors, save_weights
+from tensors import open_tensors, read_tensors, save_tensors
 from tokenizer import TOKENIZER_FILES, Tokenizer
 
 # ---- config.json ---------------------------------------------------------------------------------
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-WANTED = {int: "a whole number above 0", float: "a number above 0", bool: "true or false", dict: "an object"}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Reader:
         numeric = kind in (int, float) and type(value) in (int, kind)
         fits = 0 < value < 2**28 if numeric else type(value) is kind  # a product of two fits 64 bits
         if not fits:
-            raise UserError(f"{self.name}: {key} must be {WANTED[kind]}, not {value!r}")
+            raise UserError(f"{self.name}: {key} cannot be {value!r}")
         return kind(value)
 
 
@@ -76,21 +75,16 @@ def config_of(source: dict, name: str | Path = "config.json") -> Config:
     read_rope = Reader(rope, name)
     scaling = {key: read_rope(key, float) for key in LLAMA3_SCALING} if rope_type == "llama3" else None
 
-    layers = read("num_hidden_layers", int)
-    width = read("hidden_size", int)
-    heads = read("num_attention_heads", int)
+    sizes = {key: read(key, int) for key in SIZES}
+    heads = sizes["num_attention_heads"]
     kv_heads = read("num_key_value_heads", int, heads)
-    head_dim = read("head_dim", int, 128 if family == "qwen3" else width // heads)
+    head_dim = read("head_dim", int, 128 if family == "qwen3" else sizes["hidden_size"] // heads)
     if heads % kv_heads or head_dim % 2:
         raise UserError(f"{name}: {kv_heads} key/value heads must divide {heads} heads, "
                         f"and the head_dim {head_dim} must be even")
     bias = read("attention_bias", bool, False)
     return Config(
-        vocab_size=read("vocab_size", int),
-        hidden_size=width,
-        intermediate_size=read("intermediate_size", int),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        **sizes,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         qkv_bias=family == "qwen2" or bias,
@@ -161,12 +155,13 @@ def files_of_weights(folder: Path) -> list[Path]:
     return [folder / shard for shard in sorted(set(shards))]
 
 
-def model_fingerprint(model: str | Path) -> dict[str, str]:
-    """Of each file of a model folder that says what the model computes."""
+def model_fingerprint(model: str | Path) -> str:
+    """Of all files of a model folder that say what the model computes."""
     folder = find_folder(model)
     names = ("config.json", *TOKENIZER_FILES, "model.safetensors.index.json")
-    found = [folder / name for name in names if (folder / name).is_file()]
-    return {path.name: file_fingerprint(path) for path in [*found, *files_of_weights(folder)]}
+    there = [folder / name for name in names if (folder / name).is_file()]
+    there += files_of_weights(folder)
+    return fingerprint("".join(path.name + file_fingerprint(path) for path in there))
 
 
 CONSTANTS = "rotary_emb.inv_freq"  # old folders hold them; they follow from the config
@@ -185,31 +180,19 @@ def read_shapes(files: list[Path]) -> dict[str, tuple]:
 
 def read_weights(files: list[Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors by name, in `dtype`, but for those that are no floating-point numbers."""
-    check_finite_files(files)
     weights = {}
     for path in files:
-        with open_tensors(path) as f:
-            for name in f.keys():  # noqa: SIM118
-                if not name.endswith(CONSTANTS):
-                    w = f.get_tensor(name)
-                    weights[name] = w.to(device, dtype) if w.is_floating_point() else w.to(device)
+        for name, w in read_tensors(path):
+            if not name.endswith(CONSTANTS):
+                weights[name] = w.to(device, dtype) if w.is_floating_point() else w
     return weights
-
-
-UNREADABLE = {  # a file beside or instead of model.safetensors: what the folder holds
-    "adapter_config.json": "an adapter, not a whole model; merge it into its base first "
-                           "(merge_and_unload of peft)",
-    "pytorch_model.bin": "weights in a format that can run code; convert them to model.safetensors",
-    "pytorch_model.bin.index.json": "weights in a format that can run code; convert them to safetensors",
-}
 
 
 def read_config(folder: Path) -> Config:
     """The Config of a folder. Raises UserError for a folder that this program cannot read."""
-    safe = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-    for name, reason in UNREADABLE.items():
-        if (folder / name).is_file() and not (safe and name.startswith("pytorch_model")):
-            raise UserError(f"{folder}: {name} means {reason}")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: an adapter, not a whole model; merge it into its base first "
+                        "(merge_and_unload of peft)")
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; --model must be a folder in Hugging Face format")
@@ -254,8 +237,6 @@ def load(
         say(f"{folder}: --chat-template-kwargs '{kwargs}', as its run.json says")
     for name in sorted((tokenizer.template_kwargs or {}).keys() - tokenizer.template.names):
         say(f"{folder}: its chat template does not look at {name!r} of --chat-template-kwargs")
-    if tokenizer.ends_with_eos:
-        say(f"{folder}: its chat template ends a turn with no token that the tokenizer has; eos_token does")
     weights = read_weights(files_of_weights(folder), torch.device("cpu") if on_host else device, dtype)
     with torch.device("meta"):
         transformer = Transformer(config)
@@ -283,28 +264,21 @@ def drop_tied_head(folder: Path, weights: dict[str, Tensor]) -> None:
                         'lm_head.weight of its own; to use it, say "tie_word_embeddings": false')
 
 
-def check_shapes(folder: Path, config: Config, found: dict[str, tuple]) -> None:
+def check_shapes(folder: Path, config: Config, shapes: dict[str, tuple]) -> None:
     """Raises UserError that names the tensors which are missing, unexpected or of another shape."""
-    embedding = "model.embed_tokens.weight"
-    for prefix in {name.removesuffix(embedding) for name in found if name.endswith(embedding)} - {""}:
-        if all(name.startswith(prefix) for name in found):
-            raise UserError(f"{folder}: the name of every tensor begins with {prefix!r}, which a wrapper put "
-                            "there (torch.compile, DataParallel, peft); save the model inside it")
-    if config.num_hidden_layers > len(found):
+    if config.num_hidden_layers > len(shapes):
         raise UserError(f"{folder}: the weights do not fit config.json: num_hidden_layers is "
-                        f"{config.num_hidden_layers}, but there are {len(found)} tensors")
+                        f"{config.num_hidden_layers}, but there are {len(shapes)} tensors")
     with torch.device("meta"):
-        expected = {name: tuple(w.shape) for name, w in Transformer(config).state_dict().items()}
+        found = {name: torch.empty(shape) for name, shape in shapes.items()}
+        model = Transformer(config)
     if config.tie_word_embeddings:
-        found = {name: shape for name, shape in found.items() if name != "lm_head.weight"}
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is unexpected" for name in found if name not in expected]
-    for name, shape in expected.items():
-        if name in found and found[name] != shape:
-            wrong.append(f"{name} has shape {found[name]}, the config says {shape}")
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:3])}{more}")
+        found.pop("lm_head.weight", None)
+    try:
+        model.load_state_dict(found, assign=True)
+    except RuntimeError as e:
+        reasons = "; ".join(line.strip()[:200] for line in str(e).splitlines()[1:4])
+        raise UserError(f"{folder}: the weights do not fit config.json: {reasons}") from e
 
 
 def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -339,16 +313,16 @@ def device_and_dtype(device: str = "auto", dtype: str = "auto") -> tuple[torch.d
 # ---- saving a folder -----------------------------------------------------------------------------
 def save(
     path: str | Path, model: Transformer, tokenizer: Tokenizer,
-    weights: Iterable[tuple[str, Tensor]] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a Hugging Face folder that transformers and vLLM load unchanged.
 
-    Each file appears whole or not at all. `weights` are the model's, one after the other, where it is sharded
-    and has only parts.
+    Each file appears whole or not at all. `weights` are the model's, where it is sharded and has only parts.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    dtype = save_weights(path, weights or model.named_parameters())
+    weights = weights or dict(model.named_parameters())
+    save_tensors(path / "model.safetensors", weights)
     for name, content in tokenizer.files.items():
         if name != "generation_config.json":
             write_whole(path / name, content)
@@ -359,7 +333,8 @@ def save(
     generation = {name: source[name] for name in ("bos_token_id", "pad_token_id") if name in source}
     generation["eos_token_id"] = tokenizer.stop_ids
     write_whole(path / "generation_config.json", json.dumps(generation, indent=2))
-    config = {**model.config.source, "torch_dtype": str(dtype).removeprefix("torch.")}
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    config = {**model.config.source, "torch_dtype": dtype}
     # transformers 5's name for torch_dtype goes, or the two could disagree.
     config.pop("dtype", None)
     write_whole(path / "config.json", json.dumps(config, indent=2))

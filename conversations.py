@@ -19,12 +19,7 @@ def plain_messages(row: dict, where: str) -> list[dict]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise UserError(f"{where}: {NOT_MESSAGES}")
     for holder in (row, *messages):
-        for name in UNSUPPORTED:
-            if holder.get(name):
-                raise UserError(f"{where}: {name} is not supported; remove it, or leave the row out")
-        is_trained = holder is row or holder is messages[-1]
-        if holder is row or holder.get("role") == "assistant":
-            refuse_other_training(holder, is_trained, where)
+        refuse_unused(holder, holder is row or holder is messages[-1], where)
     plain = [{"role": message.get("role"), "content": text_of(message, where)} for message in messages]
     if len(plain) < 2 or plain[-1]["role"] != "assistant":
         raise UserError(f"{where}: the last of the messages must be the assistant's, "
@@ -37,8 +32,11 @@ def plain_messages(row: dict, where: str) -> list[dict]:
     return plain
 
 
-def refuse_other_training(holder: dict, is_trained: bool, where: str) -> None:
-    """Every row is trained, and of its turns the last: a field that asks for something else is refused."""
+def refuse_unused(holder: dict, is_trained: bool, where: str) -> None:
+    """Refuses fields of a row or a turn that cannot be used: of the turns the last is trained."""
+    for name in UNSUPPORTED:
+        if holder.get(name):
+            raise UserError(f"{where}: {name} is not supported; remove it, or leave the row out")
     for name in TRAINED:
         wanted = holder.get(name)
         if wanted is not None and wanted != is_trained:  # a weight of 1 is True, as Python has it

@@ -118,14 +118,13 @@ class Shape:
     about: str
     columns: tuple[str, ...]  # that a row of it has
     convert: Callable[[Row, int], Row]  # (row, seed) -> our row
-    example: str = "questions.jsonl"  # an --out
     fits: Callable[[Row], bool] = lambda row: True  # what else is true of its rows
 
 
 SHAPES = [
-    Shape("a row of TRL's prompt and completion", ("prompt", "completion"), prompt_completion, "chat.jsonl"),
-    Shape("a row of ShareGPT's conversations", ("conversations",), sharegpt, "chat.jsonl"),
-    Shape("a row of Alpaca's instruction and output", ("instruction", "output"), alpaca, "chat.jsonl"),
+    Shape("a row of TRL's prompt and completion", ("prompt", "completion"), prompt_completion),
+    Shape("a row of ShareGPT's conversations", ("conversations",), sharegpt),
+    Shape("a row of Alpaca's instruction and output", ("instruction", "output"), alpaca),
     Shape("GSM8K as it is published", ("question", "answer"), gsm8k,
           fits=lambda row: "####" in str(row["answer"])),
     Shape("MMLU as it is published", ("question", "choices", "answer"), listed_choices,

@@ -3,65 +3,53 @@
 Groups, completions and grades are those of `grpo.py`.
 """
 import time
-from collections import Counter
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cli import say
-from processes import largest, rank, summed
+from processes import largest, summed
 from run import Run
 from tokenizer import Tokenizer
 
 
 # ---- sums over tokens ------------------------------------------------------------------------------
-@dataclass
-class Tokens:
-    """The tokens of some responses: all tensors are (N,), one entry a token."""
-    logp: Tensor
-    entropy: Tensor
-    old_logp: Tensor  # the sampler's
-    advantage: Tensor
-    weight: Tensor
-    reference_logp: Tensor | None  # under a KL term only
+SUMS = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "entropy", "difference", "reference_kl",
+        "reference_tokens")
 
 
-class Statistics:
-    """Sums over the tokens of a mini-batch, most of them over the trained ones, which have an advantage."""
-    NAMES = ("loss", "trained_tokens", "clip_fraction", "approx_kl", "reference_kl", "reference_tokens",
-             "entropy", "difference")
+@torch.no_grad()
+def sums_over(tokens, loss: Tensor, clip_low: float, clip_high: float) -> dict[str, Tensor]:
+    """The SUMS over grpo's `Tokens`, most of them over the trained ones, which have an advantage.
 
-    def __init__(self):
-        self.sums = dict.fromkeys(self.NAMES, torch.zeros(()))
-        self.largest_difference = torch.zeros(())  # of sampler and trainer, at one token
+    `difference` is that of sampler and trainer; `largest_difference` is the largest at one token.
+    """
+    trained = tokens.advantage != 0
+    log_ratio = tokens.logp - tokens.old_logp
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    gap = log_ratio[:0]  # there is no reference
+    if tokens.reference_logp is not None:
+        gap = tokens.reference_logp - tokens.logp
+    values = {
+        "loss": loss,
+        "trained_tokens": trained.sum(),
+        "clip_fraction": (ratio * tokens.advantage > clipped * tokens.advantage).sum(),
+        "approx_kl": torch.where(trained, ratio - 1 - log_ratio, 0).sum(),
+        "entropy": torch.where(trained, tokens.entropy, 0).sum(),
+        "difference": torch.where(trained, log_ratio.abs(), 0).sum(),
+        "reference_kl": (gap.exp() - gap - 1).sum(),
+        "reference_tokens": torch.tensor(len(gap)),
+        "largest_difference": log_ratio.abs().max(),
+    }
+    return {name: value.double() for name, value in values.items()}
 
-    @torch.no_grad()
-    def add(self, tokens: Tokens, loss: Tensor, clip_low: float, clip_high: float) -> None:
-        trained = tokens.advantage != 0
-        log_ratio = tokens.logp - tokens.old_logp
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-        values = {
-            "loss": loss,
-            "trained_tokens": trained.sum(),
-            "clip_fraction": (ratio * tokens.advantage > clipped * tokens.advantage).sum(),
-            "approx_kl": torch.where(trained, ratio - 1 - log_ratio, 0).sum(),
-            "entropy": torch.where(trained, tokens.entropy, 0).sum(),
-            "difference": torch.where(trained, log_ratio.abs(), 0).sum(),
-        }
-        if tokens.reference_logp is not None:
-            gap = tokens.reference_logp - tokens.logp
-            values["reference_kl"] = (gap.exp() - gap - 1).sum()
-            values["reference_tokens"] = torch.tensor(len(gap))
-        for name, value in values.items():
-            self.sums[name] = self.sums[name].to(value.device) + value.double()
-        most = log_ratio.abs().max()
-        self.largest_difference = torch.maximum(self.largest_difference.to(most.device), most)
 
-    def over_all_processes(self) -> dict[str, float]:
-        sums = summed({name: value.item() for name, value in self.sums.items()})
-        return {**sums, "largest_difference": largest(self.largest_difference.item())}
+def over_all_processes(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """What `sums_over` found in parts of a mini-batch, put together."""
+    sums = summed({name: float(sum(part[name] for part in parts)) for name in SUMS})
+    largest_here = max((part["largest_difference"].item() for part in parts), default=0.0)
+    return {**sums, "largest_difference": largest(largest_here)}
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -74,7 +62,7 @@ def measure(groups: list, update_results: list[tuple]) -> dict:
     completions = [c for group in groups for c in group.completions]
     n = len(completions)
     norms = [norm for norm, _ in update_results if norm is not None]
-    sums = {name: sum(s[name] for _, s in update_results) for name in Statistics.NAMES}
+    sums = {name: sum(s[name] for _, s in update_results) for name in SUMS}
     trained = max(1, sums["trained_tokens"])
     reference_kl = None
     if sums["reference_tokens"]:
@@ -104,17 +92,13 @@ def measure(groups: list, update_results: list[tuple]) -> dict:
 
 
 # ---- warnings ------------------------------------------------------------------------------------
-def warnings_of(row: dict, context_cuts: bool = False) -> dict[str, str]:
-    """{what in the figures of a step needs attention: why, and what to try}
-
-    `context_cuts`: it is the model's context that ends responses, not their budget.
-    """
+def warnings_of(row: dict) -> dict[str, str]:
+    """{what in the figures of a step needs attention: why, and what to try}"""
     found = {}
     if row["truncated"] > 0.9:
-        where, cure = "budget", "raise --max-new-tokens"
-        if context_cuts:
-            where, cure = "end of the model's context", "only a model with a longer one helps"
-        found["truncated"] = f"{row['truncated']:.0%} of the responses were cut off at the {where}; {cure}"
+        found["truncated"] = (
+            f"{row['truncated']:.0%} of the responses were cut off: raise --max-new-tokens, or, if it is the "
+            "model's context that ends, take a model with a longer one")
     if not row["groups_with_signal"]:
         found["no signal"] = (
             "within every group all rewards are equal, so nothing was learned; the questions are too hard or "
@@ -131,12 +115,11 @@ def warnings_of(row: dict, context_cuts: bool = False) -> dict[str, str]:
 class StepLog:
     """Writes what the steps of a run tell, and warns once of each thing that needs attention."""
 
-    def __init__(self, run: Run, tokenizer: Tokenizer, args, context_cuts: bool):
+    def __init__(self, run: Run, tokenizer: Tokenizer, args):
         self.run = run
         self.tokenizer = tokenizer
         self.args = args
-        self.context_cuts = context_cuts
-        self.warned = Counter()
+        self.warned = set()
 
     def start(self) -> None:
         self.started_at = time.time()
@@ -144,46 +127,34 @@ class StepLog:
     def rolled_out(self) -> None:
         self.rolled_out_at = time.time()
 
-    def write(self, step: int, groups: list, update_results: list[tuple], lr: float) -> dict:
+    def write(self, step: int, groups: list, update_results: list[tuple]) -> dict:
         """Write a step's rollouts and its line of metrics.jsonl, which it returns. All processes call it."""
-        row = {"step": step, **measure(groups, update_results), "lr": lr}
+        row = {"step": step, **measure(groups, update_results), "lr": self.args.lr}
         seconds = self.rolled_out_at - self.started_at
         tokens = row["response_tokens"] * len(groups) * self.args.rollouts
         row["rollout_seconds"] = round(seconds, 3)
         row["update_seconds"] = round(time.time() - self.rolled_out_at, 3)
         row["rollout_tokens_per_second"] = round(tokens / seconds, 1)
-        for name, text in warnings_of(row, self.context_cuts).items():
-            if not self.warned[name]:
+        for name, text in warnings_of(row).items():
+            if name not in self.warned:
                 say(f"warning, step {step}: {text} (said once)")
-            self.warned[name] += 1
+                self.warned.add(name)
         for group in groups[:self.args.log_groups]:
             self.run.log(group_row(step, group, self.tokenizer), "rollouts.jsonl")
-        if rank() == 0 and (step == 1 or step % 20 == 0):
-            show_rollouts(groups[0], self.tokenizer, step)
         self.run.log(row)
         return row
-
-    def say_warnings(self) -> None:
-        for name, count in self.warned.items():
-            say(f"warned of in {count} of {self.run.last - self.run.step} steps: {name}")
 
 
 def group_row(step: int, group, tokenizer: Tokenizer) -> dict:
     """A line of rollouts.jsonl: a question with all that was sampled, in the order of the samples."""
     rollouts = []
     for i, completion in enumerate(group.completions):
-        grade = group.grades[i]
-        text = tokenizer.text(completion.tokens)
         rollouts.append({
-            "response": text,
-            "answer": grade.answer,
-            "correct": grade.correct,
-            "reason": grade.reason,
+            **group.task.shown(group.problem, tokenizer.text(completion.tokens)),
             "reward": group.rewards[i],
             "advantage": round(group.advantages[i], 5),
             "finish": completion.finish,
             "tokens": len(completion.tokens),
-            **group.task.skills(group.problem, text),
             "ids": completion.tokens,
             "sampler_logprobs": [round(logp, 5) for logp in completion.logprobs],
         })
@@ -196,12 +167,3 @@ def group_row(step: int, group, tokenizer: Tokenizer) -> dict:
         "prompt": group.prompt,
         "rollouts": rollouts,
     }
-
-
-def show_rollouts(group, tokenizer: Tokenizer, step: int) -> None:
-    """Two rollouts on the screen that a person can read."""
-    for completion, grade in list(zip(group.completions, group.grades, strict=True))[:2]:
-        text = tokenizer.text(completion.tokens)
-        if len(text) >= 800:
-            text = f"{text[:400]} [...] {text[-400:]}"
-        say(f"\n--- step {step}, {group.problem.id}: {'correct' if grade.correct else grade.reason}\n{text}")

@@ -29,8 +29,8 @@ from cli import (
 from files import to_json, write_whole
 from processes import ALONE, joined_rows, own_part, rank, start_processes, world
 from record import refuse_wrong_out, start_or_check, sweep
-from sample import Completion, Params, Request, Sampler, refuse_long_prompt, say_what_the_context_cuts
-from summary import ROW, pass_at, printed_table, summarise
+from sample import Completion, Params, Request, Sampler, check_lengths, still_to_do
+from summary import pass_at, printed_table, summarise
 from tokenizer import Tokenizer
 
 
@@ -90,12 +90,7 @@ def run_cell(name: str, sampler: Sampler, plan: Plan, args, done: set) -> Iterat
     """
     tokenizer, task = sampler.tokenizer, plan.task
     params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
-    queue = deque()
-    for request in requests_of([plan], tokenizer, args):
-        request.indices = [j for j in request.indices if (request.payload.id, j) not in done]
-        if request.indices:
-            queue.append(request)
-    say_what_the_context_cuts([request.prompt for request in queue], sampler.model, params.max_new_tokens)
+    queue = still_to_do(requests_of([plan], tokenizer, args), done)
     forced = deque()
     work = sum(len(request.indices) for request in queue) * (2 if args.budget_forcing else 1)
     with Progress(f"{name} on {task.name}", work, unit="response") as progress:
@@ -146,17 +141,8 @@ def result_row(name, task, problem, index, completion, tokenizer):
 
 
 def graded_response(task, problem, completion, tokenizer):
-    text = tokenizer.text(completion.tokens)
-    grade = task.grade(problem, text)
-    return {
-        "response": text,
-        "tokens": len(completion.tokens),
-        "finish": completion.finish,
-        "answer": grade.answer,
-        "correct": grade.correct,
-        "reason": grade.reason,
-        **task.skills(problem, text),
-    }
+    row = task.shown(problem, tokenizer.text(completion.tokens))
+    return {**row, "tokens": len(completion.tokens), "finish": completion.finish}
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -225,13 +211,9 @@ def make_plans(args) -> list[Plan]:
 
 def inputs(args, plans: list[Plan], template_kwargs: dict) -> dict:
     """Fingerprints of all that is read."""
-    models = {}
-    for name, folder in args.models:
-        models |= {f"{name}: {file}": fingerprint for file, fingerprint in model_fingerprint(folder).items()}
+    models = [[name, model_fingerprint(folder)] for name, folder in args.models]
     asked = [tasks.questions_fingerprint((plan.task, problem) for problem in plan.problems) for plan in plans]
-    names = [name for name, _ in args.models]
-    return {"--models": models, "the names in --models and their order": names, "--tasks": asked,
-            "--chat-template-kwargs": template_kwargs}
+    return {"--models": models, "--tasks": asked, "--chat-template-kwargs": template_kwargs}
 
 
 def main():
@@ -245,8 +227,8 @@ def main():
     for name, folder in args.models:  # a name mistyped at the end of the list must not cost hours
         _, config, tokenizer = read_folder(folder, args.chat_template_kwargs)
         template_kwargs[name] = tokenizer.template_kwargs
-        for request in requests_of(plans, tokenizer, args):
-            refuse_long_prompt(request.prompt, config.max_position_embeddings)
+        prompts = {request.identity: request.prompt for request in requests_of(plans, tokenizer, args)}
+        check_lengths(prompts, config.max_position_embeddings, args.max_new_tokens)
     start_or_check(out / "run.json", args, lambda: inputs(args, plans, template_kwargs))
     if rank() == 0:
         sweep(out)
@@ -255,18 +237,16 @@ def main():
     for name, folder in args.models:
         sampler = None  # while nothing is missing
         for plan in plans:
-            rows = results.setdefault((name, plan.task.name), {})
-            if not plan.wanted <= rows.keys():
+            done = results.get((name, plan.task.name), {}).keys()
+            if not plan.wanted <= done:
                 if sampler is None:
                     loaded = load(folder, args.device, args.dtype, args.chat_template_kwargs)
                     sampler = Sampler(*loaded, args.slots)
                 with open(own_part(f"{out}/results.jsonl"), "a", encoding="utf-8") as f:
-                    for row in run_cell(name, sampler, plan, args, rows.keys()):
+                    for row in run_cell(name, sampler, plan, args, done):
                         f.write(to_json(row) + "\n")
                         f.flush()
-                        rows[row["id"], row["index"]] = row
-                if world() > 1:
-                    results = read_results(out)
+                results = read_results(out)
             if rank() == 0:
                 rows = in_order(results, name, plan)
                 cell = summarise(rows, in_order(results, args.models[0][0], plan), plan.samples, plan.ks)
@@ -281,7 +261,7 @@ def main():
 def read_results(out: Path) -> dict:
     """{(model, task): {(id, index): row}} of results.jsonl, the parts of all processes joined."""
     results = {}
-    for _, row in joined_rows(f"{out}/results.jsonl", ROW):
+    for _, row in joined_rows(f"{out}/results.jsonl", {"model": str, "task": str, "id": str, "index": int}):
         results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
     return results
 

@@ -69,6 +69,14 @@ def _values(path):
         raise UserError(f"{path}: not a whole gzip file; get it again") from e
 
 
+def whole_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """("file:line", line) of a file whose last line may be half written: that one is left out."""
+    with open(path, "rb") as f:
+        for i, line in enumerate(f, 1):
+            if line.endswith(b"\n"):
+                yield f"{path}:{i}", line
+
+
 def parsed(content: bytes, where: str | Path) -> Any:
     """What JSON says. Raises UserError, which names `where`."""
     try:

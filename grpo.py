@@ -13,7 +13,7 @@ and trainer are apart is in the log of every step.
 
 Words: a *rollout* is one sampled answer, from the sampler a `Completion`, in the loss a `Response`; a *group*
 is a question with its rollouts. In training a micro-batch holds responses of one or more groups, and those of
-a group attend to one copy of their prompt (`shared_prompt`).
+a group attend to one copy of their prompt (`model.shared_prompt`).
 
 To try another reward, edit `rewards_of`. Left out: asynchronous rollouts, a value model, tools.
 """
@@ -24,28 +24,27 @@ from functools import partial
 from pathlib import Path
 
 from cli import (  # before torch: it says how threads wait
-    Progress, UserError, command, may_change, natural, number, parser, place, positive, say,
+    Defaults, Progress, UserError, command, if_not_given, may_change, natural, number, parser, place,
+    positive, say,
 )
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import tasks
-from checkpoint import device_and_dtype, load, model_fingerprint
-from diagnostics import Statistics, StepLog, Tokens
+from checkpoint import model_fingerprint
+from diagnostics import StepLog, over_all_processes, sums_over
 from files import to_json
-from model import Attend, Transformer, side_by_side
-from processes import balanced, gathered, in_batches, rank, start_processes, total, world
+from model import Transformer, response_logprobs
+from processes import balanced, gathered, in_batches, rank, total, world
 from record import refuse_wrong_out
-from run import Run, StopRequest, interruptible
-from sample import Completion, Params, Sampler, say_what_the_context_cuts
+from run import Run
+from sample import Completion, Params, Sampler, check_lengths
 from train import (
-    Optimizer, check_finite, even_passes, lr_or_default, publisher, settle_flags, shard, training_flags, twin,
+    Optimizer, check_finite, even_passes, publisher, start_training, training_flags, twin,
 )
-from tokenizer import Tokenizer
 
-MINIATURE_LR = 4e-4
+DEFAULTS: Defaults = {"lr": (4e-4, 1e-6)}
 # Of the memory that is free before the first step: on a GPU the cache stays while the model trains.
 SAMPLER_CACHE_FRACTION = 0.3
 
@@ -81,19 +80,21 @@ def token_weight(length: int, averaging: str, n_responses: int, n_tokens: int, m
     return 1 / (n_responses * max_new_tokens)  # constant: length has no pull of its own (Dr. GRPO)
 
 
-def policy_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    weight: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    reference: Tensor | None = None,
-    kl: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """The clipped objective (Schulman et al. 2017), to be minimised.
+@dataclass
+class Tokens:
+    """The response tokens of a micro-batch: all tensors are (N,), one entry a token."""
+    logp: Tensor
+    entropy: Tensor
+    old_logp: Tensor  # the sampler's
+    advantage: Tensor
+    weight: Tensor  # holds the division: `token_weight`
+    reference_logp: Tensor | None = None  # under a KL term only
 
-    All tensors are (N,), one entry per response token. `weight` holds the division (`token_weight`).
+
+def policy_loss(
+    tokens: Tokens, clip_low: float = 0.2, clip_high: float = 0.2, kl: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The clipped objective (Schulman et al. 2017), to be minimised: two terms, scalars.
 
         ratio   = exp(logp - old_logp)
         clipped = clip(ratio, 1 - clip_low, 1 + clip_high)
@@ -101,101 +102,17 @@ def policy_loss(
         k3      = exp(reference - logp) - (reference - logp) - 1
 
     The first term has no gradient for a token whose ratio has left the clip range in the direction of its
-    advantage. k3 is an unbiased estimate of KL(policy || reference) that is never negative (Schulman 2020).
-    Returns the two terms, scalars.
+    advantage A. k3 is an unbiased estimate of KL(policy || reference) that is never negative (Schulman 2020).
     """
-    ratio = (logp - old_logp).exp()
+    ratio = (tokens.logp - tokens.old_logp).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -(weight * torch.minimum(ratio * advantage, clipped * advantage)).sum()
-    if reference is None:
+    gain = torch.minimum(ratio * tokens.advantage, clipped * tokens.advantage)
+    loss = -(tokens.weight * gain).sum()
+    if tokens.reference_logp is None:
         return loss, torch.zeros_like(loss)
-    gap = reference - logp
+    gap = tokens.reference_logp - tokens.logp
     k3 = gap.exp() - gap - 1
-    return loss, kl * (weight * k3).sum()
-
-
-# ---- one prompt, many responses ------------------------------------------------------------------
-def shared_prompt(P: int, lengths: list[int], device: torch.device) -> Attend:
-    """An Attend for one flat row [prompt | response 0 | response 1 | ...].
-
-    The prompt has P tokens, response i has lengths[i]. The prompt sees itself; a response sees the prompt and
-    its own past. Same values and gradients as running prompt + response once per response, for the price of
-    one prompt and without padding (attention apart: there each response has a copy of the prompt's keys and
-    values, and is padded to the longest).
-    """
-    n, L = len(lengths), max(lengths)
-    total_length = sum(lengths)
-    mask = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)  # token i sees P + i + 1 positions
-    # Where among the tokens of all responses each padded place (n, L) is taken from. Beyond a response's end
-    # it is some other token, which no real one sees.
-    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)  # (n,)
-    places = starts[:, None] + torch.arange(L)  # (n, L)
-    is_real = torch.arange(L) < torch.tensor(lengths)[:, None]  # (n, L)
-    real = is_real.flatten().nonzero()[:, 0].to(device)  # (sum of lengths,)
-    places = places.clamp(max=max(0, total_length - 1)).flatten().to(device)  # (n * L,)
-
-    def split(x, H):
-        """(1, T, H or K, D) -> the prompt's part (1, H, P, D) and the responses' (n, H, L, D)."""
-        x = x[0].repeat_interleave(H // x.shape[2], 1)  # (T, H, D): with a mask kernels want equal heads
-        of_prompt = x[None, :P].transpose(1, 2)
-        if not total_length:
-            return of_prompt, None
-        padded = x[P:].index_select(0, places).unflatten(0, (n, L))  # (n, L, H, D)
-        return of_prompt, padded.transpose(1, 2)
-
-    def attend(layer, q, k, v):  # q (1, T, H, D), k and v (1, T, K, D) -> (1, T, H, D)
-        H = q.shape[2]
-        prompt_q, response_q = split(q, H)
-        prompt_k, response_k = split(k, H)
-        prompt_v, response_v = split(v, H)
-        o = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True)  # (1, H, P, D)
-        of_prompt = o[0].transpose(0, 1)  # (P, H, D)
-        if not total_length:  # responses of one token: predicted, never fed
-            return of_prompt[None]
-        seen_k = torch.cat((prompt_k.expand(n, -1, -1, -1), response_k), 2)  # (n, H, P + L, D)
-        seen_v = torch.cat((prompt_v.expand(n, -1, -1, -1), response_v), 2)
-        o = F.scaled_dot_product_attention(response_q, seen_k, seen_v, attn_mask=mask)  # (n, H, L, D)
-        of_responses = o.transpose(1, 2).flatten(0, 1).index_select(0, real)  # (sum of lengths, H, D)
-        return torch.cat((of_prompt, of_responses))[None]
-
-    return attend
-
-
-def response_logprobs(
-    model: Transformer, asked: list[tuple[list[int], list[list[int]]]], temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) of every token of the responses in `asked`: [(prompt, responses to it)].
-
-    Flat, (N,), response by response. A finished response ends with the stop token that the sampler chose: it
-    is a target like any other.
-    """
-    device = model.device
-    attends, sizes = [], []
-    tokens, positions = [], []
-    predicting = []  # where in the flat row the next token is predicted, for each token of the responses
-    targets = []
-    for prompt, responses in asked:
-        P = len(prompt)
-        lengths = [len(response) - 1 for response in responses]  # the last token is predicted but never fed
-        attends.append(shared_prompt(P, lengths, device))
-        sizes.append(P + sum(lengths))
-        tokens += prompt
-        positions += range(P)
-        end_of_prompt = len(tokens) - 1
-        for response in responses:
-            fed = response[:-1]
-            predicting.append(end_of_prompt)  # it predicts every response's first token
-            predicting += range(len(tokens), len(tokens) + len(fed))  # then each fed token predicts the next
-            targets += response
-            tokens += fed
-            positions += range(P, P + len(fed))
-    tokens = torch.tensor([tokens], device=device)  # (1, T)
-    positions = torch.tensor([positions], device=device)  # (1, T)
-    predicting = torch.tensor(predicting, device=device)  # (N,)
-    targets = torch.tensor(targets, device=device)  # (N,)
-    hidden = model(tokens, positions, side_by_side(attends, sizes))[0]  # (T, C)
-    # Not hidden[predicting]: places repeat, and its backward adds them up in whatever order threads come.
-    return model.logprobs(hidden.index_select(0, predicting), targets, temperature)
+    return loss, kl * (tokens.weight * k3).sum()
 
 
 # ---- rollouts ------------------------------------------------------------------------------------
@@ -276,7 +193,7 @@ def rewards_of(group: Group, args, step: int) -> list[float]:
     return [float(grade.correct) for grade in group.grades]
 
 
-def validate(sampler: Sampler, problems: list, args, asked: StopRequest) -> dict[str, float] | None:
+def validate(sampler: Sampler, problems: list, args) -> dict[str, float] | None:
     """{"val": share of the held-out questions answered correctly, one sample each, over all processes}.
 
     None, if somebody asked to stop meanwhile.
@@ -285,9 +202,9 @@ def validate(sampler: Sampler, problems: list, args, asked: StopRequest) -> dict
     prompts = [sampler.tokenizer.chat(task.prompt(problem)) for task, problem in mine]
     answered = sampler.generate(prompts, 1, Params(args.max_new_tokens, args.temperature), args.seed)
     sampler.release()
-    if asked.anywhere():
-        return None
     right = 0
+    if total([float(sampler.stop())])[0]:
+        return None
     for (task, problem), (completion,) in zip(mine, answered, strict=True):
         right += task.grade(problem, sampler.tokenizer.text(completion.tokens)).correct
     return {"val": total([right])[0] / len(problems)}
@@ -297,17 +214,10 @@ def validate(sampler: Sampler, problems: list, args, asked: StopRequest) -> dict
 @dataclass
 class Response:
     """A rollout in the loss of a mini-batch."""
-    group: Group
-    index: int  # in the group
+    prompt: list[int]
+    completion: Completion
+    advantage: float
     weight: float  # of each of its tokens
-
-    @property
-    def completion(self) -> Completion:
-        return self.group.completions[self.index]
-
-    @property
-    def advantage(self) -> float:
-        return self.group.advantages[self.index]
 
     def __len__(self) -> int:
         return len(self.completion.tokens)
@@ -322,11 +232,11 @@ def responses_in_loss(groups: list[Group], args) -> list[list[Response]]:
     found = []
     for group in groups:
         responses = []
-        for i, completion in enumerate(group.completions):
-            if counts(completion) and (group.advantages[i] != 0 or args.kl):
+        for completion, advantage in zip(group.completions, group.advantages, strict=True):
+            if counts(completion) and (advantage != 0 or args.kl):
                 weight = token_weight(
                     len(completion.tokens), args.loss, len(lengths), sum(lengths), args.max_new_tokens)
-                responses.append(Response(group, i, weight))
+                responses.append(Response(group.prompt, completion, advantage, weight))
         if responses:
             found.append(responses)
     return found
@@ -336,7 +246,7 @@ def size_of(responses: list[Response]) -> int:
     """About the tokens that some responses of a group take memory for: the prompt's and their own, and an
     eighth for each token of the prompt whose keys and values a response copies.
     """
-    P = len(responses[0].group.prompt)
+    P = len(responses[0].prompt)
     return P + sum(len(response) + P // 8 for response in responses)
 
 
@@ -349,8 +259,8 @@ def micro_batches(groups: list[list[Response]], budget: int) -> list[list[list[R
     share = sum(map(size_of, groups)) // world()
     parts = []
     for responses in groups:
-        room = max(1, min(budget, share) - len(responses[0].group.prompt))
-        parts += in_batches(responses, lambda r: len(r) + len(r.group.prompt) // 8, room)
+        room = max(1, min(budget, share) - len(responses[0].prompt))
+        parts += in_batches(responses, lambda r: len(r) + len(r.prompt) // 8, room)
     return in_batches(balanced(parts, size_of), size_of, budget)
 
 
@@ -360,27 +270,24 @@ def update(
     optimizer: Optimizer,
     groups: list[Group],
     args,
-    lr: float,
 ) -> tuple[float | None, dict[str, float]]:
     """One optimizer step on a mini-batch, of which every process has all groups.
 
     Returns (gradient norm, sums over the trained tokens of all processes). The norm is None if no response of
     any process has a gradient. The weights stay then: a step on zeros would still move them by momentum.
     """
-    statistics = Statistics()
+    parts = []
     mine = micro_batches(responses_in_loss(groups, args), args.micro_batch_tokens)
     for micro_batch in mine:
         tokens = run_tokens(model, reference, micro_batch, args)
-        loss, reference_loss = policy_loss(
-            tokens.logp, tokens.old_logp, tokens.advantage, tokens.weight, args.clip_low, args.clip_high,
-            tokens.reference_logp, args.kl)
+        loss, reference_loss = policy_loss(tokens, args.clip_low, args.clip_high, args.kl)
         (loss + reference_loss).backward()
-        statistics.add(tokens, loss, args.clip_low, args.clip_high)
-    even_passes(model, len(mine), reference)
-    sums = statistics.over_all_processes()
+        parts.append(sums_over(tokens, loss, args.clip_low, args.clip_high))
+    even_passes(model, len(mine))
+    sums = over_all_processes(parts)
     check_finite(sums["loss"], "loss")
     check_finite(sums["reference_kl"], "divergence from the reference")
-    norm = optimizer.step(lr) if sums["trained_tokens"] + sums["reference_tokens"] else None
+    norm = optimizer.step(args.lr) if sums["trained_tokens"] + sums["reference_tokens"] else None
     return norm, sums
 
 
@@ -389,7 +296,7 @@ def run_tokens(
 ) -> Tokens:
     """The tokens of a micro-batch as the loss and the statistics need them."""
     responses = [response for part in micro_batch for response in part]
-    asked = [(part[0].group.prompt, [r.completion.tokens for r in part]) for part in micro_batch]
+    asked = [(part[0].prompt, [r.completion.tokens for r in part]) for part in micro_batch]
 
     def by_token(values):
         repeated = [value for value, r in zip(values, responses, strict=True) for _ in range(len(r))]
@@ -409,13 +316,10 @@ def run_tokens(
 # ---- the command ---------------------------------------------------------------------------------
 def arguments():
     p = parser(__doc__, out=None, model="")
-    place(p.add_argument("--model", help="a folder in Hugging Face format, or a hub id, to go on from into "
-                         "out/grpo; if not given, out/sft, or where there is none mini into out/rl"))
+    place(p.add_argument("--model", help="a folder in Hugging Face format, or a hub id, to go on from; "
+                         "if not given, out/sft, or without one mini"))
     g = p.add_argument_group("what to train on")
-    place(g.add_argument("--task", default="countdown-3-small", help=f"with commas between: {tasks.NAMES}"))
-    g.add_argument("--questions", type=natural, default=400, help="of each task; 0: all (paper: 1000)")
-    g.add_argument("--split", default="rl", help=f"{', '.join(tasks.SPLITS)}; of a file: also all")
-    place(g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/ and the like lie"))
+    tasks.question_flags(g, split="rl", paper=1000)
     may_change(g.add_argument("--steps", type=positive, default=30,
                               help="in all (paper: 150); with --resume more go on with a run that has ended"))
     g.add_argument("--questions-per-step", type=positive, default=16, help="of all processes (paper: 256)")
@@ -424,8 +328,7 @@ def arguments():
     g.add_argument("--max-new-tokens", type=positive, default=400, help="budget of a response (paper: 4096)")
     may_change(g.add_argument("--slots", type=natural, default=0, help="rows decoded at once; 0: what fits"))
     g = p.add_argument_group("the objective")
-    g.add_argument("--lr", type=number(float, 0), help="constant; if not given, the paper's 1e-6, or "
-                   f"{MINIATURE_LR:g} for a model under 10M parameters")
+    g.add_argument("--lr", type=number(float, 0), help=f"constant; {if_not_given(DEFAULTS['lr'])}")
     g.add_argument("--temperature", type=number(float, 0, open_low=True), default=1.0,
                    help="of rollouts and log-probabilities; top-k or top-p would make the two disagree")
     g.add_argument("--clip-low", type=number(float, 0, 1), default=0.2, help="1 less it ends a ratio's fall")
@@ -451,18 +354,11 @@ def arguments():
                         f"{args.questions_per_step}")
     if args.rollouts < 2:
         raise UserError("--rollouts 1: a group needs at least 2 responses to compare")
+    if not args.model:
+        args.model = "out/sft" if Path("out/sft/config.json").is_file() else "mini"
+    if not args.out:
+        args.out = "out/rl" if args.model == "mini" else "out/grpo"
     return args
-
-
-def from_where_to_where(model: str | None, out: str | None) -> tuple[str, str]:
-    """(--model, --out), where they are not given: RL goes on from what `sft.py` wrote, if that is there."""
-    if model:
-        return model, out or "out/grpo"
-    if Path("out/sft/config.json").is_file():
-        return "out/sft", out or "out/grpo"
-    out = out or "out/rl"
-    say(f"there is no out/sft to go on from, so this is RL only: from mini into {out}")
-    return "mini", out
 
 
 def read_problems(args) -> tuple[list, list]:
@@ -481,100 +377,72 @@ def read_problems(args) -> tuple[list, list]:
     return problems, held_out
 
 
-def prompts_of(problems: list, tokenizer: Tokenizer, context: int) -> list[list[int]]:
-    """The prompt of each (task, problem). Refuses one that would fail in the middle of the run."""
-    prompts = []
-    for task, problem in problems:
-        prompts.append(tokenizer.chat(task.prompt(problem)))
-        n = len(prompts[-1])
-        if n >= context:
-            raise UserError(f"--task {task.name}: the prompt of {problem.id} has {n} tokens and does not fit "
-                            f"the model's context of {context}; remove it")
-    return prompts
-
-
-def copies_of(model: Transformer, device: torch.device, kl: float) -> tuple[Transformer, Transformer | None]:
+def copies_of(model: Transformer, kl: float) -> tuple[Transformer, Transformer | None]:
     """(the model to sample from, the reference of a KL term).
 
-    In one process the first is the model itself. Several train on shards of the model and sample from a whole
-    copy; the reference, where there is one, is sharded as well.
+    In one process the first is the model itself. Several train on shards of it and sample from a whole copy.
     """
-    if world() == 1:
-        return model, twin(model, copied=True) if kl else None
-    reference = None
-    if kl:
-        reference = twin(model)
-        shard(reference, masters=False)
-    return twin(model).to(device), reference
+    device = model.frequencies.device
+    policy = model if world() == 1 else twin(model, device)
+    return policy, twin(model, device) if kl else None
 
 
 def main():
     args = arguments()
-    args.model, args.out = from_where_to_where(args.model, args.out)
     refuse_wrong_out(args.resume, Path(args.out), Path(args.out) / "run.json")
-    device, _ = device_and_dtype(args.device)
-    settle_flags(args, device)
-    start_processes(device, args.timeout)
     problems, held_out = read_problems(args)
-    model, tokenizer = load(
-        args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
-    args.chat_template_kwargs = tokenizer.template_kwargs
-    prompts = prompts_of(problems, tokenizer, model.config.max_position_embeddings)
-    prompts_of(held_out, tokenizer, model.config.max_position_embeddings)
-    policy, reference = copies_of(model, device, args.kl)  # before resuming: the reference is where it began
-    model.recompute = args.recompute
-    lr = lr_or_default(args.lr, model, MINIATURE_LR)
+    model, tokenizer = start_training(args, DEFAULTS)
+    prompts = {problem.id: tokenizer.chat(task.prompt(problem)) for task, problem in (*problems, *held_out)}
+    check_lengths(prompts, model.config.max_position_embeddings, args.max_new_tokens)
+    policy, reference = copies_of(model, args.kl)  # before resuming: the reference is where it began
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
     sampler = Sampler(policy, tokenizer, args.slots, SAMPLER_CACHE_FRACTION)
+
+    def measure():
+        optimizer.refresh(policy)
+        return validate(sampler, held_out, args)
+
     run = Run(args, partial(inputs, args, problems, held_out), optimizer, publisher(optimizer, tokenizer),
-              last=args.steps)
-    say(f"{len(problems)} questions, {args.steps} steps of {args.questions_per_step} x {args.rollouts} "
-        f"rollouts, learning rate {lr:g}")
-    context_cuts = say_what_the_context_cuts(prompts, model, args.max_new_tokens) > len(prompts) / 2
-    log = StepLog(run, tokenizer, args, context_cuts)
+              args.steps, measure)
+    sampler.stop = run.asked.here
+    say(f"from {args.model} into {args.out}: {len(problems)} questions, {args.steps} steps of "
+        f"{args.questions_per_step} x {args.rollouts} rollouts, learning rate {args.lr:g}")
+    log = StepLog(run, tokenizer, args)
 
-    with interruptible() as asked, Progress("grpo", args.steps, run.step) as progress:
-        sampler.stop = asked.here
+    with run.interruptible(), Progress("grpo", args.steps, run.step) as progress:
         updates = run.updates
-
-        def measure():
-            optimizer.refresh(policy)
-            return validate(sampler, held_out, args, asked)
-
-        run.restore(asked, measure)
+        run.restore()
         for step in range(run.step + 1, args.steps + 1):
             optimizer.refresh(policy)
             log.start()
             groups = roll_out(sampler, choose(problems, step, args.questions_per_step, args.seed), args, step)
             # No weight has changed since the last step: a rollout that was cut short is made again.
-            run.leave_if_asked(asked, step - 1, updates)
+            run.leave_if_asked(step - 1, updates)
             exchange(groups)
             log.rolled_out()
 
             results = []  # (gradient norm, sums) of each mini-batch
             for first in range(0, args.questions_per_step, args.mini_batch):
                 mini_batch = groups[first:first + args.mini_batch]
-                results.append(update(model, reference, optimizer, mini_batch, args, lr))
+                results.append(update(model, reference, optimizer, mini_batch, args))
 
-            row = log.write(step, groups, results, lr)
+            row = log.write(step, groups, results)
             updates += row["updates"]
             progress.update(**{"reward": f"{row['reward']:.3f}", "tokens": f"{row['response_tokens']:.0f}",
                                "tokens/s": f"{row['rollout_tokens_per_second']:,.0f}"})
-            run.end_of_step(step, updates, asked, measure)
+            run.end_of_step(step, updates)
     if run.step >= args.steps:
         say(f"{run.out} is finished already; more --steps go on with it")
         return
-    log.say_warnings()
     say(f"wrote {run.out}")
 
 
-def inputs(args, problems: list, held_out: list) -> dict:
+def inputs(args, problems: list, held_out: list) -> dict[str, str]:
     """Fingerprints of what is read."""
-    return {
-        "--model": model_fingerprint(args.model),
-        "--task": tasks.questions_fingerprint(problems),
-        "the held-out questions": tasks.questions_fingerprint(held_out) if held_out else None,
-    }
+    read = {"--model": model_fingerprint(args.model), "--task": tasks.questions_fingerprint(problems)}
+    if held_out:
+        read["the held-out questions"] = tasks.questions_fingerprint(held_out)
+    return read
 
 
 if __name__ == "__main__":

@@ -201,6 +201,93 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
 
+# ---- what training runs: one prompt, many responses, in a flat row -----------------------------------
+def shared_prompt(P: int, lengths: list[int], device: torch.device) -> Attend:
+    """An Attend for one flat row [prompt | response 0 | response 1 | ...].
+
+    The prompt has P tokens, response i has lengths[i]. The prompt sees itself; a response sees the prompt and
+    its own past. Same values and gradients as running prompt + response once per response, for the price of
+    one prompt and without padding (attention apart: there each response has a copy of the prompt's keys and
+    values, and is padded to the longest). A single response needs none of that.
+    """
+    n, L = len(lengths), max(lengths)
+    if n == 1:
+        return causal
+    total_length = sum(lengths)
+    mask = torch.ones(L, P + L, dtype=torch.bool, device=device).tril(P)  # token i sees P + i + 1 positions
+    # Where among the tokens of all responses each padded place (n, L) is taken from. Beyond a response's end
+    # it is some other token, which no real one sees.
+    starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)  # (n,)
+    places = starts[:, None] + torch.arange(L)  # (n, L)
+    is_real = torch.arange(L) < torch.tensor(lengths)[:, None]  # (n, L)
+    real = is_real.flatten().nonzero()[:, 0].to(device)  # (sum of lengths,)
+    places = places.clamp(max=max(0, total_length - 1)).flatten().to(device)  # (n * L,)
+
+    def split(x, H):
+        """(1, T, H or K, D) -> the prompt's part (1, H, P, D) and the responses' (n, H, L, D)."""
+        x = x[0].repeat_interleave(H // x.shape[2], 1)  # (T, H, D): with a mask kernels want equal heads
+        of_prompt = x[None, :P].transpose(1, 2)
+        if not total_length:
+            return of_prompt, None
+        padded = x[P:].index_select(0, places).unflatten(0, (n, L))  # (n, L, H, D)
+        return of_prompt, padded.transpose(1, 2)
+
+    def attend(layer, q, k, v):  # q (1, T, H, D), k and v (1, T, K, D) -> (1, T, H, D)
+        H = q.shape[2]
+        prompt_q, response_q = split(q, H)
+        prompt_k, response_k = split(k, H)
+        prompt_v, response_v = split(v, H)
+        o = F.scaled_dot_product_attention(prompt_q, prompt_k, prompt_v, is_causal=True)  # (1, H, P, D)
+        of_prompt = o[0].transpose(0, 1)  # (P, H, D)
+        if not total_length:  # responses of one token: predicted, never fed
+            return of_prompt[None]
+        seen_k = torch.cat((prompt_k.expand(n, -1, -1, -1), response_k), 2)  # (n, H, P + L, D)
+        seen_v = torch.cat((prompt_v.expand(n, -1, -1, -1), response_v), 2)
+        o = F.scaled_dot_product_attention(response_q, seen_k, seen_v, attn_mask=mask)  # (n, H, L, D)
+        of_responses = o.transpose(1, 2).flatten(0, 1).index_select(0, real)  # (sum of lengths, H, D)
+        return torch.cat((of_prompt, of_responses))[None]
+
+    return attend
+
+
+def response_logprobs(
+    model: Transformer, groups: list[tuple[list[int], list[list[int]]]], temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) of every token of the responses in `groups`: [(prompt, responses to it)].
+
+    Flat, (N,), response by response. Lengths say what is trained, never a comparison with a pad id, which
+    would drop the end token wherever the two are the same: a finished response ends with its stop token, a
+    target like any other.
+    """
+    device = model.device
+    attends, sizes = [], []
+    tokens, positions = [], []
+    predicting = []  # where in the flat row the next token is predicted, for each token of the responses
+    targets = []
+    for prompt, responses in groups:
+        P = len(prompt)
+        lengths = [len(response) - 1 for response in responses]  # the last token is predicted but never fed
+        attends.append(shared_prompt(P, lengths, device))
+        sizes.append(P + sum(lengths))
+        tokens += prompt
+        positions += range(P)
+        end_of_prompt = len(tokens) - 1
+        for response in responses:
+            fed = response[:-1]
+            predicting.append(end_of_prompt)  # it predicts every response's first token
+            predicting += range(len(tokens), len(tokens) + len(fed))  # then each fed token predicts the next
+            targets += response
+            tokens += fed
+            positions += range(P, P + len(fed))
+    tokens = torch.tensor([tokens], device=device)  # (1, T)
+    positions = torch.tensor([positions], device=device)  # (1, T)
+    predicting = torch.tensor(predicting, device=device)  # (N,)
+    targets = torch.tensor(targets, device=device)  # (N,)
+    hidden = model(tokens, positions, side_by_side(attends, sizes))[0]  # (T, C)
+    # Not hidden[predicting]: places repeat, and its backward adds them up in whatever order threads come.
+    return model.logprobs(hidden.index_select(0, predicting), targets, temperature)
+
+
 # ---- the configuration ---------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from files import fingerprint, read_rows_so_far
+from files import read_rows_so_far, whole_lines, write_whole
 
 ALONE = 7 * 24 * 60  # minutes: processes that only share files may end days apart
 _messengers = None  # the group in which numbers and texts go
@@ -144,25 +144,10 @@ def joined_rows(path: str, required: dict[str, type]) -> list[tuple[str, dict]]:
 def join_parts(path: str) -> None:
     """Put the parts that processes wrote, now or before a kill, into the file. For one process to call.
 
-    Whole lines only, and each once: a kill may have come between the copy and the removal of a part.
+    Whole lines only, and each once: a kill may have come before a part was removed.
     """
-    if not os.path.exists(path):
-        open(path, "x").close()
-    seen = set()
-    with open(path, "rb+") as f:
-        end = 0
-        for line in f:
-            if line.endswith(b"\n"):
-                end += len(line)
-                seen.add(fingerprint(line))
-        f.truncate(end)  # a line that a kill cut short
-        f.seek(end)
-        parts = parts_of(path)
-        for part in parts:
-            with open(part, "rb") as lines:
-                f.writelines(line for line in lines
-                             if line.endswith(b"\n") and fingerprint(line) not in seen)
-        f.flush()
-        os.fsync(f.fileno())
-    for part in parts:
+    written = [part for part in (path, *parts_of(path)) if os.path.exists(part)]
+    lines = dict.fromkeys(line for part in written for _, line in whole_lines(part))
+    write_whole(path, b"".join(lines))
+    for part in parts_of(path):
         os.remove(part)

@@ -100,6 +100,9 @@ def flaw(row: dict) -> str:
     """Why an attempt cannot be part of a trace, or ""."""
     if row["finish"] != "stop":
         return "cut off at the budget"
+    if row["solution"].lstrip().startswith("<think>"):
+        return ("opens with <think>: the model thinks before it answers; if its chat template can switch "
+                "that off, sample with --chat-template-kwargs '{\"enable_thinking\": false}'")
     if holds_a_tag(row["solution"]):
         return "holds a tag of the traces"
     if row["style"].endswith("-hint") and "hint" in row["solution"].lower():  # `sample.py --hint` names it so
@@ -405,12 +408,6 @@ def main():
         counts = ", ".join(f"{n} ({reason})" for reason, n in sorted(dropped.items()))
         say(f"dropped {counts} of {len(rows)} attempts")
     n_correct = sum(row["correct"] for row in rows)
-    whole = [row["solution"].lstrip() for row in rows if row["finish"] == "stop"]
-    n_thoughts = sum(solution.startswith("<think>") for solution in whole)
-    if not silver and n_thoughts > len(rows) / 2:
-        raise UserError(f"--data {args.data}: {n_thoughts} of {len(rows)} attempts open with <think>, a tag "
-                        "of the traces: the model thinks before it answers; if its chat template can switch "
-                        "that off, sample with --chat-template-kwargs '{\"enable_thinking\": false}'")
     if not n_correct:
         raise UserError(f"--data {args.data}: none of the {len(rows)} sampled attempts is correct; "
                         "sample more (--n), an easier --task or a stronger --model")

@@ -124,18 +124,11 @@ def refuse_other_flags(args, record: dict, path: Path) -> None:
 
 def refuse_other_inputs(now: dict, record: dict, path: Path) -> None:
     before = record["inputs"]
-    changed = []
-    for name in sorted(before.keys() & now.keys()):
-        old, new = before[name], now[name]
-        if old == new or old is None or new is None:  # None: not read that time
-            continue
-        files = []
-        if isinstance(old, dict) and isinstance(new, dict):
-            files = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
-        changed.append(f"{name} ({', '.join(files)})" if files else name)
+    both = before.keys() & now.keys()  # what was not read that time cannot differ
+    changed = [name for name in sorted(both) if before[name] != now[name]]
     if changed:
         command = " ".join(record["command"])
-        raise UserError(f"{path}: what it read has changed since it began: {'; '.join(changed)}; "
+        raise UserError(f"{path}: what it read has changed since it began: {', '.join(changed)}; "
                         f"put it back (it began as: {command}), or start another run with another --out")
 
 

@@ -1,86 +1,119 @@
-"""The page: figures, curves, and traces that one can read, in one file that loads nothing from anywhere.
+"""The page: figures, curves, and responses that one can read, in one file that loads nothing from anywhere.
 
     python report.py out/evaluate                    # renews out/evaluate/report.html; evaluate.py does too
     python report.py out/grpo                        # of a run, also while it trains (a checkpoint does too)
 
-How it is drawn and answers is in `report.js`, how it looks in `report.css`; here is what they are given.
+A *group* is a question with its responses: those of all models, or the rollouts of a step. `report.js`
+filters them and follows links, `report.css` says how all looks.
 Left out: several runs in one page; runs that log elsewhere than in their folder.
 """
 import base64
 import hashlib
 import html
-import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from cli import UserError, bare_parser, command, printable, say
-from files import parsed, read_json, write_whole
+from files import parsed, read_json, whole_lines, write_whole
 from grading import attempts_in
-from summary import (
-    all_figures, bounds, by_task, change, percent, printed_table, tasks_of, two_places, with_headings,
-)
+from summary import all_figures, by_task, change, percent, tasks_of, with_headings
 
-MEGABYTES = 20  # of responses in a page, about
+MEGABYTES = 10  # of responses in a page, about
 
 
-# ---- tables --------------------------------------------------------------------------------------
-def accuracy_table(cells: list[dict]) -> list[list[str]]:
-    """A row for each model, a column for each task."""
-    names = tasks_of(cells)
-    rows = {}
-    for cell in cells:
-        row = rows.setdefault(cell["model"], {"model": cell["model"], **dict.fromkeys(names, "")})
-        row[cell["task"]] = f"{percent(cell['accuracy'])} {bounds(cell['interval'])}"
-        if "difference" in cell:
-            difference = change(cell["difference"], cell["difference_interval"])
-            row[cell["task"]] += f"\n{difference} vs {cells[0]['model']}"
-        row[cell["task"]] += f"\nno answer: {percent(cell['no_answer'])}"
-    return with_headings(list(rows.values()))
+# ---- markup --------------------------------------------------------------------------------------
+def escaped(content) -> str:
+    """A text as markup, its control characters spelled out."""
+    return html.escape(printable(str(content)))
 
 
-def verdict_row(cell: dict) -> dict[str, str]:
-    """Use of the skills, as in the paper's Table 4, and what each kind of attempt was called."""
-    return {
-        "model": cell["model"],
-        "task": cell["task"],
-        "answers": two_places(cell["answers"]),
-        "reflections": two_places(cell["reflections"]),
-        "F1 right / wrong": f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}",
-        **{name: str(count) for name, count in cell["confusion"].items()},
-    }
+def el(name: str, *children: str, **attributes) -> str:
+    """An element of some markup. el("p", "x", class_="note") -> <p class="note">x</p>"""
+    opening = name
+    for key, value in attributes.items():
+        opening += f' {key.rstrip("_").replace("_", "-")}="{escaped(value)}"'
+    return f"<{opening}>{''.join(children)}</{name}>"
 
 
-def retry_row(cell: dict) -> dict[str, str]:
-    """What further attempts did, and what they are worth."""
+def table(caption: str, rows: list[list[str]]) -> str:
+    """Of the headings and the rows below them. One wider than the screen can be scrolled, by keys too."""
+    lines = []
+    for i, row in enumerate(rows):
+        lines.append(el("tr", *(el("td" if i else "th", escaped(cell)) for cell in row)))
+    box = el("div", el("table", *lines), class_="scrolls", tabindex=0, role="region", aria_label=caption)
+    return el("p", escaped(caption), class_="note") + box
+
+
+def section(title: str, *children: str) -> str:
+    return el("section", el("h2", escaped(title)), *children)
+
+
+# ---- figures of an evaluation --------------------------------------------------------------------
+def skill_row(cell: dict) -> dict[str, str]:
+    """What further attempts did, and what each kind of attempt was called."""
     return {
         "model": cell["model"],
         "task": cell["task"],
         "responses with a retry %": percent(cell["retried"]),
         **{name: str(count) for name, count in cell["retries"].items()},
-        "first attempt %": percent(cell["first_attempt"]),
-        "final answer %": percent(cell["accuracy"]),
-        "gain": change(cell["gain"], cell["gain_interval"]) if cell["retried"] else "-",
+        "gain over the first attempt": change(cell["gain"], cell["gain_interval"]),
+        **{name: str(count) for name, count in cell["confusion"].items()},
     }
 
 
 def length_row(cell: dict) -> dict[str, str]:
     """Quantiles of the lengths of responses, in tokens."""
     quantiles = {f"{q}%": f"{tokens:.0f}" for q, tokens in cell["token_quantiles"].items()}
-    return {"model": cell["model"], "task": cell["task"], **quantiles, "mean": f"{cell['tokens']:.0f}",
-            "cut off %": percent(cell["truncated"])}
+    return {"model": cell["model"], "task": cell["task"], **quantiles}
 
 
-def page_tables(cells: list[dict]) -> dict[str, list[list[str]]]:
-    """Those of an evaluation, by what they tell."""
-    return {
-        "accuracy": accuracy_table(cells),
-        "verdicts": with_headings([verdict_row(cell) for cell in cells]),
-        "retries": with_headings([retry_row(cell) for cell in cells]),
-        "lengths": with_headings([length_row(cell) for cell in cells]),
-        "all": all_figures(cells),
-    }
+def figures_section(cells: list[dict]) -> str:
+    skills = with_headings([skill_row(cell) for cell in cells])
+    lengths = with_headings([length_row(cell) for cell in cells])
+    return section(
+        "Figures",
+        table("All figures, in % [95%]; against the first: the paired difference", all_figures(cells)),
+        table("Retries, by what the attempt before was and what they were; verdicts, by the attempt", skills),
+        table("Lengths in tokens: so many in a hundred responses are no longer than this", lengths))
+
+
+# ---- curves of a run -----------------------------------------------------------------------------
+def curves_section(rows: list[dict]) -> str:
+    """A curve for each metric of metrics.jsonl, without what was not measured."""
+    points = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                points.setdefault(name, []).append((row["step"], value))
+    curves = [curve(name, of_name) for name, of_name in points.items()]
+    return section("Curves", el("div", *curves, class_="panels"))
+
+
+def curve(name: str, points: list[tuple[int, float]]) -> str:
+    """[(step, value)] as a line. The axis begins at 0, unless the values are far from it."""
+    first, last = points[0][0], points[-1][0]
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+    if 0 <= low < high / 2 or low == high:
+        low, high = min(low, 0), max(high, 0)
+    width = last - first or 1
+    height = high - low or 1
+    corners = []
+    for step, value in points:
+        x = 1000 * (step - first) / width
+        y = 290 - 280 * (value - low) / height
+        corners.append(f"{x:.1f} {y:.1f}")
+    line = el("path", d=f"M{'L'.join(corners)}h0")
+    end = f" {values[-1]:.3g} at last"
+    picture = el("svg", line, viewBox="0 0 1000 300", preserveAspectRatio="none", role="img",
+                 aria_label=f"{name}: {values[0]:.3g} at first, {end}")
+    top = el("span", f"{high:.3g}", class_="top")
+    bottom = el("span", f"{low:.3g}", class_="bottom")
+    axis = el("div", el("span", f"step {first}"), el("span", str(last)), class_="axis")
+    title = el("figcaption", escaped(name), el("small", end))
+    return el("figure", title, el("div", top, bottom, picture, class_="plot"), axis, class_="curve")
 
 
 # ---- a response in its parts ---------------------------------------------------------------------
@@ -130,115 +163,150 @@ def parts_of(response: str, grades: list[bool]) -> list[tuple[str, str]]:
     return [(kind, text) for kind, text in parts if text]
 
 
-def trace_of(row: dict, **more) -> dict:
-    """What the page shows of a response: of a row of results.jsonl, or of a rollout."""
-    return {
-        "parts": parts_of(row["response"], row["attempts"]),
-        "length": row["tokens"],
-        "finish": row["finish"],
-        "correct": row["correct"],
-        "answer": row["answer"],
-        "reason": row["reason"],
-        "attempts": row["attempts"],
-        "contradicted": sum(said != actual for said, actual in row["verdicts"]),
-        **more,
+def marked_up(response: str, grades: list[bool]) -> str:
+    """The parts of a response in their colours; what a <sample> or <reflect> holds is a block."""
+    pieces = []
+    in_block = False
+    for kind, text in parts_of(response, grades):
+        what, _, content = kind.partition(" ")  # "open correct"
+        if in_block and what in ("open", "close"):
+            pieces.append("</div>")
+            in_block = False
+        pieces.append(el("span", escaped(text), class_=what))
+        if what == "open":
+            pieces.append(f'<div class="block {content}">')
+            in_block = True
+    return "".join(pieces) + ("</div>" if in_block else "")
+
+
+# ---- groups of responses -------------------------------------------------------------------------
+OUTCOMES = (
+    "right", "wrong", "no readable answer", "cut off", "first attempt wrong, answer right",
+    "first attempt right, answer wrong", "a verdict contradicts the grade",
+)
+UNLIKE = ("right, unlike the first model", "wrong, unlike the first model")
+LEGEND = {"correct": "right attempt", "incorrect": "wrong attempt", "reflection": "check",
+          "phrase": "between", "contradicts": "verdict against the grade"}
+
+
+def outcomes_of(row: dict, first: dict) -> list[str]:
+    """Which outcomes a response has. `first`: that of the first model with the same index."""
+    words = {True: "right", False: "wrong"}
+    answer = words[row["correct"]]
+    before = words[row["attempts"][0]]
+    found = {
+        answer: True,
+        "no readable answer": row["answer"] is None,
+        "cut off": row["finish"] == "length",
+        f"first attempt {before}, answer {answer}": before != answer,
+        "a verdict contradicts the grade": any(said != actual for said, actual in row["verdicts"]),
+        f"{answer}, unlike the first model": row["correct"] != first["correct"],
     }
+    return [name for name, holds in found.items() if holds]
 
 
-# ---- an evaluation -------------------------------------------------------------------------------
-FORCED_TO_GO_ON = ", forced to go on"
+def response_of(row: dict, first: dict, name: list[str]) -> str:
+    """A response: a line with its grade and its address, which is made of `name`; opened, its text."""
+    address = "/".join(quote(part, safe="") for part in name)
+    facts = [name[-1], "right" if row["correct"] else f"wrong: {row['reason']}", f"{row['tokens']} tokens"]
+    facts.append("attempts " + "".join("✓" if right else "✗" for right in row["attempts"]))
+    if "reward" in row:
+        facts.append(f"reward {row['reward']:.3g}, advantage {row['advantage']:+.2f}")
+    line = el("summary", escaped(" · ".join(facts)), " ", el("a", "link", href=f"#{address}"))
+    text = el("div", marked_up(row["response"], row["attempts"]), class_="text")
+    kind = "is-right" if row["correct"] else "is-wrong"
+    return el("details", line, text, id=address, class_=f"response {kind}", data_model=row.get("model", ""),
+              data_outcome="|".join(outcomes_of(row, first)))
 
 
+def group_of(row: dict, title: str, responses: list[str]) -> str:
+    """A question with its responses. `row` is a line of rollouts.jsonl, or one of results.jsonl."""
+    question = el("div", escaped(row["question"]), class_="question")
+    reference = el("p", "Reference answer: ", el("code", escaped(row["reference"] or "not known")))
+    return el("details", el("summary", escaped(title)), question, reference, *responses,
+              class_="group", data_task=row["task"], data_step=row.get("step", ""))
+
+
+def how_many_right(rows: list[dict]) -> str:
+    return f"{sum(row['correct'] for row in rows)} of {len(rows)} right"
+
+
+def responses_section(title: str, groups: list[str], in_all: int, choices: dict[str, list]) -> str:
+    """Some of all groups, with filters: for each of the `choices` a list of values."""
+    note = f"The page has room for {len(groups)} of {in_all} questions." if len(groups) < in_all else ""
+    legend = [el("span", text, class_=kind) for kind, text in LEGEND.items()]
+    controls = [choice(name, values) for name, values in choices.items() if len(values) > 1]
+    controls.append('<label>text<input type="search" id="text"></label>')
+    controls.append('<button type="button" id="clear">clear</button>')
+    return section(
+        title,
+        el("p", *legend, class_="legend"),
+        el("div", *controls, class_="controls", role="search"),
+        el("p", class_="note", id="count", role="status"),
+        el("p", note, class_="note"),
+        *groups)
+
+
+def choice(name: str, values: list) -> str:
+    options = [el("option", f"all {name}s", value="")]
+    options += [el("option", escaped(value), value=value) for value in values]
+    return el("label", name, el("select", *options, id=name))
+
+
+# ---- the two kinds of page -----------------------------------------------------------------------
 def of_evaluation(out: Path, cells: list[dict], rows: list[dict]) -> str:
     """The page of an evaluation: `cells` are those of summary.json, `rows` those of results.jsonl.
 
     A response that was forced to go on stands beside the one that it goes on from, as of another model.
     """
     cells = by_task(cells)
-    arms = list(dict.fromkeys(cell["model"] for cell in cells))
-    if any("forced" in cell for cell in cells):
-        arms += [f"{model}{FORCED_TO_GO_ON}" for model in arms]
-    names = tasks_of(cells)
-    rows = sorted(rows, key=lambda row: (names.index(row["task"]), row["id"], row["index"]))
-    asked = {}  # the rows of a question
-    for row in rows:
-        asked.setdefault((row["task"], row["id"]), []).append(row)
-    head = {
-        "command": command_of(out),
-        "title": "SkillFactory: evaluation",
-        "cells": cells,
-        "arms": arms,
-        "tables": page_tables(cells),
-        "groups_in_all": len(asked),
-    }
-    # In the page a response takes about twice its text.
-    stride = stride_for(2 * sum(len(row["response"]) for row in rows))
-    groups = [asked_group(of_question, arms) for of_question in list(asked.values())[::stride]]
-    return page(head, groups, plain=printed_table(cells))
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    longer = [{**row, **row["forced"], "model": forced_name(row["model"])} for row in rows if "forced" in row]
+    if longer:
+        models += [forced_name(model) for model in models]
+    order = sorted(rows + longer, key=lambda row: (row["id"], models.index(row["model"]), row["index"]))
+    asked = {(task, row["id"]): [] for task in tasks_of(cells) for row in order if row["task"] == task}
+    for row in order:
+        asked[row["task"], row["id"]].append(row)
+    stride = stride_for(sum(len(row["response"]) for row in order))
+    groups = []
+    for name, of_question in list(asked.items())[::stride]:
+        first = {row["index"]: row for row in of_question if row["model"] == models[0]}
+        responses = []
+        for row in of_question:
+            last = f"{row['model']}, sample {row['index']}"
+            responses.append(response_of(row, first[row["index"]], [*name, last]))
+        title = f"{name[1]}: {how_many_right(of_question)}"
+        groups.append(group_of(of_question[0], title, responses))
+    choices = {"task": tasks_of(cells), "model": models, "outcome": OUTCOMES + UNLIKE}
+    return page(out, figures_section(cells) + responses_section("Responses", groups, len(asked), choices))
 
 
-def asked_group(rows: list[dict], arms: list[str]) -> dict:
-    """A question with the responses of all models."""
-    traces = []
-    for row in sorted(rows, key=lambda row: arms.index(row["model"])):
-        traces.append(trace_of(row, arm=arms.index(row["model"]), index=row["index"]))
-    for row in rows:
-        if "forced" in row:
-            arm = arms.index(row["model"] + FORCED_TO_GO_ON)
-            traces.append(trace_of(row["forced"], arm=arm, index=row["index"]))
-    asked = {name: rows[0][name] for name in ("task", "id", "question", "reference")}
-    return {**asked, "traces": traces}
+def forced_name(model: str) -> str:
+    return f"{model}, forced to go on"
 
 
-# ---- a run of training ---------------------------------------------------------------------------
 def of_run(out: Path) -> str:
     """The page of a folder of `sft.py` or `grpo.py`, which may be at work."""
-    rows = [parsed(line, where) for where, line in whole_lines(out / "metrics.jsonl")]
+    body = curves_section([parsed(line, where) for where, line in whole_lines(out / "metrics.jsonl")])
     path = out / "rollouts.jsonl"
+    if not path.exists():
+        return page(out, body)
+    stride = stride_for(path.stat().st_size / 3)  # most of it are ids and log-probabilities
     groups = []
     in_all = 0
-    if path.exists():
-        stride = stride_for(path.stat().st_size / 2)  # half of it are ids and log-probabilities
-        for in_all, (where, line) in enumerate(whole_lines(path), 1):
-            if in_all % stride == 0:
-                groups.append(rolled_group(parsed(line, where)))
-    made_by = command_of(out)
-    title = f"SkillFactory: {made_by.partition('.py')[0]}"
-    head = {"command": made_by, "title": title, "arms": [], "curves": curves_of(rows),
-            "groups_in_all": in_all}
-    return page(head, groups, plain="The curves and the rollouts of this page need JavaScript.")
-
-
-def rolled_group(row: dict) -> dict:
-    """A question of a step with its rollouts, of a line of rollouts.jsonl."""
-    traces = []
-    for i, rollout in enumerate(row["rollouts"]):
-        traces.append(trace_of(rollout, index=i, reward=rollout["reward"], advantage=rollout["advantage"]))
-    return {**{name: row[name] for name in ("step", "task", "id", "question", "reference")}, "traces": traces}
-
-
-def curves_of(rows: list[dict]) -> list[dict]:
-    """The metrics of metrics.jsonl, {"name", "points": [[step, value]]}, without what was not measured."""
-    curves = []
-    for name in dict.fromkeys(name for row in rows for name in row if name != "step"):
-        points = [[row["step"], row[name]] for row in rows if isinstance(row.get(name), int | float)]
-        if points:
-            curves.append({"name": name, "points": points})
-    return curves
-
-
-# ---- the folder ----------------------------------------------------------------------------------
-def whole_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", line) of a file whose last line may still be written."""
-    with open(path, "rb") as f:
-        for i, line in enumerate(f, 1):
-            if line.endswith(b"\n"):
-                yield f"{path}:{i}", line
-
-
-def command_of(out: Path) -> str:
-    """How a folder was made, by its run.json."""
-    return " ".join(read_json(out / "run.json")["command"])
+    choices = {"step": {}, "task": {}, "outcome": OUTCOMES}
+    for in_all, (where, line) in enumerate(whole_lines(path), 1):
+        if in_all % stride == 0:
+            row = parsed(line, where)
+            choices["step"][row["step"]] = choices["task"][row["task"]] = True
+            name = [f"step {row['step']}", row["id"]]
+            responses = []
+            for i, rollout in enumerate(row["rollouts"]):
+                responses.append(response_of(rollout, rollout, [*name, f"rollout {i}"]))
+            title = f"step {row['step']}, {row['id']}: {how_many_right(row['rollouts'])}"
+            groups.append(group_of(row, title, responses))
+    return page(out, body + responses_section("Rollouts", groups, in_all, choices))
 
 
 def stride_for(size: float) -> int:
@@ -246,50 +314,30 @@ def stride_for(size: float) -> int:
     return math.ceil(max(1, size) / (1e6 * MEGABYTES))
 
 
-# ---- the page ------------------------------------------------------------------------------------
-def page(head: dict, groups: list[dict], plain: str) -> str:
-    """The page of some groups and what `head` says of all of them.
-
-    All data is one block of JSON that no text in it can end (`to_data`). The policy lets the browser
-    run this script, apply this style sheet, and load nothing. `plain` is shown where no script may run.
-    """
+def page(out: Path, body: str) -> str:
+    """The policy lets the browser run this script, apply this style sheet, and load nothing."""
+    made_by = " ".join(read_json(out / "run.json")["command"])
     here = Path(__file__).resolve().parent
     script = (here / "report.js").read_text(encoding="utf-8")
     style = (here / "report.css").read_text(encoding="utf-8")
-    data = to_data({**head, "groups": groups})
     policy = f"default-src 'none'; script-src '{hash_of(script)}'; style-src '{hash_of(style)}'"
-    title = html.escape(head["title"])
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
+<title>SkillFactory: {escaped(made_by.partition('.py')[0])}</title>
 <style>{style}</style>
 </head>
 <body>
-<noscript><pre>{html.escape(printable(plain))}</pre></noscript>
-<script type="application/json" id="data">{data}</script>
+<h1>SkillFactory</h1>
+<p><code>{escaped(made_by)}</code></p>
+{body}
 <script>{script}</script>
 </body>
 </html>
 """
-
-
-def to_data(value) -> str:
-    """JSON in ASCII and without a "<", in which all control characters are spelled out."""
-    return json.dumps(visible(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def visible(value):
-    if isinstance(value, str):
-        return printable(value)
-    if isinstance(value, dict):
-        return {printable(str(name)): visible(of_name) for name, of_name in value.items()}
-    if isinstance(value, list | tuple):
-        return [visible(item) for item in value]
-    return value
 
 
 def hash_of(text: str) -> str:
@@ -309,8 +357,6 @@ def make(out: Path) -> None:
     """Make the page of a folder, whatever made the folder."""
     if (out / "summary.json").is_file():
         cells = parsed((out / "summary.json").read_bytes(), out / "summary.json")
-        for cell in cells:
-            cell["pass"] = {int(k): share for k, share in cell["pass"].items()}
         rows = [parsed(line, where) for where, line in whole_lines(out / "results.jsonl")]
         done = {(cell["model"], cell["task"]) for cell in cells}
         text = of_evaluation(out, cells, [row for row in rows if (row["model"], row["task"]) in done])

@@ -1,12 +1,12 @@
 """The folder of a training run: its logs, its checkpoints, and how the run stops and goes on.
 
-    run = Run(args, inputs, optimizer, publish, last=steps)     # starts the folder, or finds where to go on
-    with interruptible() as asked:
-        run.restore(asked, measure)
+    run = Run(args, inputs, optimizer, publish, steps, measure)   # starts the folder, or finds where to go on
+    with run.interruptible():
+        run.restore()
         for step in range(run.step + 1, steps + 1):
             ...
             run.log({"step": step, "loss": loss})
-            run.end_of_step(step, updates, asked, measure)
+            run.end_of_step(step, updates)
 
 It is a Hugging Face model folder, with run.json, metrics.jsonl, rollouts.jsonl, report.html (renewed at each
 checkpoint) and state/. The order of things makes a kill at any moment harmless. A step is logged, then saved
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import report
 from cli import Stopped, UserError, handlers, say
-from files import appearing, check_row, parsed, read_json, read_rows_so_far, to_json, write_whole
+from files import appearing, check_row, parsed, read_json, read_rows_so_far, to_json, whole_lines, write_whole
 from processes import barrier, rank, total
 from record import is_written, start_or_check, sweep
 from tensors import save_tensors
@@ -45,10 +45,12 @@ class Run:
 
     `state` has what is saved and taken back: `tensors()`, {name: tensor}, and `load(files, updates)`.
     `publish` writes the model into the folder, called by all processes. `last` is the run's last step.
+    `measure` gives the score on held-out data every --eval-every steps.
     """
 
     def __init__(
         self, args, inputs: Callable[[], dict], state, publish: Callable[[Path], None], last: int,
+        measure: Measure,
     ):
         self.out = Path(args.out)
         self.save_every = args.save_every
@@ -57,6 +59,8 @@ class Run:
         self.last = last
         self.state = state
         self.publish = publish
+        self.measure = measure
+        self.asked = StopRequest()
         resumed = is_written(self.out / "run.json")
         start_or_check(self.out / "run.json", args, inputs)
         checkpoints = self._checkpoints()
@@ -67,7 +71,7 @@ class Run:
         self.step = 0  # of the checkpoint that the run goes on from
         self.updates = 0  # optimizer steps until then; GRPO makes several in a step
         if self.resume_from:
-            with self._way_back():
+            with self._named_if_damaged():
                 counts = read_json(self.resume_from / "state.json")
                 check_row(counts, {"step": int, "updates": int}, self.resume_from / "state.json")
             self.step, self.updates = counts["step"], counts["updates"]
@@ -87,41 +91,35 @@ class Run:
         return [path for path in found if path.is_dir() and path.name[len("step-"):].isdecimal()]
 
     @contextmanager
-    def _way_back(self) -> Iterator[None]:
-        """Says what to do where the newest checkpoint is damaged."""
+    def _named_if_damaged(self) -> Iterator[None]:
         try:
             yield
         except UserError as e:
-            newest, *older = reversed(self._checkpoints())
-            way_back = f"no other is kept, but its model is: start another run with --model {self.out}"
-            if older:
-                way_back = f"remove {newest}, and --resume goes on from {older[0].name}"
-            raise UserError(f"{newest} is damaged ({e}); {way_back}") from e
+            raise UserError(f"{self.resume_from} is damaged ({e}); remove it, and --resume goes on from the "
+                            "one before, if --keep kept it; or start another run "
+                            f"with --model {self.out}") from e
 
-    def restore(self, asked: "StopRequest", measure: Measure | None = None) -> None:
+    def restore(self) -> None:
         """Take the checkpoint, if there is one, and do what follows from it: a kill may have come before."""
         if self.resume_from:
-            with self._way_back():
+            with self._named_if_damaged():
                 self.state.load(sorted(self.resume_from.glob(WEIGHTS)), self.updates)
             self.publish(self.out)
-        if measure and self._is_due(self.step) and not self._is_scored(self.step):
-            self._measure(self.step, measure, asked)
+        if self._is_due(self.step) and not self._is_scored(self.step):
+            self._measure(self.step)
         if self.resume_from:
             self._tidy()
 
     # ---- the end of a step ---------------------------------------------------------------------------
-    def end_of_step(
-        self, step: int, updates: int, asked: "StopRequest", measure: Measure | None = None,
-    ) -> None:
+    def end_of_step(self, step: int, updates: int) -> None:
         """Save if it is time to, measure if it is time to, leave if somebody asked for it."""
-        measured = measure and self._is_due(step)
         on_time = bool(self.save_every) and step % self.save_every == 0
-        if measured or on_time or step == self.last:
+        if on_time or self._is_due(step) or step == self.last:
             self.save(step, updates)
-            if measured:
-                self._measure(step, measure, asked)
+            if self._is_due(step):
+                self._measure(step)
             self._tidy()
-        self.leave_if_asked(asked, step, updates)
+        self.leave_if_asked(step, updates)
 
     def _is_due(self, step: int) -> bool:
         """Whether the model after a step is to be measured."""
@@ -130,13 +128,19 @@ class Run:
     def _is_scored(self, step: int) -> bool:
         return any(row["step"] == step and SCORES.keys() & row.keys() for row in self.history)
 
-    def leave_if_asked(self, asked: "StopRequest", step: int, updates: int) -> None:
+    def leave_if_asked(self, step: int, updates: int) -> None:
         """If somebody asked the run to stop, save what it has after `step` and leave it (raises Stopped)."""
-        if asked.anywhere():
+        if self.asked.anywhere():
             if step > self.saved:
                 self.save(step, updates)
                 self._tidy()
-            raise Stopped(asked.number)
+            raise Stopped(self.asked.number)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal does not end the run but is kept, for the loop to save and leave."""
+        with handlers(self.asked.handler):
+            yield
 
     def save(self, step: int, updates: int) -> None:
         """A checkpoint after `step`, in which the optimizer has made `updates` updates in all."""
@@ -153,10 +157,10 @@ class Run:
         self.saved = step
         self.publish(self.out)
 
-    def _measure(self, step, measure, asked):
-        score = measure()
+    def _measure(self, step):
+        score = self.measure()
         if score is None:
-            raise Stopped(asked.number)  # the step is saved; --resume measures it
+            raise Stopped(self.asked.number)  # the step is saved; --resume measures it
         self.log({"step": step, **score})
 
     def _tidy(self) -> None:
@@ -203,7 +207,10 @@ class Run:
 
     # ---- the logs ----------------------------------------------------------------------------------
     def log(self, row: dict, name: str = "metrics.jsonl") -> None:
-        row = finite(row)
+        """Write a row. JSON knows no infinity and no NaN: they become null."""
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row = {**row, key: None}
         if name == "metrics.jsonl":
             self.history.append(row)
         if rank() == 0:
@@ -220,30 +227,18 @@ class Run:
         return -max(scores)[1] if scores else None
 
 
-def finite(value):
-    """A row in which infinities and NaN, which JSON does not know, are None."""
-    if isinstance(value, dict):
-        return {name: finite(of_name) for name, of_name in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines of later steps, which are the last ones, and one that a kill cut short."""
     if not path.exists():
         return
     end = 0
-    with open(path, "rb+") as f:
-        for i, line in enumerate(f, 1):
-            if not line.endswith(b"\n"):
-                break
-            row = parsed(line, f"{path}:{i}")
-            check_row(row, {"step": int}, f"{path}:{i}")
-            if row["step"] > step:
-                break
-            end += len(line)
-        f.truncate(end)
+    for where, line in whole_lines(path):
+        row = parsed(line, where)
+        check_row(row, {"step": int}, where)
+        if row["step"] > step:
+            break
+        end += len(line)
+    os.truncate(path, end)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -281,14 +276,3 @@ class StopRequest:
     def anywhere(self) -> bool:
         """What any process knows. All must call it."""
         return total([float(self.here())])[0] > 0
-
-
-@contextmanager
-def interruptible() -> Iterator[StopRequest]:
-    """Inside, a signal does not end the run but is kept, for the loop to save and leave.
-
-    A second Ctrl-C does not wait.
-    """
-    request = StopRequest()
-    with handlers(request.handler):
-        yield request

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from cli import (  # before torch: it says how threads wait
-    Progress, UserError, command, may_change, natural, number, parser, place, positive, resume_flag, say,
-    split_list,
+    Defaults, Progress, UserError, command, fill_in, if_not_given, may_change, natural, number, parser,
+    positive, resume_flag, say, split_list,
 )
 
 import torch
@@ -233,7 +233,7 @@ class Sampler:
     def room(self, request: Request) -> int:
         """Positions that a sample of the request may need."""
         context = self.model.config.max_position_embeddings
-        refuse_long_prompt(request.prompt, context)
+        refuse_long_prompt(request.prompt, context, request.identity)
         budget = self.params.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
         return min(len(request.prompt) + budget, context)
 
@@ -375,26 +375,28 @@ class Sampler:
         self.slot_state.move(moves)
 
 
-def refuse_long_prompt(prompt: list[int], context: int) -> None:
+def refuse_long_prompt(prompt: list[int], context: int, name: str | None) -> None:
     if len(prompt) >= context:
-        raise UserError(f"a prompt of {len(prompt)} tokens does not fit the model's context of {context}; "
-                        "shorten it")
+        raise UserError(f"{name or 'a prompt'}: {len(prompt)} tokens do not fit the model's context of "
+                        f"{context}; shorten it or leave it out")
 
 
-def say_what_the_context_cuts(prompts: list[list[int]], model: Transformer, max_new_tokens: int) -> int:
-    """For how many prompts the context ends before the budget. Tells the user, before the work begins."""
-    context = model.config.max_position_embeddings
-    cut = sum(len(prompt) + max_new_tokens > context for prompt in prompts)
+def check_lengths(prompts: dict[str, list[int]], context: int, max_new_tokens: int) -> None:
+    """Refuses a prompt, of which the name is said, that the context cannot hold.
+
+    Says for how many of them it ends before the budget, before the work begins.
+    """
+    for name, prompt in prompts.items():
+        refuse_long_prompt(prompt, context, name)
+    cut = sum(len(prompt) + max_new_tokens > context for prompt in prompts.values())
     if cut:
         say(f"the context of {context} tokens leaves {cut} of {len(prompts)} prompts less than "
             f"--max-new-tokens {max_new_tokens} for the response, which is cut off there")
-    return cut
 
 
 # ---- the command ---------------------------------------------------------------------------------
-# How tokens are chosen if no flag says so: (for a model of the miniature's size, else the paper's). On an
-# earlier miniature the paper's cuts made a chain repeat its attempts.
-CHOICE = {
+# On an earlier miniature the paper's cuts made a chain repeat its attempts.
+CHOICE: Defaults = {
     "temperature": (1.0, 0.7),
     "top_p": (1.0, 0.8),
     "top_k": (0, 20),
@@ -402,16 +404,8 @@ CHOICE = {
 }
 
 
-def if_not_given(name: str) -> str:
-    miniature, paper = CHOICE[name]
-    return f"if not given, the paper's {paper}, or {miniature} for a model under 10M parameters"
-
-
 def choice_of(args, model: Transformer) -> Params:
-    """How tokens are chosen; what no flag said is put into `args`, for run.json and for going on."""
-    for name, (miniature, paper) in CHOICE.items():
-        if getattr(args, name) is None:
-            setattr(args, name, miniature if model.is_miniature else paper)
+    fill_in(args, CHOICE, model.is_miniature)
     return Params(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.repetition_penalty)
 
@@ -419,24 +413,23 @@ def choice_of(args, model: Transformer) -> Params:
 def arguments():
     p = parser(__doc__, out="samples.jsonl")
     g = p.add_argument_group("what to sample")
-    place(g.add_argument("--task", default="countdown-3-small", help=f"with commas between: {tasks.NAMES}"))
-    g.add_argument("--questions", type=natural, default=400, help="of each task; 0: all (paper: 4000)")
-    g.add_argument("--split", default="sft", help=f"{', '.join(tasks.SPLITS)}; of a file: also all")
+    tasks.question_flags(g, split="sft", paper=4000)
     g.add_argument("--styles", default="plain,plan,alternatives,rephrase", help="of prompts, with commas")
     g.add_argument("--n", "--attempts", type=positive, default=6,
                    help="attempts of each question and style (paper: 16); torchrun takes --attempts only")
     g.add_argument("--reflections", type=natural, default=1, help="on each attempt (paper: 4)")
     g.add_argument("--hint", action="store_true",
                    help="rationalisation: also make attempts whose prompt tells the right answer")
-    place(g.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie"))
     g.add_argument("--prompt", help="only answer this text, with --n samples, and print them")
     g = p.add_argument_group("how to choose tokens")
-    g.add_argument("--temperature", type=number(float, 0), help="0 is greedy; " + if_not_given("temperature"))
+    g.add_argument("--temperature", type=number(float, 0), help="0 is greedy; "
+                   + if_not_given(CHOICE["temperature"]))
     g.add_argument("--top-p", type=number(float, 0, 1, open_low=True),
-                   help="keep the likeliest tokens up to this mass; " + if_not_given("top_p"))
-    g.add_argument("--top-k", type=natural, help="keep so many, 0 for all; " + if_not_given("top_k"))
+                   help="keep the likeliest tokens up to this mass; " + if_not_given(CHOICE["top_p"]))
+    g.add_argument("--top-k", type=natural, help="keep so many, 0 for all; "
+                   + if_not_given(CHOICE["top_k"]))
     g.add_argument("--repetition-penalty", type=number(float, 0, open_low=True), help="divides the positive "
-                   "logits of tokens already seen; " + if_not_given("repetition_penalty"))
+                   "logits of tokens already seen; " + if_not_given(CHOICE["repetition_penalty"]))
     g.add_argument("--max-new-tokens", type=positive, default=512, help="budget of an attempt or reflection")
     may_change(g.add_argument("--slots", type=natural, default=0, help="rows decoded at once; 0: what fits"))
     resume_flag(p)
@@ -479,15 +472,11 @@ def attempt_requests(args, problems: list, tokenizer: Tokenizer) -> list[Request
     return requests
 
 
-def still_to_do(requests: list[Request], done: set) -> deque[Request]:
-    """The requests without the attempts that are `done`: (id, style, index)."""
-    queue = deque()
+def still_to_do(requests: list[Request], done: set[tuple[str, int]]) -> deque[Request]:
+    """The requests, without the samples that are `done`: (identity, index)."""
     for request in requests:
-        asked = request.payload
-        request.indices = [i for i in request.indices if (asked.problem.id, asked.style, i) not in done]
-        if request.indices:
-            queue.append(request)
-    return queue
+        request.indices = [i for i in request.indices if (request.identity, i) not in done]
+    return deque(request for request in requests if request.indices)
 
 
 def attempt_row(asked: Attempts, index: int, completion: Completion, text: str) -> dict:
@@ -517,13 +506,13 @@ def reflection_request(row: dict, n: int, tokenizer: Tokenizer) -> Request:
     return Request(prompt, list(range(n)), identity, payload=Reflections(row))
 
 
-def start_or_go_on(args, problems: list) -> set:
-    """Start --out with its run.json, or go on with it. Returns the (id, style, index) already there."""
+def start_or_go_on(args, problems: list) -> set[tuple[str, int]]:
+    """Start --out with its run.json, or go on with it. Returns the (identity, index) already there."""
     there = os.path.exists(args.out)
     start_or_check(Path(f"{args.out}.run.json"), args, lambda: {
         "--model": model_fingerprint(args.model), "--task": tasks.questions_fingerprint(problems)})
     rows = joined_rows(args.out, {"id": str, "style": str, "index": int})
-    done = {(row["id"], row["style"], row["index"]) for _, row in rows}
+    done = {(f"{row['id']}/{row['style']}", row["index"]) for _, row in rows}
     if there:
         say(f"{args.out} has {len(done)} attempts already; going on")
     return done
@@ -534,7 +523,7 @@ def answer_by_hand(args) -> None:
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
     params = choice_of(args, model)
     prompt = tokenizer.chat([{"role": "user", "content": args.prompt}])
-    say_what_the_context_cuts([prompt], model, args.max_new_tokens)
+    check_lengths({"--prompt": prompt}, model.config.max_position_embeddings, args.max_new_tokens)
     completions, = Sampler(model, tokenizer, args.slots).generate([prompt], args.n, params, args.seed)
     for completion in completions:
         say(f"{tokenizer.text(completion.tokens)} \n--- {len(completion.tokens)} tokens, {completion.finish}")
@@ -558,14 +547,13 @@ def main():
     context = model.config.max_position_embeddings
     sampler = Sampler(model, tokenizer, args.slots)
     requests = attempt_requests(args, problems[rank()::world()], tokenizer)
-    for request in requests:
-        sampler.room(request)  # refuses a prompt that is too long, before anything is written
+    prompts = {request.identity: request.prompt for request in requests}
+    check_lengths(prompts, context, args.max_new_tokens)  # before anything is written
     queue = still_to_do(requests, start_or_go_on(args, problems))
     waiting = sum(len(request.indices) for request in queue)
     everywhere, = total([waiting])
     say(f"sampling {everywhere:.0f} attempts on {len(problems)} questions, {args.reflections} reflections "
         f"each, with {args.model}")
-    say_what_the_context_cuts([request.prompt for request in queue], model, args.max_new_tokens)
 
     tally = Counter()  # of what is written in this call
     with (open(own_part(args.out), "a", encoding="utf-8") as f,
@@ -574,13 +562,12 @@ def main():
             text = tokenizer.after_own_thought(completion.tokens)
             if isinstance(request.payload, Attempts):
                 row = attempt_row(request.payload, index, completion, text)
-                # A truncated attempt gets no reflections.
+                # A truncated attempt gets no reflections, nor one that is too long to be reflected on.
                 if args.reflections and completion.finish == "stop":
                     reflect = reflection_request(row, args.reflections, tokenizer)
                     if len(reflect.prompt) < context:
                         queue.appendleft(reflect)
                         continue  # the row is written when its reflections have come
-                    tally["too long"] += 1
             else:
                 row, found = request.payload.row, request.payload.found
                 found[index] = {"text": text, "verdict": verdict(text), "finish": completion.finish}
@@ -594,15 +581,13 @@ def main():
             tally["reflections"] += len(row["reflections"])
             tally["agreeing"] += sum(r["verdict"] == row["correct"] for r in row["reflections"])
             progress.update(correct=f"{tally['correct'] / tally['attempts']:.1%}")
-    names = ("attempts", "correct", "reflections", "agreeing", "too long")
-    attempts, correct, reflections, agreeing, too_long = total([tally[name] for name in names])
+    names = ("attempts", "correct", "reflections", "agreeing")
+    attempts, correct, reflections, agreeing = total([tally[name] for name in names])
     if rank() == 0:  # all have written their part
         join_parts(args.out)
     if attempts:
         say(f"{correct / attempts:.1%} of {attempts:.0f} attempts are correct; "
             f"{agreeing / max(reflections, 1):.1%} of {reflections:.0f} reflections agree with the grade")
-    if too_long:
-        say(f"{too_long:.0f} attempts are too long to be reflected on within the context of {context}")
     say(f"wrote {args.out}")
 
 

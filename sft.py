@@ -14,49 +14,42 @@ Left out: LoRA, loss on earlier turns.
 import math
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from cli import (  # before torch: it says how threads wait
-    Progress, UserError, command, natural, number, parser, place, positive, say, split_list,
+    Defaults, Progress, UserError, command, if_not_given, natural, number, parser, place, positive, say,
+    split_list,
 )
 
 import torch
 from torch import Tensor
 
-from checkpoint import device_and_dtype, load, model_fingerprint
+from checkpoint import model_fingerprint
 from conversations import plain_messages
 from files import file_fingerprint, read_jsonl
-from model import Transformer, causal, side_by_side
-from processes import balanced, in_batches, start_processes, total, world
+from model import Transformer, response_logprobs
+from processes import balanced, in_batches, total
 from record import refuse_wrong_out
-from run import Run, interruptible
+from run import Run
 from tasks import hundredth
 from tokenizer import Tokenizer
-from train import (
-    Optimizer, check_finite, even_passes, lr_or_default, publisher, settle_flags, training_flags,
-)
+from train import Optimizer, check_finite, even_passes, publisher, start_training, training_flags
 
-MINIATURE_LR = 1.5e-3
-MINIATURE_EPOCHS = 3
+DEFAULTS: Defaults = {"lr": (1.5e-3, 1e-6), "epochs": (3, 2)}
 
 
 # ---- the data ------------------------------------------------------------------------------------
 @dataclass
 class Example:
-    """A conversation as ids. The loss is on ids[start:], the last turn and its end token."""
-    ids: list[int]
-    start: int
-    # 0..99, by a hash of the first question: `hold_out` divides there.
-    place: int = field(default=0, compare=False)
+    """A conversation as ids. The loss is on the answer: the last turn and its end token."""
+    prompt: list[int]
+    answer: list[int]
+    place: int  # 0..99, by a hash of the first question: `hold_out` divides there
 
     def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def targets(self) -> list[int]:
-        return self.ids[self.start:]
+        return len(self.prompt) + len(self.answer)
 
 
 def read_examples(paths: str, tokenizer: Tokenizer, context: int) -> list[Example]:
@@ -74,7 +67,7 @@ def read_examples(paths: str, tokenizer: Tokenizer, context: int) -> list[Exampl
             if len(prompt) + len(answer) > context:
                 left_out += 1
             else:
-                examples.append(Example(prompt + answer, len(prompt), hundredth(first_question(messages))))
+                examples.append(Example(prompt, answer, hundredth(first_question(messages))))
     if left_out:
         say(f"left out {left_out} of {left_out + len(examples)} rows that are longer than --context "
             f"{context} tokens")
@@ -115,39 +108,10 @@ def make_batches(
     return in_batches(order, len, tokens_per_batch, by_length=False)
 
 
-def all_batches(examples: list[Example], args, model: Transformer) -> list[list[Example]]:
-    """The batches of all epochs."""
-    epochs = args.epochs or (MINIATURE_EPOCHS if model.is_miniature else 2)
-    batches = []
-    for epoch in range(epochs):
-        batches += make_batches(examples, args.tokens_per_batch, args.seed, epoch)
-    return batches
-
-
 # ---- the loss ------------------------------------------------------------------------------------
 def loss_of(model: Transformer, examples: list[Example]) -> Tensor:
-    """Minus the summed log-probability of the trained tokens, a scalar.
-
-    The examples stand one after the other in one flat row. Lengths say what is trained, never a comparison
-    with a pad id: that would drop the end token wherever the two are the same.
-    """
-    tokens, positions = [], []
-    predicting = []  # where in the flat row each trained token is predicted
-    targets = []
-    for example in examples:
-        fed = example.ids[:-1]  # the last token is predicted but never fed
-        # The token before it predicts each: ids[start:] are predicted from place start - 1 on.
-        predicting += range(len(tokens) + example.start - 1, len(tokens) + len(fed))
-        targets += example.targets
-        tokens += fed
-        positions += range(len(fed))
-    tokens = torch.tensor([tokens], device=model.device)  # (1, T)
-    positions = torch.tensor([positions], device=model.device)  # (1, T)
-    predicting = torch.tensor(predicting, device=model.device)  # (N,)
-    targets = torch.tensor(targets, device=model.device)  # (N,)
-    rows = side_by_side([causal] * len(examples), [len(example) - 1 for example in examples])
-    hidden = model(tokens, positions, rows)[0]  # (T, C)
-    logp, _ = model.logprobs(hidden.index_select(0, predicting), targets)  # (N,)
+    """Minus the summed log-probability of the trained tokens, a scalar."""
+    logp, _ = response_logprobs(model, [(example.prompt, [example.answer]) for example in examples])
     return -logp.sum()
 
 
@@ -157,7 +121,7 @@ def held_out_loss(model: Transformer, examples: list[Example], args) -> float:
     mine = in_batches(balanced(examples, len), len, args.micro_batch_tokens)
     loss = sum(loss_of(model, micro_batch).item() for micro_batch in mine)
     even_passes(model, len(mine))
-    return total([loss])[0] / sum(len(example.targets) for example in examples)
+    return total([loss])[0] / sum(len(example.answer) for example in examples)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:
@@ -174,10 +138,9 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
 def arguments():
     p = parser(__doc__, out="out/sft")
     place(p.add_argument("--data", default="silver.jsonl", help="chat JSONL; several files with commas"))
-    p.add_argument("--epochs", type=positive, help="times through the data; if not given, the paper's 2, or "
-                   f"{MINIATURE_EPOCHS} for a model under 10M parameters")
-    p.add_argument("--lr", type=number(float, 0), help="at its peak; if not given, the paper's 1e-6, or "
-                   f"{MINIATURE_LR:g} for a model under 10M parameters")
+    p.add_argument("--epochs", type=positive,
+                   help=f"times through the data; {if_not_given(DEFAULTS['epochs'])}")
+    p.add_argument("--lr", type=number(float, 0), help=f"at its peak; {if_not_given(DEFAULTS['lr'])}")
     p.add_argument("--tokens-per-batch", type=positive, default=1024, help="of one update, of all processes")
     p.add_argument("--context", type=positive, default=2048, help="leave out longer rows (paper: 4096)")
     training_flags(p)
@@ -192,50 +155,46 @@ def arguments():
 def main():
     args = arguments()
     refuse_wrong_out(args.resume, Path(args.out), Path(args.out) / "run.json")
-    device, _ = device_and_dtype(args.device)
-    settle_flags(args, device)
-    start_processes(device, args.timeout)
-    model, tokenizer = load(
-        args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
-    args.chat_template_kwargs = tokenizer.template_kwargs
+    model, tokenizer = start_training(args, DEFAULTS)
     longest = model.config.max_position_embeddings
     if args.context > longest:
         raise UserError(f"--context {args.context}: {args.model} has a context of {longest}")
     examples, held_out = hold_out(read_examples(args.data, tokenizer, args.context), args)
-    batches = all_batches(examples, args, model)
+    batches = []
+    for epoch in range(args.epochs):
+        batches += make_batches(examples, args.tokens_per_batch, args.seed, epoch)
     steps = len(batches)
-    peak = lr_or_default(args.lr, model, MINIATURE_LR)
-    model.recompute = args.recompute
     optimizer = Optimizer(model, args.weight_decay, max_norm=args.max_norm)
-    run = Run(args, partial(inputs, args), optimizer, publisher(optimizer, tokenizer), last=steps)
-    say(f"{len(examples)} rows, {sum(map(len, examples)):,} tokens; {steps} steps, learning rate {peak:g}"
-        + (f"; {len(held_out)} more rows are held out" if held_out else ""))
 
     def measure():
         return {"val_loss": held_out_loss(model, held_out, args)}
 
-    with interruptible() as asked, Progress("sft", steps, run.step) as progress:
-        run.restore(asked, measure)
+    run = Run(args, partial(inputs, args), optimizer, publisher(optimizer, tokenizer), steps, measure)
+    say(f"{len(examples)} rows, {sum(map(len, examples)):,} tokens; {steps} steps, learning rate {args.lr:g}"
+        + (f"; {len(held_out)} more rows are held out" if held_out else ""))
+
+    with run.interruptible(), Progress("sft", steps, run.step) as progress:
+        run.restore()
         for step in range(run.step + 1, steps + 1):
             started = time.time()
             batch = batches[step - 1]
-            lr = learning_rate(step, steps, peak)
-            count = sum(len(example.targets) for example in batch)  # of the whole step, on every process
+            lr = learning_rate(step, steps, args.lr)
+            count = sum(len(example.answer) for example in batch)  # of the whole step, on every process
             mine = in_batches(balanced(batch, len), len, args.micro_batch_tokens)
-            loss = torch.zeros((), dtype=torch.float64, device=device)
+            losses = []  # of the micro-batches
             for micro_batch in mine:
                 part = loss_of(model, micro_batch) / count
                 part.backward()
-                loss += part.detach()
+                losses.append(part.detach().double())
             even_passes(model, len(mine))
-            loss, = total([loss.item()])
+            loss, = total([float(sum(losses))])
             check_finite(loss, "loss")
             norm = optimizer.step(lr)
             speed = sum(map(len, batch)) / (time.time() - started)
             run.log({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": count,
                      "tokens_per_second": round(speed, 1)})
             progress.update(**{"loss": f"{loss:.3f}", "norm": f"{norm:.2f}", "tokens/s": f"{speed:,.0f}"})
-            run.end_of_step(step, step, asked, measure)
+            run.end_of_step(step, step)
     if run.step >= steps:
         say(f"{run.out} is finished already")
         return

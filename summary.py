@@ -15,15 +15,6 @@ from cli import UserError
 Interval = tuple[float, float]
 
 
-# ---- the rows ------------------------------------------------------------------------------------
-# Those of results.jsonl, as `evaluate.py` makes them.
-ROW = {
-    "model": str, "task": str, "id": str, "index": int, "question": str, "reference": str | None,
-    "response": str, "tokens": int, "finish": str, "answer": str | None, "correct": bool, "reason": str,
-    "lenient": bool, "answers": int, "reflections": int, "attempts": list, "verdicts": list,
-}
-
-
 # ---- intervals -----------------------------------------------------------------------------------
 def wilson(right: float, n: float, z: float = 1.96) -> Interval:
     """95% interval of a proportion (Wilson 1927); it stays within 0..1 and is sane at 0 and n."""
@@ -64,9 +55,9 @@ def student(df: int) -> float:
     if df in FEW:
         return FEW[df]
     z = 1.959964
-    g1 = (z**3 + z) / 4
-    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    g1 = np.polyval([1, 0, 1, 0], z) / 4
+    g2 = np.polyval([5, 0, 16, 0, 3, 0], z) / 96
+    g3 = np.polyval([3, 0, 19, 0, 17, 0, -15, 0], z) / 384
     return z + g1 / df + g2 / df**2 + g3 / df**3
 
 
@@ -107,10 +98,11 @@ def f1(verdicts: list[tuple[bool, bool]], label: bool) -> float | None:
 # ---- what a retry did ----------------------------------------------------------------------------
 def retries_of(rows: list[dict]) -> dict[str, int]:
     """How often an attempt after another one was right or wrong, by what the one before it was."""
+    words = {True: "right", False: "wrong"}
     counts = {"wrong to right": 0, "right to right": 0, "wrong to wrong": 0, "right to wrong": 0}
     for row in rows:
         for before, after in pairwise(row["attempts"]):
-            counts[f"{'right' if before else 'wrong'} to {'right' if after else 'wrong'}"] += 1
+            counts[f"{words[before]} to {words[after]}"] += 1
     return counts
 
 
@@ -138,9 +130,13 @@ def average(values) -> float:
     return float(np.mean(list(values)))
 
 
+def mean_of(rows: list[dict], name: str) -> float:
+    return average(row[name] for row in rows)
+
+
 def by_question(values, samples: int) -> np.ndarray:
     """(questions, samples) of values that come question by question."""
-    return np.array(values, dtype=float).reshape(-1, samples)
+    return np.array(list(values), dtype=float).reshape(-1, samples)
 
 
 def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int]) -> dict:
@@ -148,9 +144,11 @@ def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int
 
     `rows` are in the order of the questions; `baseline` are the first model's.
     """
-    right = by_question([row["correct"] for row in rows], samples)
-    first = by_question([row["attempts"][0] for row in rows], samples)
-    tokens = [row["tokens"] for row in rows]
+    right = by_question((row["correct"] for row in rows), samples)
+    first = by_question((row["attempts"][0] for row in rows), samples)
+    quantiles = (5, 25, 50, 75, 95)
+    lengths = np.percentile([row["tokens"] for row in rows], quantiles).tolist()
+    verdicts = [tuple(pair) for row in rows for pair in row["verdicts"]]
     cell = {
         "model": rows[0]["model"],
         "task": rows[0]["task"],
@@ -158,14 +156,14 @@ def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int
         "samples": samples,
         "accuracy": right.mean(),
         "interval": interval(right),
-        "lenient": average(row["lenient"] for row in rows),
+        "lenient": mean_of(rows, "lenient"),
         "no_answer": average(row["answer"] is None for row in rows),
-        "pass": {k: average(pass_at(k, samples, int(c)) for c in right.sum(1)) for k in ks},
+        "pass": {str(k): average(pass_at(k, samples, int(c)) for c in right.sum(1)) for k in ks},
         "truncated": average(row["finish"] == "length" for row in rows),
-        "tokens": average(tokens),
-        "token_quantiles": {q: float(np.quantile(tokens, q / 100)) for q in (5, 25, 50, 75, 95)},
-        "answers": average(row["answers"] for row in rows),
-        "reflections": average(row["reflections"] for row in rows),
+        "tokens": mean_of(rows, "tokens"),
+        "token_quantiles": dict(zip(quantiles, lengths, strict=True)),
+        "answers": mean_of(rows, "answers"),
+        "reflections": mean_of(rows, "reflections"),
         "first_attempt": first.mean(),
         "any_attempt": average(any(row["attempts"]) for row in rows),
         "retried": average(len(row["attempts"]) > 1 for row in rows),
@@ -173,17 +171,18 @@ def summarise(rows: list[dict], baseline: list[dict], samples: int, ks: list[int
         "checked": checked_by_number(rows),
         "gain": (right - first).mean(),  # over the first attempt
         "gain_interval": paired((right - first).mean(1)),
-        **verdict_figures([tuple(pair) for row in rows for pair in row["verdicts"]]),
+        **verdict_figures(verdicts),
     }
     if rows[0]["model"] != baseline[0]["model"]:
-        difference = right - by_question([row["correct"] for row in baseline], samples)
+        difference = right - by_question((row["correct"] for row in baseline), samples)
         cell["difference"] = difference.mean()
         cell["difference_interval"] = paired(difference.mean(1))
     if "forced" in rows[0]:
-        forced = by_question([row["forced"]["correct"] for row in rows], samples)
+        longer = [row["forced"] for row in rows]
+        forced = by_question((row["correct"] for row in longer), samples)
         cell["forced"] = forced.mean()
         cell["forced_interval"] = interval(forced)
-        cell["forced_tokens"] = average(row["forced"]["tokens"] for row in rows)
+        cell["forced_tokens"] = mean_of(longer, "tokens")
         cell["forced_difference"] = (forced - right).mean()
         cell["forced_difference_interval"] = paired((forced - right).mean(1))
     return cell
@@ -209,13 +208,13 @@ def percent(x: float) -> str:
     return f"{100 * x:.1f}"
 
 
-def bounds(ends: Interval) -> str:
+def with_bounds(text: str, ends: Interval) -> str:
     low, high = ends
-    return f"[{percent(low)}, {percent(high)}]"
+    return f"{text} [{percent(low)}, {percent(high)}]"
 
 
 def change(x: float, ends: Interval) -> str:
-    return f"{100 * x:+.1f} {bounds(ends)}"
+    return with_bounds(f"{100 * x:+.1f}", ends)
 
 
 def two_places(x: float | None) -> str:
@@ -224,16 +223,19 @@ def two_places(x: float | None) -> str:
 
 def with_headings(rows: list[dict[str, str]]) -> list[list[str]]:
     """The names of the first row, then the values of each, "" where it has none."""
-    return [list(rows[0]), *([row.get(name, "") for name in rows[0]] for row in rows)]
+    table = [list(rows[0])]
+    for row in rows:
+        table.append([row.get(name, "") for name in rows[0]])
+    return table
 
 
-def figures_row(cell: dict, ks: list[int]) -> dict[str, str]:
+def figures_row(cell: dict, ks: list[str]) -> dict[str, str]:
     """{heading: text}, the row of a cell in a table with these pass@k."""
     row = {
         "model": cell["model"],
         "task": cell["task"],
         "n x k": f"{cell['questions']} x {cell['samples']}",
-        "accuracy %": f"{percent(cell['accuracy'])} {bounds(cell['interval'])}",
+        "accuracy %": with_bounds(percent(cell["accuracy"]), cell["interval"]),
         "against the first": "",
         "lenient": percent(cell["lenient"]),
         "no answer": percent(cell["no_answer"]),
@@ -249,7 +251,8 @@ def figures_row(cell: dict, ks: list[int]) -> dict[str, str]:
     shares = [percent(x["checked"]).removesuffix(".0") for x in cell["checked"][:5]]
     row["checked, by attempt"] = " ".join(shares)
     row["first / any right"] = f"{percent(cell['first_attempt'])} / {percent(cell['any_attempt'])}"
-    row["F1 right/wrong"] = f"{two_places(cell['f1_correct'])} / {two_places(cell['f1_incorrect'])}"
+    row["F1 right"] = two_places(cell["f1_correct"])
+    row["F1 wrong"] = two_places(cell["f1_incorrect"])
     if "forced" in cell:
         gain = change(cell["forced_difference"], cell["forced_difference_interval"])
         row["forced to go on"] = f"{percent(cell['forced'])} ({gain})"
@@ -268,7 +271,7 @@ def by_task(cells: list[dict]) -> list[dict]:
 
 def all_figures(cells: list[dict]) -> list[list[str]]:
     """Headings, then a row for each cell. Sets of different sizes may have different pass@k."""
-    ks = sorted({k for cell in cells for k in cell["pass"] if k > 1})
+    ks = sorted({k for cell in cells for k in cell["pass"] if k != "1"}, key=int)
     return with_headings([figures_row(cell, ks) for cell in cells])
 
 

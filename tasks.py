@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from string import ascii_lowercase
 
-from cli import UserError, refuse_repeated, say, split_list
+from cli import UserError, natural, place, refuse_repeated, say, split_list
 from files import fingerprint, read_jsonl
 from equivalence import check_math, load_math_verify
 from grading import (
@@ -123,6 +123,12 @@ class Task:
             return Grade(correct=False, answer=None, reason=why_none)
         why_wrong = self.check(answer, problem.truth)
         return Grade(correct=not why_wrong, answer=answer, reason=why_wrong)
+
+    def shown(self, problem: Problem, text: str) -> dict:
+        """What is written down of a response: its text, grade and skills."""
+        grade = self.grade(problem, text)
+        return {"response": text, "answer": grade.answer, "correct": grade.correct, "reason": grade.reason,
+                **self.skills(problem, text)}
 
     def skills(self, problem: Problem, response: str) -> dict:
         """What a response shows of the skills: answers, reflections, the grade of each attempt, and each
@@ -453,6 +459,14 @@ def generated() -> dict[str, Task]:
 
 
 NAMES = ", ".join([*generated(), *FILES, f"file:PATH[:{'|:'.join(OWN_GRADINGS)}]"])  # for --help and errors
+
+
+def question_flags(p, split: str, paper: int) -> None:
+    """Add the flags that say what is asked, to a parser of argparse or a group of one."""
+    place(p.add_argument("--task", default="countdown-3-small", help=f"with commas between: {NAMES}"))
+    p.add_argument("--questions", type=natural, default=400, help=f"of each task; 0: all (paper: {paper})")
+    p.add_argument("--split", default=split, help=f"{', '.join(SPLITS)}; of a file: also all")
+    place(p.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie"))
 
 
 def find(name: str, data_dir: str | Path = "data") -> Task:

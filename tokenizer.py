@@ -180,7 +180,6 @@ class Tokenizer:
         if self.end_id is None:
             raise UserError(f"{self.template.where}: no token ends the assistant's turn; the template must "
                             "write one, or tokenizer_config.json name an eos_token")
-        self.ends_with_eos = not found  # because the template writes nothing there that is a token
         self.stop_ids = sorted({self.end_id, *eos_ids, self.bpe.token_to_id(eos)} - {None})
         self.opening = prompt[prompt.rindex("<think>"):] if prompt.rstrip().endswith("<think>") else ""
 

@@ -10,19 +10,16 @@ one process nothing is wrapped.
 import argparse
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from checkpoint import save
-from cli import UserError, may_change, natural, number, positive, resume_flag
+from checkpoint import device_and_dtype, load, save
+from cli import Defaults, UserError, fill_in, may_change, natural, number, positive, resume_flag
 from model import Transformer
-from processes import largest, rank, total, world
-from tensors import check_finite_files
+from processes import largest, rank, start_processes, total, world
+from tensors import read_tensors
 from tokenizer import Tokenizer
 
 
@@ -49,29 +46,27 @@ def training_flags(p: argparse.ArgumentParser) -> None:
                               help="minutes that processes wait for one that is dead or stuck"))
 
 
-def settle_flags(args, device: torch.device) -> None:
-    """Give the flags their defaults that depend on the device, for run.json."""
+def start_training(args, defaults: Defaults) -> tuple[Transformer, Tokenizer]:
+    """Join the other processes and load the model. Flags that were not given get their values."""
+    device, _ = device_and_dtype(args.device)
+    start_processes(device, args.timeout)
+    model, tokenizer = load(
+        args.model, args.device, args.dtype, args.chat_template_kwargs, on_host=world() > 1)
+    model.recompute = args.recompute
+    fill_in(args, defaults, model.is_miniature)
     args.micro_batch_tokens = args.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
-
-
-def lr_or_default(lr: float | None, model: Transformer, miniature: float) -> float:
-    """The rate of --lr.
-
-    Without it the paper's 1e-6, or `miniature` for a model of that size, which 1e-6 would not move.
-    """
-    if lr is not None:
-        return lr
-    return miniature if model.is_miniature else 1e-6
+    args.chat_template_kwargs = tokenizer.template_kwargs
+    return model, tokenizer
 
 
 # ---- several processes -----------------------------------------------------------------------------
-def shard(model: Transformer, masters: bool = True) -> None:
+def shard(model: Transformer) -> None:
     """Divide the weights among the processes, in place (FSDP2): each holds rows of all tensors.
 
-    They are held in float32, to be the masters of an optimizer (or, without `masters`, as they are). A
-    block's weights are whole only while the block computes, in the dtype that the model had. Gradients are
-    summed over the processes in float32 as each block's backward ends, so that no process ever holds a whole
-    one: therefore all must run the same number of passes (`even_passes`).
+    They are held in float32, to be the masters of an optimizer. A block's weights are whole only while the
+    block computes, in the dtype that the model had. Gradients are summed over the processes in float32 as
+    each block's backward ends, so that no process ever holds a whole one: therefore all must run the same
+    number of passes (`even_passes`).
     """
     from torch.distributed.device_mesh import init_device_mesh  # here: their import takes half a second
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -81,32 +76,29 @@ def shard(model: Transformer, masters: bool = True) -> None:
         cast_forward_inputs=False)  # the rotation's angles stay float32
     mesh = init_device_mesh(model.frequencies.device.type, (world(),))
     for module in (*model.model.layers, model):  # one block at a time leaves the host for the device
-        fully_shard(module.float() if masters else module, mesh=mesh, mp_policy=policy)
+        fully_shard(module.float(), mesh=mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the sum, not the mean
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other way to leave it undivided
 
 
-def even_passes(model: Transformer, passes: int, reference: Transformer | None = None) -> None:
+def even_passes(model: Transformer, passes: int) -> None:
     """Run empty passes, which add nothing to any gradient, until this process has run as many as any other.
 
     Sharded weights become whole only where all processes run together. `passes` is how many it has run since
-    the last call, each through the model and then the `reference`, if there is one.
+    the last call.
     """
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     for _ in range(int(largest(passes)) - passes):
         logp, _ = model.logprobs(model(token)[0], token[0])
-        if reference is not None:
-            with torch.no_grad():
-                reference.logprobs(reference(token)[0], token[0])
         if logp.requires_grad:
             (0 * logp.sum()).backward()
 
 
-def twin(model: Transformer, copied: bool = False) -> Transformer:
-    """A second model, frozen, whose weights are the same tensors, or copies of them."""
+def twin(model: Transformer, device: torch.device) -> Transformer:
+    """A second model, frozen, with a copy of the weights there."""
     with torch.device("meta"):
         other = Transformer(model.config)
-    weights = {name: w.clone() if copied else w for name, w in model.state_dict().items()}
+    weights = {name: w.to(device, copy=True) for name, w in model.state_dict().items()}
     other.load_state_dict(weights, assign=True)
     other.frequencies = model.frequencies
     other.vocab = model.vocab
@@ -129,11 +121,12 @@ def rows_of(all_rows: Tensor, tensor: Tensor) -> Tensor:
 def publisher(optimizer: "Optimizer", tokenizer: Tokenizer) -> Callable[[Path], None]:
     """A function that writes the optimizer's model into a folder. All processes must call it."""
     def publish(folder: Path) -> None:
-        weights = optimizer.whole_weights()
+        weights = {}
+        for name, w in optimizer.whole_weights():  # all give their parts of each
+            if rank() == 0:
+                weights[name] = w.cpu()
         if rank() == 0:
             save(folder, optimizer.model, tokenizer, weights)
-        for _ in weights:  # the other processes give their parts
-            pass
     return publish
 
 
@@ -176,18 +169,8 @@ class Optimizer:
             {"params": [m for m in self.masters.values() if m.ndim == 1], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
-        self.sums = {}  # name: float32 gradient, for weights that are not float32
-        for name, w in self.weights.items():
-            if w.dtype != torch.float32:
-                w.register_post_accumulate_grad_hook(partial(self._collect, name))
-
-    def _collect(self, name, w):
-        """Runs when a backward pass has finished this weight's gradient: add it up in float32 and free it."""
-        if name in self.sums:
-            self.sums[name] += w.grad
-        else:
-            self.sums[name] = w.grad.float()
-        w.grad = None
+        for w in self.weights.values():
+            w.grad_dtype = torch.float32  # in which the gradients of several backward passes are added up
 
     def step(self, lr: float) -> float:
         """Clip, step.
@@ -196,8 +179,7 @@ class Optimizer:
         """
         grads = {}
         for name, w in self.weights.items():
-            grad = self.sums.get(name, w.grad)
-            grads[name] = torch.zeros_like(self.masters[name]) if grad is None else grad
+            grads[name] = torch.zeros_like(self.masters[name]) if w.grad is None else w.grad
         norms = [torch.linalg.vector_norm(local(grad)) for grad in grads.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms)).item()
         if world() > 1:
@@ -211,7 +193,6 @@ class Optimizer:
         self.adamw.step()
         self._check_masters()
         self._write_back()
-        self.sums.clear()
         return norm
 
     @torch.no_grad()
@@ -263,29 +244,27 @@ class Optimizer:
     def load(self, files: list[Path], updates: int) -> None:
         """Take weights, masters and moments from a checkpoint's files, of any number of processes.
 
-        `updates` is how many steps AdamW had made. A tensor is whole on each process while it is read. Raises
-        UserError for a damaged file, before anything is changed.
+        `updates` is how many steps AdamW had made. Raises UserError for a damaged file, before anything is
+        changed.
         """
-        check_finite_files(files)
-        with ExitStack() as stack:
-            opened = [stack.enter_context(safe_open(path, "pt")) for path in files]
-            stored = [set(f.keys()) for f in opened]
+        pieces = {}  # the rows of each tensor; memory-mapped, so they take none until they are read
+        for path in files:
+            for name, w in read_tensors(path):
+                pieces.setdefault(name, []).append(w)
 
-            def read(name, into):
-                holders = [f for f, names in zip(opened, stored, strict=True) if name in names]
-                pieces = [f.get_tensor(name) for f in holders]
-                all_rows = torch.cat(pieces) if pieces else torch.empty(0)
-                if all_rows.shape != into.shape:
-                    raise UserError(f"{name} is missing or has another shape")
-                local(into).copy_(rows_of(all_rows, into))
-                return into
+        def take(name, into):
+            rows = torch.cat(pieces[name]) if name in pieces else torch.empty(0)
+            if rows.shape != into.shape:
+                raise UserError(f"{name} is missing or has another shape")
+            local(into).copy_(rows_of(rows, into))
+            return into
 
-            for name, master in self.masters.items():
-                read(f"master.{name}", master)
-                if any(f"first.{name}" in names for names in stored):
-                    self.adamw.state[master] = {
-                        "step": torch.tensor(float(updates), device=self.model.device),
-                        "exp_avg": read(f"first.{name}", torch.zeros_like(master)),
-                        "exp_avg_sq": read(f"second.{name}", torch.zeros_like(master)),
-                    }
+        for name, master in self.masters.items():
+            take(f"master.{name}", master)
+            if f"first.{name}" in pieces:
+                self.adamw.state[master] = {
+                    "step": torch.tensor(float(updates), device=self.model.device),
+                    "exp_avg": take(f"first.{name}", torch.zeros_like(master)),
+                    "exp_avg_sq": take(f"second.{name}", torch.zeros_like(master)),
+                }
         self._write_back()

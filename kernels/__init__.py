@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.reference import linear_float32 as linear_float32  # one product in plain PyTorch on every device
+from kernels.reference import linear_float32, uniform  # noqa: F401 (plain PyTorch on every device)
 
 
 @functools.cache
@@ -56,6 +56,5 @@ add_norm = _dispatched("add_norm")
 rotate = _dispatched("rotate")
 swiglu = _dispatched("swiglu")
 decode_attention = _dispatched("decode_attention")
-uniform = _dispatched("uniform")
 next_tokens = _dispatched("next_tokens")
 linear_logprob = _dispatched("linear_logprob")

@@ -46,7 +46,6 @@ import json
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +61,7 @@ from tokenizers import Tokenizer as BPE  # noqa: E402
 
 import tasks  # noqa: E402
 from checkpoint import config_of, save  # noqa: E402
-from cli import command, parser, say  # noqa: E402
+from cli import Progress, command, parser, say  # noqa: E402
 from files import refuse_existing  # noqa: E402
 from model import Transformer  # noqa: E402
 from tokenizer import CHATML, Tokenizer  # noqa: E402
@@ -603,28 +602,21 @@ def train(model: Transformer, data) -> None:
         (matrices if w.ndim == 2 and "embed" not in name else others).append(w)
     muon = Muon(matrices)
     adamw = torch.optim.AdamW(others, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
-    started = time.time()
-    tokens = 0
-    losses = []
+    progress = Progress("pretrain", STEPS)
     for step in range(1, STEPS + 1):
         ids, positions, real = next(data)
         targets = ids[:, 1:][real]  # (N,)
         hidden = model(ids[:, :-1], positions[:, :-1])[real]  # (N, C)
         logp, _ = model.logprobs(hidden, targets)
         loss = -logp.mean()
-        losses.append(loss.item())
-        check_finite(losses[-1], "loss")
+        check_finite(loss.item(), "loss")
         loss.backward()
         schedule = min(step / 100, 1, (STEPS - step) / (0.4 * STEPS))  # warm-up, flat, down to 0
         muon.step(MATRIX_LR * schedule)
         adamw.param_groups[0]["lr"] = LR * schedule
         adamw.step()
         adamw.zero_grad()
-        tokens += len(targets)
-        if step % 500 == 0 or step == STEPS:
-            say(f"step {step}/{STEPS}  loss {sum(losses) / len(losses):.4f}  "
-                f"{tokens / (time.time() - started):,.0f} tokens/s")
-            losses.clear()
+        progress.update(loss=f"{loss.item():.3f}")
 
 
 def main():

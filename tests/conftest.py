@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,35 @@ def chat_row(a, b):
 
 
 CHAT = [chat_row(a, b) for a in range(2, 9) for b in range(2, 6)]
+SFT = ("--model", MINI, "--data", "chat.jsonl", "--tokens-per-batch", "256", "--device", "cpu")
+GRPO = ("--model", MINI, "--device", "cpu", "--questions", "16", "--questions-per-step", "4",
+        "--mini-batch", "2", "--rollouts", "4", "--max-new-tokens", "50")
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """The test works in a folder of its own, with chat.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("chat.jsonl", CHAT)
+
+
+def bytes_below(path="."):
+    """Of all files, but for the page, which names the command."""
+    files = [p for p in sorted(Path(path).rglob("*")) if p.is_file() and p.name != "report.html"]
+    return {str(p): p.read_bytes() for p in files}
+
+
+def stop_at(monkeypatch, owner, function, call, number=signal.SIGTERM):
+    """The process gets a signal as it calls a function for the n-th time. Returns the list of its calls."""
+    real, calls = getattr(owner, function), []
+
+    def stopped(*args, **kw):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return real(*args, **kw)
+    monkeypatch.setattr(owner, function, stopped)
+    return calls
 
 
 def environment(**kw):
@@ -159,6 +189,17 @@ def default_signals():
 def children(process):
     """The processes that a torchrun started."""
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def steps_done(out="run"):
+    path = Path(out, "metrics.jsonl")
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for_steps(process, n, out="run"):
+    while steps_done(out) < n:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.002)
 
 
 def finish(process):

@@ -12,7 +12,7 @@ from sample import Completion
 from train import Optimizer
 
 ARGS = SimpleNamespace(truncated="keep", loss="token-mean", max_new_tokens=60, clip_low=0.2, clip_high=0.2,
-                       kl=0.1, temperature=0.9, micro_batch_tokens=200)
+                       kl=0.1, temperature=0.9, micro_batch_tokens=200, lr=1e-3)
 
 
 def sft_losses():
@@ -21,11 +21,11 @@ def sft_losses():
     rows = []
     for row in CHAT:
         prompt = tokenizer.chat(row["messages"][:1])
-        rows.append(sft.Example(prompt + tokenizer.response(row["messages"][1]["content"]), len(prompt)))
+        rows.append(sft.Example(prompt, tokenizer.response(row["messages"][1]["content"]), place=0))
     steps = []
     for step in range(3):
         batch = rows[8 * step:8 * step + 8]
-        loss = sft.loss_of(model, batch) / sum(len(example.targets) for example in batch)
+        loss = sft.loss_of(model, batch) / sum(len(example.answer) for example in batch)
         loss.backward()
         steps.append([loss.item(), optimizer.step(1e-3)])
     return steps
@@ -48,6 +48,6 @@ def grpo_losses():
             rewards = torch.tensor([float(rng.random() < 0.5) for _ in range(4)])
             advantages = grpo.advantages(rewards).tolist()
             groups.append(grpo.Group(number, None, None, prompt, completions, advantages=advantages))
-        norm, sums = grpo.update(model, reference, optimizer, groups, ARGS, lr=1e-3)
+        norm, sums = grpo.update(model, reference, optimizer, groups, ARGS)
         steps.append([sums["loss"], norm, sums["entropy"], sums["reference_kl"]])
     return steps

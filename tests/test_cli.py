@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from conftest import MINI, ROOT, environment, refused, write_jsonl
+from conftest import MINI, ROOT, environment, refused
 
 import cli
 import files
@@ -33,31 +32,6 @@ class Module:
         raise self.error
 
 
-@pytest.mark.parametrize("module", COMMANDS)
-def test_help_explains_every_flag_with_its_default(cmd, module):
-    status, out, _ = cmd(module, "--help")
-    options = out[out.index("options:"):]
-    flags = re.findall(r"^  (--[a-z-]+)", options, re.MULTILINE)
-    assert status == 0 and len(flags) >= 6
-    for block in re.split(r"\n(?=  --)", options)[1:]:
-        text = block.replace("\n", " ").replace("  ", "")
-        assert "(default: " in text or "--help" in block or "-h" in block, block
-
-
-@pytest.mark.parametrize("module", [sample, sft, grpo, evaluate])
-def test_bad_model_device_or_task_is_one_line(cmd, module, tmp_path):
-    write_jsonl(tmp_path / "silver.jsonl", [{"messages": [{"role": "user", "content": "x"},
-                                                         {"role": "assistant", "content": "y"}]}])
-    model = "--models" if module is evaluate else "--model"
-    task = "--tasks" if module is evaluate else "--task"
-    refused(cmd, module, (model, str(tmp_path / "none")), "no such folder")
-    refused(cmd, module, ("--device", "tpu"), "give cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        refused(cmd, module, (model, MINI, "--device", "cuda"), "finds no GPU")
-    if module is not sft:
-        refused(cmd, module, (task, "chess"), "the tasks are countdown-2, countdown-3")
-
-
 def test_full_disk_and_memory_are_one_line(cmd):
     full = Module(OSError(errno.ENOSPC, "No space left on device", "samples.jsonl"))
     refused(cmd, full, (), "m.py: the disk is full (samples.jsonl); free some space, then go on")
@@ -68,25 +42,6 @@ def test_full_disk_and_memory_are_one_line(cmd):
 def test_a_bug_keeps_its_traceback(cmd):
     with pytest.raises(RuntimeError, match="a real bug"):
         cmd(Module(RuntimeError("a real bug")))
-
-
-def test_ctrl_c_is_130(cmd):
-    status, _, err = cmd(Module(cli.Stopped()))
-    assert status == 130 and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("content, message", [
-    (b'{"a": 1}\n\n{"a": \n', "a.jsonl:3: not valid JSON"),
-    (b'{"a": 1}\n\xff\n', "a.jsonl:2: not UTF-8 text"),
-    (b'{"a": "\\ud800"}\n', "a.jsonl:1: not UTF-8 text"),
-    (b'{"b": 1}\n', "a.jsonl:1: the key 'a' is missing"),
-    (b"\n", "holds no rows"),
-    (b"[" * 100_000 + b"\n", "a.jsonl:1: not valid JSON"),
-], ids=["json", "utf-8", "surrogate", "key", "empty", "deep"])
-def test_jsonl_errors_name_the_line(tmp_path, content, message):
-    (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(cli.UserError, match=message):
-        list(files.read_jsonl(tmp_path / "a.jsonl", ("a",)))
 
 
 ROWS = [{"a": 1}, {"a": "é"}, {"a": [2]}]
@@ -115,6 +70,15 @@ def test_rows_as_people_have_them(tmp_path, name, content, places):
 
 
 @pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", b'{"a": 1}\n\n{"a": \n', "a.jsonl:3: not valid JSON"),
+    ("a.jsonl", b'{"a": 1}\n\xff\n', "a.jsonl:2: not UTF-8 text"),
+    ("a.jsonl", b'{"a": "\\ud800"}\n', "a.jsonl:1: not UTF-8 text"),
+    ("a.jsonl", b'{"b": 1}\n', "a.jsonl:1: the key 'a' is missing"),
+    ("a.jsonl", b"\n", "holds no rows"),
+    ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1: not valid JSON"),
+    ("a.jsonl", b'{"a": NaN}\n', "a.jsonl:1: not UTF-8 text, or not JSON"),
+    ("a.jsonl", b"[1]\n", "expected an object"),
+    ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}\n", "not valid JSON"),
     ("a.parquet", b"PAR1", "not JSON Lines; make it that: python convert.py .*a.parquet --out rows.jsonl"),
     ("a.csv", b"a,b", "not JSON Lines"),
     ("a.jsonl.gz", LINES, "not a whole gzip file"),
@@ -122,19 +86,17 @@ def test_rows_as_people_have_them(tmp_path, name, content, places):
     ("a.json", b"[]", "holds no rows"),
     ("a.json", b"[1]", "a.json: item 1: expected an object"),
     ("a.json", b'[{"a": 1},', "a.json: not valid JSON"),
-])
-def test_other_shapes_are_named(tmp_path, name, content, message):
+], ids=lambda value: str(value)[:20])
+def test_rows_that_cannot_be_read_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(cli.UserError, match=message):
         list(files.read_jsonl(tmp_path / name, ("a",)))
 
 
-@pytest.mark.parametrize("text, message", [("a,,b", "nothing between two commas"), ("", "nothing between"),
-                                           ("a, b,a", "a appears twice"), ("a,./a", "a appears twice")])
-def test_lists_with_commas(text, message):
+def test_a_path_in_two_spellings_appears_twice():
     assert cli.split_list("a, b", "--x") == ["a", "b"]
-    with pytest.raises(cli.UserError, match=f"--x .*{message}"):
-        cli.split_list(text, "--x")
+    with pytest.raises(cli.UserError, match="--x a,./a: a appears twice"):
+        cli.split_list("a,./a", "--x")
 
 
 def test_no_code_from_data():
@@ -145,14 +107,6 @@ def test_no_code_from_data():
     for path in SOURCES:
         text = path.read_text().replace(".eval()", "")
         assert not forbidden.search(text), path
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", "x", "", '{"a": NaN}', '{"a": -Infinity}'])
-def test_template_kwargs_must_be_an_object(cmd, text):
-    status, _, err = cmd(sample, "--chat-template-kwargs", text)
-    assert status == 2 and "invalid JSON object value" in err and "Traceback" not in err
-    status, _, err = cmd(sample, "--chat-template-kwargs", '{"messages": []}')
-    assert status == 2 and "messages cannot be given" in err
 
 
 def test_light_files_import_no_torch():
@@ -173,7 +127,9 @@ def test_threads_that_wait_sleep(name):
     said = ("import sys, os; from importlib.abc import MetaPathFinder\n"
             "class Watch(MetaPathFinder):\n"
             "    def find_spec(self, name, *more):\n"
-            "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY'))\n"
+            "        if name == 'torch':\n"
+            "            print(os.environ.get('OMP_WAIT_POLICY'), flush=True)\n"
+            "            os._exit(0)\n"
             f"sys.meta_path.insert(0, Watch()); import {name}")
     kept = {key: value for key, value in environment().items() if key != "OMP_WAIT_POLICY"}
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, env=kept)

@@ -1,15 +1,11 @@
 """Published shapes become rows that train and are graded, and where they are refused a line leads here."""
 import csv
-import gzip
-import json
 import sys
 
 import pytest
-from conftest import MINI, read_rows, refused, write_jsonl
+from conftest import read_rows, refused, write_jsonl
 
 import convert
-import evaluate
-import sft
 import tasks
 
 
@@ -24,10 +20,7 @@ def gpqa(i):
 
 
 SHAPES = {  # name: (row, ours)
-    "trl": ({"prompt": "Q", "completion": "A"}, EXCHANGE),
     "trl-messages": ({"prompt": EXCHANGE["messages"][:1], "completion": EXCHANGE["messages"][1:]}, EXCHANGE),
-    "sharegpt": ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
-                 EXCHANGE),
     "openthoughts": ({"system": "S",
                       "conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]},
                      chat(("system", "S"), ("user", "Q"), ("assistant", "A"))),
@@ -45,7 +38,6 @@ SHAPES = {  # name: (row, ours)
                               {"question": "Q", "answer": "2"}),
     "aime": ({"Problem": "Q", "Answer": 33, "ID": "2024-I-1"}, {"question": "Q", "answer": 33}),
     "aime-csv": ({"Question": "Q", "Answer": "33"}, {"question": "Q", "answer": "33"}),
-    "aime25": ({"problem": "Q", "answer": "033", "problem_idx": 1}, {"question": "Q", "answer": "033"}),
     "mmlu": ({"question": "Q", "choices": ["x", "y", "z"], "answer": 2, "subject": "law"},
              {"subject": "law", "question": "Q", "choices": {"A": "x", "B": "y", "C": "z"}, "answer": "C"}),
     # What a shape does not use is kept, for sft.py to use or to refuse.
@@ -66,8 +58,6 @@ SHAPES = {  # name: (row, ours)
     "csqa-authors": ({"question": {"stem": "Q",
                                    "choices": [{"label": "A", "text": "x"}, {"label": "B", "text": "y"}]},
                       "answerKey": "B"}, {"question": "Q", "choices": {"A": "x", "B": "y"}, "answer": "B"}),
-    "ours": (EXCHANGE, EXCHANGE),
-    "our-question": ({"id": 1, "question": "Q", "answer": "2"}, {"id": 1, "question": "Q", "answer": "2"}),
 }
 
 
@@ -110,17 +100,15 @@ def test_what_cannot_be_compared_as_math_is_left_out_and_counted(cmd):
     assert len(tasks.find("file:out.jsonl:math").problems("all", 0)) == 2
 
 
-@pytest.mark.parametrize("content",
-                         ["question,answer\ncaf\xe9,1\n".encode("latin-1"), "a,b\n".encode("utf-16")])
-def test_a_csv_of_another_encoding(cmd, tmp_path, content):
-    (tmp_path / "x.csv").write_bytes(content)
-    refused(cmd, convert, ("x.csv",), "x.csv: not a CSV file in UTF-8; save it as that")
-
-
-def test_parquet(cmd, monkeypatch):
-    (open("x.parquet", "wb")).close()
+@pytest.mark.parametrize("name, content, message", [
+    ("x.csv", "question,answer\ncaf\xe9,1\n".encode("latin-1"), "x.csv: not a CSV file in UTF-8; save it"),
+    ("x.csv", "a,b\n".encode("utf-16"), "x.csv: not a CSV file in UTF-8; save it as that"),
+    ("x.parquet", b"", "x.parquet: reading Parquet needs pyarrow: pip install pyarrow"),
+])
+def test_files_that_cannot_be_read(cmd, tmp_path, monkeypatch, name, content, message):
+    (tmp_path / name).write_bytes(content)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(cmd, convert, ("x.parquet",), "x.parquet: reading Parquet needs pyarrow: pip install pyarrow")
+    refused(cmd, convert, (name,), message)
 
 
 @pytest.mark.parametrize("row, message", [
@@ -140,35 +128,3 @@ def test_parquet(cmd, monkeypatch):
 def test_rows_that_cannot_be_converted(cmd, row, message):
     write_jsonl("in.jsonl", [EXCHANGE, row])
     refused(cmd, convert, ("in.jsonl",), message)
-    write_jsonl("in.jsonl", [EXCHANGE])
-    cmd(convert, "in.jsonl")
-    refused(cmd, convert, ("in.jsonl",), "--out converted.jsonl exists")
-
-
-def test_from_a_published_chat_to_a_trained_model(cmd):
-    """The line that refuses the file names the command that makes it trainable."""
-    rows = [{"conversations": [{"from": "human", "value": f"What is {i} * 2?"},
-                               {"from": "gpt", "value": str(2 * i)}]}
-            for i in range(8)]
-    with open("share.json", "w") as f:
-        json.dump(rows, f)
-    flags = ("--model", MINI, "--device", "cpu", "--epochs", "1")
-    _, _, err = cmd(sft, *flags, "--data", "share.json")
-    assert "python convert.py FILE makes published data ours" in err
-    assert cmd(convert, "share.json", "--out", "chat.jsonl")[0] == 0
-    assert cmd(sft, *flags, "--data", "chat.jsonl")[0] == 0
-
-
-def test_from_published_gsm8k_to_a_right_answer(cmd):
-    """Before, the advice was to grade it with `exact`, by which 0 of 400 are right."""
-    with gzip.open("raw.jsonl.gz", "wt") as f:
-        f.writelines(json.dumps({"question": f"{i}?",
-                                 "answer": f"That is <<{i}+0={i}>>{i}.\n#### {i}"}) + "\n" for i in range(40))
-    flags = ("--models", MINI, "--device", "cpu", "--split", "all", "--max-new-tokens", "2")
-    for task in ("file:raw.jsonl.gz", "file:raw.jsonl.gz:integer"):
-        _, _, err = cmd(evaluate, *flags, "--tasks", task)
-        assert "has GSM8K's #### in it; python convert.py FILE makes it ours" in err
-    assert cmd(convert, "raw.jsonl.gz", "--out", "questions.jsonl")[0] == 0
-    task = tasks.find("file:questions.jsonl:integer")
-    for p in task.problems("all", 0):
-        assert task.grade(p, f"<answer>${p.truth['answer']}.00</answer>").correct

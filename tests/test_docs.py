@@ -127,8 +127,3 @@ def test_rules_cite_tests_that_exist():
         assert (cited[0] or cited[1]) in defined, cited
     numbers = re.findall(r"[Rr]ules? (\d+)(?:(?:,| and) (\d+))?", "\n".join(sources.values()))
     assert {int(n) for pair in numbers for n in pair if n} <= set(range(1, 20))
-
-
-def test_every_test_file_says_what_it_protects():
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        assert path.read_text().lstrip("r").startswith('"""'), path.name

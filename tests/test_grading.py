@@ -2,6 +2,7 @@
 
 Independent references: Python's own grammar over fractions for the parser, brute force for the words.
 """
+import contextlib
 import itertools
 import random
 import re
@@ -46,6 +47,9 @@ NAMED = "The reply ends with the <answer> tag.\n"
     ("<answer>1</answer> then <answer>3 <answer>5</answer></answer>", None, "5", True),
     ("<answer></answer>", "", "", False),
     ("nothing", None, None, False),
+    ("5</answer>", None, None, False),
+    ("<ANSWER>5</ANSWER>", None, None, False),
+    ("<answer >5</answer >", None, None, False),
 ])
 def test_extraction(text, strict, lenient, whether_malformed):
     assert extract_answer(text)[0] == strict
@@ -143,23 +147,17 @@ def test_wrappers_are_stripped_by_all_checkers_alike(wrapping):
     assert check_exact("blue whale", {"answer": wrapping % "blue whale"}) == ""
 
 
-@pytest.mark.parametrize("answer, bare", [
-    ("$5$ or $6$", "$5$ or $6$"),
-    ("`5` and `6`", "`5` and `6`"),
-    (r"\text{a} and \text{b}", r"\text{a} and \text{b}"),
-    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-    (r"\(1\) and \(2\)", r"\(1\) and \(2\)"),
-    (r"$\$36$", r"\$36"),
-    ("5..", "5."),
-    (r"\textbf{(A)}", "(A)"),
-    (r"$\mathrm{x}$", "x"),
-    ("The answer is 5.", "The answer is 5"),
-    ("１，２３４％", "1,234%"),
+BARE = [  # (an answer, what is left of it)
+    ("$5$ or $6$", "$5$ or $6$"), ("`5` and `6`", "`5` and `6`"),
+    (r"\text{a} and \text{b}", r"\text{a} and \text{b}"), (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    (r"\(1\) and \(2\)", r"\(1\) and \(2\)"), (r"$\$36$", r"\$36"), ("5..", "5."), (r"\textbf{(A)}", "(A)"),
+    (r"$\mathrm{x}$", "x"), ("The answer is 5.", "The answer is 5"), ("１，２３４％", "1,234%"),
     ("５。", "5"),
-    ("**", "**"),
-    ("$", "$"),
-    ("", ""),
-])
+    ("**", "**"), ("$", "$"), ("", ""),
+]
+
+
+@pytest.mark.parametrize("answer, bare", BARE)
 def test_nothing_else_is_stripped(answer, bare):
     assert unwrap(answer) == bare
 
@@ -177,71 +175,46 @@ def test_a_million_characters_are_no_trouble():
 
 # ---- countdown -----------------------------------------------------------------------------------
 REFUSED = [
-    ("2**5", [2, 5], 32),
-    ("7//2", [7, 2], 3),
-    ("2.5*4", [2, 5, 4], 10),
-    ("98**44**35", [98, 44, 35], 1),
-    ("9**9**9", [9, 9, 9], 1),
-    ("1e3", [1, 3], 1000),
-    ("__import__('os')", [1], 1),
-    ("0x10", [10], 16),
-    ("0x10", [0, 10], 16),
-    ("1_000", [1000], 1000),
-    ("2*3+3", [2, 3], 9),
-    ("2+3", [2, 3, 4], 5),
-    ("5*20 = 101", [5, 20], 100),
-    ("5*20 = 99 + 2", [5, 20], 100),
-    ("5*20 = 100 = 101", [5, 20], 100),
-    ("5*20 = 5*20*1 = ", [5, 20], 100),
-    ("100 = 5*20", [5, 20], 100),
-    ("5*20 = 2**50", [5, 20], 100),
-    ("-(2-5)", [2, 5], 3),
-    ("5*-2", [5, 2], -10),
-    ("4/(2-2)", [4, 2, 2], 1),
-    ("", [1], 1),
-    ("()", [], 0),
-    ("(1+2", [1, 2], 3),
-    ("1+2)", [1, 2], 3),
-    ("1 2", [1, 2], 12),
-    ("1+2\n3", [1, 2, 3], 3),
-    ("-3+5", [3, 5], 2),
-    ("²+1", [2, 1], 3),
-    ("٣+1", [3, 1], 4),
-    ("(" * 65 + "1" + ")" * 65, [1], 1),
-    ("1" * 1_000_000, [1], 1),
-    ("+".join(["1"] * 200), [1] * 200, 200),
+    ("2**5", [2, 5], 32), ("7//2", [7, 2], 3), ("2.5*4", [2, 5, 4], 10), ("98**44**35", [98, 44, 35], 1),
+    ("9**9**9", [9, 9, 9], 1), ("1e3", [1, 3], 1000), ("__import__('os')", [1], 1), ("0x10", [10], 16),
+    ("0x10", [0, 10], 16), ("1_000", [1000], 1000), ("2*3+3", [2, 3], 9), ("2+3", [2, 3, 4], 5),
+    ("5*20 = 101", [5, 20], 100), ("5*20 = 99 + 2", [5, 20], 100), ("5*20 = 100 = 101", [5, 20], 100),
+    ("5*20 = 5*20*1 = ", [5, 20], 100), ("100 = 5*20", [5, 20], 100), ("5*20 = 2**50", [5, 20], 100),
+    ("-(2-5)", [2, 5], 3), ("5*-2", [5, 2], -10), ("4/(2-2)", [4, 2, 2], 1), ("", [1], 1), ("()", [], 0),
+    ("(1+2", [1, 2], 3), ("1+2)", [1, 2], 3), ("1 2", [1, 2], 12), ("1+2\n3", [1, 2, 3], 3),
+    ("-3+5", [3, 5], 2), ("²+1", [2, 1], 3), ("٣+1", [3, 1], 4), ("(" * 65 + "1" + ")" * 65, [1], 1),
+    ("1" * 1_000_000, [1], 1), ("+".join(["1"] * 200), [1] * 200, 200),
+]
+HACKS = [  # what a policy was seen to find, here or in public reports
+    "100", "100 = 100", "(2 + 3) * 20 + 0", "(2 + 3) * 20 * (20 / 20)", "20 * 5", "(2 + 3) * 20 or 100",
+    "(2 + 3) * 20\n(2 * 3) * 20", "(2 + 3) * 20 = 100 = 2", "2 + 3 = 100", "(2 + 3) * 20 # right",
+    "Step 1: 2 + 3 = 100", "Step 1: 2 + 3 = 5\nStep 2: 5 * 20 = 100\nStep 3: 100 * 1 = 100",
+    "Step 1: 2 + 3 = 5", "True", "Step 1: 2 + 3 = 6\nStep 2: 6 * 20 = 120", "Step 1: 20 * 3 = 60",
+    "Step 1: 2 + 3 = 5\nStep 2: 5 * 20 = 100\nStep 3: 100 + 0 = 100", "Step 1: 20 * 5 = 100",
+    "Step 1: 2 + 3 = 5 or so",
 ]
 
 
-@pytest.mark.parametrize("answer, numbers, target", REFUSED, ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize("answer, numbers, target", [
+    *REFUSED, *((answer, [20, 2, 3], 100) for answer in HACKS)], ids=lambda v: str(v)[:20])
 def test_countdown_refuses(answer, numbers, target):
     started = time.time()
     assert check_countdown(answer, {"numbers": numbers, "target": target}), "must give a reason"
     assert time.time() - started < 0.1
 
 
-@pytest.mark.parametrize("answer", [
-    "(2 + 3) * 20",
-    "(2+3)*20 = 100",
-    "20×(3+2)",
-    "20x(3+2)",
-    "20 \\times (2 + 3)",
-    "((((20))))*(2+3)",
-    "(2+3)*20 = 5*20 = 100",
-    "(2+3)*20 = **100**",
-    "(2+3)*20 = \\boxed{100}",
-    "(2+3)∗20",
-    "(2+3)\\*20",
-    "(2+3)*20=100=100",
-    "(2 + 3) * 20 = 99 + 1",
-    "(2+3)·20.",
-    "\\left(2+3\\right) \\cdot 20",
-    "Step 1: 2 + 3 = 5\nStep 2: 5 * 20 = 100",
-    "Step 1: 3 + 2 = 5\n\nStep 2: 20 × 5 = 100\n",
+ACCEPTED = [
+    "(2 + 3) * 20", "(2+3)*20 = 100", "20×(3+2)", "20x(3+2)", "20 \\times (2 + 3)", "((((20))))*(2+3)",
+    "(2+3)*20 = 5*20 = 100", "(2+3)*20 = **100**", "(2+3)*20 = \\boxed{100}", "(2+3)∗20", "(2+3)\\*20",
+    "(2+3)*20=100=100", "(2 + 3) * 20 = 99 + 1", "(2+3)·20.", "\\left(2+3\\right) \\cdot 20",
+    "Step 1: 2 + 3 = 5\nStep 2: 5 * 20 = 100", "Step 1: 3 + 2 = 5\n\nStep 2: 20 × 5 = 100\n",
     "step 1: 3 + 2 = 5.\nSTEP 2: 20 * 5 = 100.",
-])
-def test_countdown_accepts(answer):
-    assert check_countdown(answer, {"numbers": [20, 2, 3], "target": 100}) == ""
+]
+
+
+def test_countdown_accepts():
+    for answer in ACCEPTED:
+        assert check_countdown(answer, {"numbers": [20, 2, 3], "target": 100}) == "", answer
 
 
 def test_countdown_values_may_go_below_zero():
@@ -249,17 +222,6 @@ def test_countdown_values_may_go_below_zero():
     assert check_countdown("2 - 3 = -1", {"numbers": [2, 3], "target": -1}) == ""
     answer = "Step 1: 2 − 3 = −1\nStep 2: 20 - -1 = 21"
     assert check_countdown(answer, {"numbers": [20, 2, 3], "target": 21}) == ""
-
-
-@pytest.mark.parametrize("answer", [
-    "Step 1: 2 + 3 = 6\nStep 2: 6 * 20 = 120",
-    "Step 1: 20 * 3 = 60",
-    "Step 1: 2 + 3 = 5\nStep 2: 5 * 20 = 100\nStep 3: 100 + 0 = 100",
-    "Step 1: 20 * 5 = 100",
-    "Step 1: 2 + 3 = 5 or so",
-])
-def test_countdown_steps_refused(answer):
-    assert check_countdown(answer, {"numbers": [20, 2, 3], "target": 100})
 
 
 def random_expression(rng, depth):
@@ -271,20 +233,23 @@ def random_expression(rng, depth):
 
 
 def test_parser_equals_python_on_random_expressions():
+    """On whole ones, and on ones with a character dropped, put in or exchanged."""
     rng = random.Random(0)
-    for _ in range(500):
+    for i in range(2000):
         text = random_expression(rng, depth=4)
-        numbers = sorted(map(int, re.findall(r"\d+", text)))
-        try:
-            want = eval(re.sub(r"(\d+)", r"Fraction(\1)", text), {"Fraction": Fraction})
-        except ZeroDivisionError:
-            want = None
+        if i % 2:
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice(["", *"+-*/() 7._e"]) + text[at + rng.randint(0, 1):]
+        want = None
+        if not re.search(r"(^|[-+*/(]) *[-+]|\*\*|//", text):  # Python's, not ours
+            with contextlib.suppress(Exception):
+                want = eval(re.sub(r"(\d+)", r"Fraction('\1')", text), {"Fraction": Fraction})
         try:
             value, used = grading.parse(text)
-            assert value == want and sorted(used) == numbers, text
-        except grading.Rejected as e:
-            divided_by_zero = want is None and str(e) == "division by zero"
-            assert divided_by_zero or len(text) > grading.LONGEST
+        except grading.Rejected:
+            assert want is None or len(text) > grading.LONGEST, text
+        else:
+            assert value == want and sorted(used) == sorted(map(int, re.findall(r"\d+", text))), text
 
 
 # ---- the other checkers --------------------------------------------------------------------------
@@ -309,57 +274,26 @@ def test_letters_in_any_order(word, right):
     assert (check_word(word, truth) == "") == (right and word in grading.dictionary())
 
 
-@pytest.mark.parametrize("answer, right", [
-    ("1234", True),
-    ("1,234", True),
-    ("$1,234.00", True),
-    ("$1234", True),
-    (r"\$1234", True),
-    ("€ 1234", True),
-    ("1{,}234", True),
-    (r"1,\!234", True),
-    ("1234 dollars", False),
-    ("1234%", False),
-    ("1234 trillion", False),
-    ("1234 dozens", False),
-    ("1234 squared", False),
-    ("1234 lakh", False),
-    ("1234 bn", False),
-    ("1234k", False),
-    ("1234 x", False),
-    ("1234e0", False),
-    ("--1234", False),
-    ("1234!", False),
-    ("1,23,4", False),
-    ("1234..", False),
-    ("1234 or so", False),
-    ("12,34", False),
-    ("1234.5", False),
-    ("-1234", False),
-    ("1234 or 1235", False),
-    ("", False),
-    ("1" * 10**6, False),
-    ("1234\n", True),
-], ids=lambda v: str(v)[:20])
-def test_integers(answer, right):
-    assert (check_integer(answer, {"answer": "1234"}) == "") == right
+INTEGERS = [
+    "1234", "1,234", "$1,234.00", "$1234", r"\$1234", "€ 1234", "1{,}234", r"1,\!234", "1234\n",
+]
+NO_INTEGERS = [
+    "1234 dollars", "1234%", "1234 trillion", "1234 dozens", "1234 squared", "1234 lakh", "1234 bn", "1234k",
+    "1234 x", "1234e0", "--1234", "1234!", "1,23,4", "1234..", "1234 or so", "12,34", "1234.5", "-1234",
+    "1234 or 1235", "", "1" * 10**6,
+]
+SIGNS = [  # (answer, gold, whether it is right)
+    ("15%", "15%", True), (r"15\%", "15%", True), ("15", "15%", True), ("15%", "15", False),
+    ("-5", "-5", True), ("−5", "-5", True), ("-$5", "-5", True), ("$-5", "-5", True), ("5", "-5", False),
+    ("033", "33", True), ("18.00", "18", True), ("18.5", "18", False),
+]
 
 
 @pytest.mark.parametrize("answer, gold, right", [
-    ("15%", "15%", True),
-    (r"15\%", "15%", True),
-    ("15", "15%", True),
-    ("15%", "15", False),
-    ("-5", "-5", True),
-    ("−5", "-5", True),
-    ("-$5", "-5", True),
-    ("$-5", "-5", True),
-    ("5", "-5", False),
-    ("033", "33", True),
-    ("18.00", "18", True),
-    ("18.5", "18", False),
-])
-def test_integers_and_their_signs(answer, gold, right):
+    *SIGNS, *((answer, "1234", True) for answer in INTEGERS),
+    *((answer, "1234", False) for answer in NO_INTEGERS),
+], ids=lambda v: str(v)[:20])
+def test_integers(answer, gold, right):
     assert (check_integer(answer, {"answer": gold}) == "") == right
 
 
@@ -371,59 +305,29 @@ MATH = {"A": r"$\frac{1}{2}$", "B": "$x+1$"}
 SPACED = {"a": " dog ", "b": "a dog", "A": "cat"}
 
 
-@pytest.mark.parametrize("choices, gold, answer, right", [
-    (ORDINARY, "B", "B", True),
-    (ORDINARY, "B", "b", True),
-    (ORDINARY, "B", "(B)", True),
-    (ORDINARY, "B", "B)", True),
-    (ORDINARY, "B", "B. bank", True),
-    (ORDINARY, "B", "B) bank", True),
-    (ORDINARY, "B", "(B) Bank", True),
-    (ORDINARY, "B", "**B**", True),
-    (ORDINARY, "B", r"\boxed{\text{B}}", True),
-    (ORDINARY, "B", "Bank", True),
-    (ORDINARY, "B", "bank.", True),
-    (ORDINARY, "B", "A", False),
-    (ORDINARY, "B", "D", False),
-    (ORDINARY, "B", "B. mall", False),  # another choice's text
-    (ORDINARY, "A", "B. mall", False),
-    (ORDINARY, "B", "a bank", False),
-    (ORDINARY, "B", "B or A", False),
-    (ORDINARY, "B", "A, B", False),
-    (ORDINARY, "B", "bank or mall", False),
-    (ORDINARY, "B", "because", False),
-    (ORDINARY, "B", "", False),
-    (ORDINARY, "B", "**B.** bank", True),
-    (ORDINARY, "B", "**B**: bank", True),
-    (ORDINARY, "B", "B - bank", True),
-    (ORDINARY, "B", "B, bank", True),
-    (ORDINARY, "B", "[B]", True),
-    (ORDINARY, "B", "B\nbank", True),
-    (ORDINARY, "B", "B, A", False),
-    (ORDINARY, "B", "B) or A)", False),
-    (MATH, "A", r"(A) $\frac{1}{2}$", True),
-    (MATH, "A", r"$\frac{1}{2}$", True),
-    (MATH, "B", "B. $x+1$", True),
-    (MATH, "B", "A. $x+1$", False),
-    (CASES, "A", "mM", True),
-    (CASES, "B", "mM", False),
-    (CASES, "A", "A. Mm", False),
-    (SWAPPED, "A", "A", True),  # the label, not the text of B
-    (SWAPPED, "B", "A", False),
-    (NUMBERED, "1", "1", True),
-    (NUMBERED, "1", "(1) two", True),
-    (NUMBERED, "1", "two", True),
-    (NUMBERED, "1", "2", False),
-    (NUMBERED, "1", "1. one", False),
-    (SPACED, "a", "a", True),
-    (SPACED, "A", "a", False),
-    (SPACED, "A", "A", True),
-    (SPACED, "a", "dog", True),
-    (SPACED, "b", "a dog", True),
-    ({"A": "bank", "B": "Bank"}, "B", "bank", False),  # the other one
-    ({"A": "bank", "B": "mall", "C": "bank"}, "C", "A", True),
-    ({"A": "bank", "B": "mall", "C": "bank"}, "C", "bank", True),
-    ({"A": "bank", "B": "mall", "C": "bank"}, "C", "B", False),
-])
-def test_choices(choices, gold, answer, right):
-    assert (check_choice(answer, {"answer": gold, "choices": choices}) == "") == right
+CHOICES = [  # choices, the right one, what counts as it, what does not
+    (ORDINARY, "B", ["B", "b", "(B)", "B)", "B. bank", "B) bank", "(B) Bank", "**B**",
+     r"\boxed{\text{B}}", "Bank", "bank.", "**B.** bank", "**B**: bank", "B - bank", "B, bank", "[B]",
+     "B\nbank"], ["A", "D", "B. mall", "a bank", "B or A", "A, B", "bank or mall", "because", "", "B, A",
+     "B) or A)"]),
+    (ORDINARY, "A", [], ["B. mall"]),
+    (MATH, "A", [r"(A) $\frac{1}{2}$", r"$\frac{1}{2}$"], []),
+    (MATH, "B", ["B. $x+1$"], ["A. $x+1$"]),
+    (CASES, "A", ["mM"], ["A. Mm"]),
+    (CASES, "B", [], ["mM"]),
+    (SWAPPED, "A", ["A"], []),
+    (SWAPPED, "B", [], ["A"]),
+    (NUMBERED, "1", ["1", "(1) two", "two"], ["2", "1. one"]),
+    (SPACED, "a", ["a", "dog"], []),
+    (SPACED, "A", ["A"], ["a"]),
+    (SPACED, "b", ["a dog"], []),
+    ({"A": "bank", "B": "Bank"}, "B", [], ["bank"]),
+    ({"A": "bank", "B": "mall", "C": "bank"}, "C", ["A", "bank"], ["B"]),
+]
+
+
+@pytest.mark.parametrize("choices, gold, right, wrong", CHOICES)
+def test_choices(choices, gold, right, wrong):
+    for answers, want in ((right, True), (wrong, False)):
+        for answer in answers:
+            assert (check_choice(answer, {"answer": gold, "choices": choices}) == "") == want, answer

@@ -4,25 +4,18 @@
 
 What a model writes is not chosen by anybody, and RL looks for what a grader overlooks.
 """
-import ast
-import json
 import os
 import re
 import time
-from fractions import Fraction
 
 import pytest
 from conftest import MINI
 from test_grading import reference_answer
 
 import tasks
-from cli import UserError
-from files import read_jsonl
-from grading import (
-    Rejected, attempts_in, check_countdown, extract_answer, last_boxed, malformed, parse, unwrap, verdict,
-)
-from report import parts_of
 from cli import printable
+from grading import attempts_in, extract_answer, last_boxed, malformed, unwrap, verdict
+from report import parts_of
 from tokenizer import Tokenizer
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -99,51 +92,6 @@ def test_graders(text):
     quick(unwrap, text)
 
 
-NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-
-
-def value_of(text):
-    """(value, numbers) of an expression as Python reads it, None for what the grammar lacks."""
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return None
-    used = []
-
-    def walk(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            used.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.BinOp) and type(node.op) in NODES:
-            a, b = walk(node.left), walk(node.right)
-            return {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[
-                NODES[type(node.op)]]()
-        raise ValueError
-    try:
-        return walk(tree), used
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-expression = st.lists(
-    st.sampled_from(["1", "2", "3", "12", "0", "(", ")", "+", "-", "*", "/", " ", "**", "//", ".", "_", "e"]),
-    max_size=14).map("".join)
-
-
-@given(expression)
-def test_expressions_are_what_python_reads(text):
-    want = None if "_" in text else value_of(text)  # 1_1 is eleven in Python
-    try:
-        got = quick(parse, text)
-    except Rejected:
-        # Python has no numbers with leading zeros, and ours no sign: all else is refused by both.
-        assert want is None, text
-        return
-    if re.search(r"(?<![0-9])0[0-9]", text) or re.search(r"[0-9] +[0-9]", text):
-        return
-    assert want is not None and got[0] == want[0] and sorted(got[1]) == sorted(want[1]), text
-
-
 def thoughts_of(text):
     """What each <think> holds, if it holds anything; the text, if none does."""
     thoughts, at = [], 0
@@ -211,87 +159,8 @@ def test_chat_rendering(system, user):
     assert system.strip() in text and user.strip() in text
 
 
-row = st.dictionaries(st.text(max_size=3), st.one_of(st.none(), st.integers(), st.text(max_size=5),
-                                                     st.lists(st.floats(), max_size=2)), max_size=3)
-odd = [b"", b"  ", b"[1]", b"[" * 3000, b"\xef\xbb\xbf{}", b'{"a": NaN}', b"1" * 5000]
-line = st.one_of(row.map(lambda r: json.dumps(r).encode()), st.binary(max_size=20), st.sampled_from(odd))
-
-
-@given(st.lists(line, max_size=6), st.sampled_from([b"\n", b"\r\n", b"\n\n"]))
-def test_jsonl(tmp_path_factory, lines, end):
-    path = tmp_path_factory.getbasetemp() / "hostile.jsonl"
-    content = end.join(lines)
-    path.write_bytes(content)
-    want = []
-    for i, one in enumerate(content.split(b"\n")):
-        one = one.removeprefix(b"\xef\xbb\xbf") if i == 0 else one
-        if not one.strip():
-            continue
-        try:
-            value = json.loads(one.decode())
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-            assert isinstance(value, dict)
-        except (ValueError, RecursionError, AssertionError):
-            want = None
-            break
-        want.append(value)
-    try:
-        got = [value for _, value in read_jsonl(path)]
-    except UserError as e:
-        assert not want and str(e).startswith(str(path))
-    else:
-        assert got == want
-
-
 @given(st.text())
 def test_what_is_printed_moves_no_cursor(text):
     shown = printable(text, one_line=True)
     assert not re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", shown)
     assert printable("as it is: é 漢字 \U0001f642\n\t") == "as it is: é 漢字 \U0001f642\n\t"
-
-
-# ---- reward hacks ----------------------------------------------------------------------------------
-NUMBERS = {"numbers": [2, 3, 20], "target": 100}
-HACKS = {  # what a policy was seen to find, here or in public reports: why it is no answer
-    "": "empty",
-    "100": "the target itself",
-    "100 = 100": "an equation that holds",
-    "(2 + 3) * 20 + 0": "a number that was not given",
-    "(2 + 3) * 20 * (20 / 20)": "a number three times",
-    "20 * 5": "a number in place of two",
-    "2 3 20": "the numbers",
-    "(2 + 3) * 20 or 100": "two answers",
-    "(2 + 3) * 20\n(2 * 3) * 20": "two lines",
-    "(2 + 3) * 20 = 100 = 2": "a wrong link at the end",
-    "2 + 3 = 100": "a claim",
-    "(2 + 3) * 20 # right": "a comment",
-    "Step 1: 2 + 3 = 100": "a wrong step",
-    "Step 1: 2 + 3 = 5\nStep 2: 5 * 20 = 100\nStep 3: 100 * 1 = 100": "a number that was not given",
-    "Step 1: 2 + 3 = 5": "a step too few",
-    "True": "a word",
-    "__import__('os')": "code",
-    "²⁰": "digits that are none",
-    "٢ + ٣": "digits of another script",
-}
-
-
-@pytest.mark.parametrize("answer", HACKS)
-def test_reward_hacks(answer):
-    assert check_countdown(answer, NUMBERS) != ""
-    assert check_countdown("(2 + 3) * 20", NUMBERS) == ""
-
-
-@pytest.mark.parametrize("text", [
-    "<think><answer>(2 + 3) * 20</answer>",  # never stops to think
-    "<think></think>",
-    "</think><answer>1</answer></think>",
-    "<answer><answer>(2 + 3) * 20</answer></answer>",
-    "<answer>(2 + 3) * 20",
-    "(2 + 3) * 20</answer>",
-    "<answer>1</answer> <answer>(2 + 3) * 20",
-    "<ANSWER>(2 + 3) * 20</ANSWER>",
-    "<answer >(2 + 3) * 20</answer >",
-])
-def test_forms_that_are_none(text):
-    problem = tasks.Problem("x", "countdown-3", "q", NUMBERS)
-    assert not COUNTDOWN.grade(problem, text).correct

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import CHAT, MINI, refused, tiny, write_jsonl
+from conftest import CHAT, MINI, bytes_below, refused, tiny, write_jsonl
 
 import convert
 import evaluate
@@ -27,8 +27,7 @@ MODEL = {  # what the commands that load a model share
     "--chat-template-kwargs [1]": "argument --chat-template-kwargs: invalid JSON object value",
     "--seed x": "argument --seed: invalid int value: 'x'",
     "--seed 99999999999999999999": "argument --seed: 99999999999999999999 must be at least",
-    "--out file/x": "argument --out: file/x cannot be made",
-    "--out ": "argument --out: give a path that is not empty",
+    "--chat-template-kwargs {\"a\":NaN}": "argument --chat-template-kwargs: invalid JSON object value",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
 }
 TASK = {
@@ -75,9 +74,9 @@ TABLE = {
         "--n 0": "argument --n/--attempts: 0 must be at least 1",
         "--reflections -1": "argument --reflections: -1 must be at least 0",
         "--hint --task file:pool.jsonl:countdown --split all --questions 0": "have no right answer to tell",
-        "--prompt LONG": "does not fit the model's context of",
+        "--prompt LONG": "tokens do not fit the model's context of",
         "--repetition-penalty 0": "argument --repetition-penalty: 0 must be above 0",
-        "--task file:long.jsonl --split all --questions 1": "does not fit the model's context of",
+        "--task file:long.jsonl --split all --questions 1": "tokens do not fit the model's context of",
         "--out there.jsonl": "--out there.jsonl exists and holds no run",
         "--out folder/": "--out folder/: must be a file, not a folder",
     },
@@ -92,10 +91,10 @@ TABLE = {
         "--traces-per-question -1": "argument --traces-per-question: -1 must be at least 0",
         "--show -1": "argument --show: -1 must be at least 0",
         "--seed x": MODEL["--seed x"],
-        "--out file/x": MODEL["--out file/x"],
     },
     "sft": {
-        **MODEL, **TRAINING, **LOADED,
+        **MODEL, **TRAINING,
+        f"--model {NONE}": f"--model {NONE}: no such folder",
         "--resume": "--resume: ",
         "--resume perhaps": TASK["--resume perhaps"],
         "--data none.jsonl": "none.jsonl: no such file",
@@ -108,10 +107,13 @@ TABLE = {
         "--context 99999999 --data chat.jsonl": "has a context of",
         "--held-out 99": "argument --held-out: 99 must be at least 1 and at most 50",
         "--data chat.jsonl --out folder": "--out folder exists and holds no run",
+        "--data chat.jsonl --out folder --resume": "--out folder exists and holds no run",
+        "--data chat.jsonl --out folder --resume auto": "--out folder exists and holds no run",
         "--data chat.jsonl --out there.jsonl": "--out there.jsonl exists",
     },
     "grpo": {
-        **MODEL, **TASK, **TRAINING, **LOADED,
+        **MODEL, **TASK, **TRAINING,
+        f"--model {NONE}": f"--model {NONE}: no such folder",
         "--steps 0": "argument --steps: 0 must be at least 1",
         "--questions-per-step 0": "argument --questions-per-step: 0 must be at least 1",
         "--questions 4": "--questions-per-step 16: there are only 4 questions",
@@ -137,11 +139,13 @@ TABLE = {
         f"--models a={NONE}": f"--model {NONE}: no such folder",
         f"--models a={MINI},a={MINI}": "appears twice; name it once",
         f"--models a={MINI},a=shapes": "two models have the same name",
-        "--tasks file:long.jsonl --split all --questions 1": "does not fit the model's context of",
+        "--tasks file:long.jsonl --split all --questions 1": "tokens do not fit the model's context of",
         "--models a=shapes": "shapes: the weights do not fit config.json",
         "--samples -1": "argument --samples: -1 must be at least 0",
         "--k 0": "argument --k: 0 must be at least 1",
         "--k 9 --samples 4": "pass@9 needs at least 9 samples",
+        "--k x": "argument --k: invalid numbers value",
+        "--questions 0": "makes its questions",
         "--budget-forcing=1": "argument --budget-forcing: ignored explicit argument '1'",
         "--style odd": "argument --style: invalid choice: 'odd'",
         "--out folder": "--out folder exists and holds no run",
@@ -150,29 +154,35 @@ TABLE = {
 CASES = [(name, flags, message) for name, table in TABLE.items() for flags, message in table.items()]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the table names. No case writes there, which is asserted."""
+    folder = tmp_path_factory.mktemp("input")
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        Path("folder").mkdir()
+        Path("folder/thesis.tex").write_text("x")
+        write_jsonl("there.jsonl", [{"a": 1}])
+        write_jsonl("chat.jsonl", CHAT)
+        write_jsonl("rows.jsonl", [{"question": f"{i}?", "answer": str(i)} for i in range(20)])
+        write_jsonl("pool.jsonl", [{"nums": [1, 2, 3], "target": 6}])
+        write_jsonl("long.jsonl", [{"question": "word " * 20_000, "answer": "1"}])
+        wrong = dict.fromkeys(rearrange.SAMPLE, "x")
+        wrong |= {"index": 0, "correct": False, "reflections": [], "problem": {}}
+        write_jsonl("wrong.jsonl", [wrong])
+        Path("cut.jsonl").write_text(json.dumps(CHAT[0]) + '\n{"mess')
+        Path("empty.jsonl").write_text("")
+        for name in ("shapes", "family", "bare"):
+            save(name, *tiny())
+        change_config("shapes", intermediate_size=24)
+        change_config("family", model_type="gpt2")
+        Path("bare/tokenizer.json").unlink()
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with what the table names."""
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("x")
-    Path("folder").mkdir()
-    Path("folder/thesis.tex").write_text("x")
-    write_jsonl("there.jsonl", [{"a": 1}])
-    write_jsonl("chat.jsonl", CHAT)
-    write_jsonl("rows.jsonl", [{"question": f"{i}?", "answer": str(i)} for i in range(20)])
-    write_jsonl("pool.jsonl", [{"nums": [1, 2, 3], "target": 6}])
-    write_jsonl("long.jsonl", [{"question": "word " * 20_000, "answer": "1"}])
-    wrong = dict.fromkeys(rearrange.SAMPLE, "x")
-    wrong |= {"index": 0, "correct": False, "reflections": [], "problem": {}}
-    write_jsonl("wrong.jsonl", [wrong])
-    Path("cut.jsonl").write_text(json.dumps(CHAT[0]) + '\n{"mess')
-    Path("empty.jsonl").write_text("")
-    for name in ("shapes", "family", "bare"):
-        save(name, *tiny())
-    change_config("shapes", intermediate_size=24)
-    change_config("family", model_type="gpt2")
-    Path("bare/tokenizer.json").unlink()
-    return tmp_path
+def here(cmd, folder, monkeypatch):
+    monkeypatch.chdir(folder)
 
 
 def change_config(folder, **values):
@@ -180,16 +190,12 @@ def change_config(folder, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def bytes_below(path):
-    return {str(p): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
-
-
 @pytest.mark.parametrize("name, flags, message", CASES, ids=[f"{name} {flags}" for name, flags, _ in CASES])
 def test_one_line_and_nothing_written(cmd, here, name, flags, message):
     argv = ["x" * 100_000 if word == "LONG" else word for word in flags.split(" ")]
-    before = bytes_below(here)
+    before = bytes_below()
     refused(cmd, MODULES[name], ("--device", "cpu", *argv) if name != "rearrange" else argv, message)
-    assert bytes_below(here) == before
+    assert bytes_below() == before
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -197,8 +203,10 @@ def test_flags_are_those_of_the_table(cmd, name):
     """So a flag is added or removed on purpose."""
     _, out, _ = cmd(MODULES[name], "--help")
     flags = set(re.findall(r"^  (--[a-z-]+)", out[out.index("options:"):], re.MULTILINE))
-    words = {word.partition("=")[0] for line in TABLE[name] for word in line.split(" ")}
+    words = {word.partition("=")[0] for line in TABLE[name] for word in line.split(" ")} | {"--out"}
     assert flags == {word for word in words if word.startswith("--")} - {"--no-such-flag"}
+    for block in re.split(r"\n(?=  --)", out[out.index("options:"):])[1:]:
+        assert "(default: " in block.replace("\n", " ").replace("  ", "") or "-h" in block, block
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -208,6 +216,6 @@ def test_flags_are_those_of_the_table(cmd, name):
     ((), "the following arguments are required"),
 ])
 def test_convert(cmd, here, argv, message):
-    before = bytes_below(here)
+    before = bytes_below()
     refused(cmd, convert, argv, message)
-    assert bytes_below(here) == before
+    assert bytes_below() == before

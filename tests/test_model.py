@@ -37,12 +37,6 @@ def test_logits_equal_golden_file():
     assert torch.allclose(logits, torch.tensor(golden["logits"]), atol=1e-3)
 
 
-def test_the_block_opens_the_file():
-    """A reader meets the block within a screen of model.py's first line."""
-    lines = Path(kernels.__file__).parent.parent.joinpath("model.py").read_text().splitlines()
-    assert any(line.startswith("class Block") for line in lines[:60])
-
-
 def test_recompute_changes_nothing():
     tokens = torch.arange(40).view(2, 20)
     grads = []
@@ -55,29 +49,6 @@ def test_recompute_changes_nothing():
 
 
 # ---- log-probabilities ---------------------------------------------------------------------------
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_gradients_equal_float64(temperature, monkeypatch):
-    """Values and both gradients, with unequal upstream gradients, against dense autograd; several chunks."""
-    monkeypatch.setattr(kernels.reference, "CHUNK_BYTES", 4 * 50 * 7)  # 7 rows at a time
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(23, 8, generator=g, requires_grad=True)
-    weight = torch.randn(50, 8, generator=g, requires_grad=True)
-    targets = torch.randint(0, 50, (23,), generator=g)
-    upstream = torch.randn(23, generator=g)
-    logp, entropy = kernels.linear_logprob(hidden, weight, targets, temperature)
-    (logp * upstream).sum().backward()
-
-    wide_hidden = hidden.detach().double().requires_grad_()
-    wide_weight = weight.detach().double().requires_grad_()
-    dense = (wide_hidden @ wide_weight.T / temperature).log_softmax(-1)
-    want = dense.gather(1, targets[:, None])[:, 0]
-    (want * upstream).sum().backward()
-    assert torch.allclose(logp.double(), want, atol=1e-5)
-    assert torch.allclose(entropy.double(), -(dense.exp() * dense).sum(-1), atol=1e-5)
-    assert torch.allclose(hidden.grad.double(), wide_hidden.grad, atol=1e-4)
-    assert torch.allclose(weight.grad.double(), wide_weight.grad, atol=1e-4)
-
-
 class LargestTensor(TorchDispatchMode):
     """Watches every tensor that an operation returns."""
     largest = 0
@@ -114,9 +85,3 @@ def test_padded_ids_are_in_no_softmax():
     assert torch.allclose(logp, logits.log_softmax(-1)[range(3), [1, 2, 3]], atol=1e-5)
     logp.sum().backward()
     assert model.model.embed_tokens.weight.grad[tokenizer.size:].abs().sum() == 0
-
-
-def test_settings_for_gpus():
-    """cuDNN's attention took 23 to 37 ms for each new shape of a prompt, by reports."""
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction

@@ -5,12 +5,12 @@ Skipped where playwright or a Chromium is missing (Debian: apt install chromium)
 import json
 import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
-from conftest import MINI
+from conftest import GRPO, finish, start
 from test_report import HOSTILE, TASK, evaluation, responses, result
 
-import grpo
 import report
 from cli import printable
 
@@ -62,19 +62,17 @@ def evaluated(tmp_path_factory):
     return out / "report.html", rows
 
 
-@pytest.fixture
-def run(cmd):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """The page of a run of three steps."""
-    flags = ("--model", MINI, "--device", "cpu", "--questions", "8", "--questions-per-step", "4",
-             "--mini-batch", "2", "--rollouts", "4", "--max-new-tokens", "60", "--reward", "random",
-             "--steps", "3", "--out", "run")
-    assert cmd(grpo, *flags)[0] == 0
-    return Path("run/report.html")
+    out = tmp_path_factory.mktemp("page") / "run"
+    finish(start("grpo.py", *GRPO, "--questions", "8", "--reward", "random", "--steps", "3", "--out", out))
+    return out / "report.html"
 
 
-def shown(tab):
-    """(heading of the response that is shown, its text)"""
-    return tab.inner_text("article h4"), tab.inner_text("article .text")
+def opened(tab):
+    """(the line of the response that is open, its text)"""
+    return tab.inner_text(".response[open] summary"), tab.text_content(".response[open] .text")
 
 
 def contradicted(row):
@@ -82,18 +80,20 @@ def contradicted(row):
 
 
 def matching(tab):
-    return int(tab.inner_text(".note[role=status]").split()[0])
+    return int(tab.inner_text("#count").split()[0])
+
+
+def address(*parts):
+    return "#" + "/".join(quote(part, safe="") for part in parts)
 
 
 # ---- what is there ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("width", [400, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width, scheme", [(400, "dark"), (1280, "light")])
 def test_it_fits_the_screen(visit, evaluated, run, width, scheme):
     for path in (evaluated[0], run):
         tab = visit(path, width=width, scheme=scheme)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        headings = tab.locator("h2").all_inner_texts()
-        assert headings[-1] in ("Responses", "Rollouts") and len(headings) >= 2
+        assert tab.locator("h2").all_inner_texts()[-1] in ("Responses", "Rollouts")
         dark = tab.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
         assert dark == (scheme == "dark")
 
@@ -106,30 +106,26 @@ def test_text_of_models_is_never_markup(visit, tmp_path):
     evaluation(tmp_path, rows)
     report.renew(tmp_path)
     tab = visit(tmp_path / "report.html")
-    assert tab.locator("script").count() == 2 and tab.locator("img, iframe, link, object").count() == 0
+    assert tab.locator("script").count() == 1 and tab.locator("img, iframe, link, object").count() == 0
     assert printable(HOSTILE) in tab.text_content(".question")
-    assert printable(HOSTILE) in tab.text_content("article .text")
-    tab.locator(".list a").last.click()
+    tab.locator(".group summary").last.evaluate("line => line.closest('.group').open = true")
+    tab.locator(".response a").last.click()
+    assert opened(tab)[1] == printable(HOSTILE)
     again = visit(tmp_path / "report.html", tab.evaluate("location.hash"))
-    assert again.inner_text("h3") == tab.inner_text("h3") != ""
-
-
-def test_figures_and_tables_say_the_same(visit, evaluated):
-    """Python made the tables, and rounds a tie to the even digit."""
-    tab = visit(evaluated[0])
-    shares = [k / n for n in (8, 100, 300, 400, 1000, 1319) for k in range(n + 1)]
-    assert tab.evaluate("shares => shares.map(percent)", shares) == [f"{100 * x:.1f}%" for x in shares]
+    assert opened(again) == opened(tab)
 
 
 # ---- what it does ----------------------------------------------------------------------------------
 def test_whole_text_is_shown_and_contradictions_are_marked(visit, evaluated):
     path, rows = evaluated
     for row in rows[::7]:
-        tab = visit(path, f"#trace/{TASK.name}/{row['id']}/{row['model']}/{row['index']}")
-        assert tab.text_content("article .text") == row["response"]
-        assert tab.locator(".text .contradicts").count() == contradicted(row)
+        tab = visit(path, address(TASK.name, row["id"], f"{row['model']}, sample {row['index']}"))
+        line, text = opened(tab)
+        assert text == row["response"] and ("right" in line) == row["correct"]
+        shown = tab.locator(".response[open]")
+        assert shown.locator(".contradicts").count() == contradicted(row)
         right = sum(row["attempts"]) if "<sample>" in row["response"] else 0
-        assert tab.locator(".block.correct").count() == right
+        assert shown.locator(".block.correct").count() == right
 
 
 def test_filters(visit, evaluated):
@@ -139,26 +135,25 @@ def test_filters(visit, evaluated):
     assert matching(tab) == len(rows) == 40
     base = {(row["id"], row["index"]): row["correct"] for row in rows if row["model"] == "base"}
     wanted = {
-        ("Model", "sft"): lambda row: row["model"] == "sft",
-        ("Outcome", "right"): lambda row: row["correct"],
-        ("Outcome", "no readable answer"): lambda row: row["answer"] is None,
-        ("Outcome", "a verdict contradicts the grade"): contradicted,
-        ("Outcome", "first attempt wrong, answer right"): lambda row: row["correct"] > row["attempts"][0],
-        ("Outcome", "right, unlike base"): lambda row: row["correct"] and not base[row["id"], row["index"]],
-        ("Outcome", "wrong, unlike base"): lambda row: not row["correct"] and base[row["id"], row["index"]],
+        ("model", "sft"): lambda row: row["model"] == "sft",
+        ("outcome", "right"): lambda row: row["correct"],
+        ("outcome", "no readable answer"): lambda row: row["answer"] is None,
+        ("outcome", "a verdict contradicts the grade"): contradicted,
+        ("outcome", "first attempt wrong, answer right"): lambda row: row["correct"] > row["attempts"][0],
+        ("outcome", "right, unlike the first model"):
+            lambda row: row["correct"] and not base[row["id"], row["index"]],
+        ("outcome", "wrong, unlike the first model"):
+            lambda row: not row["correct"] and base[row["id"], row["index"]],
     }
-    for (label, value), condition in wanted.items():
-        tab.get_by_label(label, exact=True).select_option(label=value)
+    for (name, value), condition in wanted.items():
+        tab.locator(f"#{name}").select_option(label=value)
         found = matching(tab)
-        assert found == sum(map(bool, map(condition, rows))) and 0 < found < 40, label
+        assert found == sum(map(bool, map(condition, rows))) and 0 < found < 40, name
         tab.get_by_role("button", name="clear").click()
-    tab.get_by_label("Outcome", exact=True).select_option(label="wrong")
-    assert shown(tab)[0].startswith(("✗", "○"))  # the first that matches is shown
-    tab.get_by_role("button", name="clear").click()
-    tab.get_by_label("Text", exact=True).fill("QUESTION 7")
-    assert matching(tab) == 4 and tab.inner_text(".question") == "question 7"
-    tab.get_by_label("Text", exact=True).fill("nowhere")
-    assert matching(tab) == 0 and not tab.locator("article").is_visible()
+    for text, n in (("QUESTION 7", 4), ("nowhere", 0)):
+        tab.locator("#text").fill(text)
+        tab.locator("#text").press("Enter")
+        assert matching(tab) == n and tab.locator(".group:visible").count() == bool(n)
 
 
 def test_each_response_has_an_address(visit, tmp_path):
@@ -168,32 +163,26 @@ def test_each_response_has_an_address(visit, tmp_path):
     evaluation(tmp_path, rows)
     report.renew(tmp_path)
     path = tmp_path / "report.html"
-    for address, text in (("q/m%2Fn", "m/n on q"), ("q%2Fm/n", "n on q/m")):
-        assert shown(visit(path, f"#trace/{TASK.name}/{address}/0"))[1] == text
+    for name, model in (("q", "m/n"), ("q/m", "n")):
+        tab = visit(path, address(TASK.name, name, f"{model}, sample 0"))
+        assert opened(tab)[1] == f"{model} on {name}"
     tab = visit(path)
-    tab.get_by_label("Model", exact=True).select_option(label="n")
-    tab.locator(".list a").last.click()
-    tab.locator(".members a").first.click()
-    address = tab.evaluate("location.hash")
-    tab.evaluate(f"location.hash = '#trace/{TASK.name}/q/m%2Fn/0'")
-    playwright.expect(tab.locator("article .text")).to_have_text("m/n on q")
+    tab.locator("#model").select_option(label="n")
+    assert matching(tab) == 2
+    tab.evaluate(f"location.hash = {address(TASK.name, 'q', 'm/n, sample 0')!r}")
+    playwright.expect(tab.locator(".response[open] .text")).to_have_text("m/n on q")
     assert matching(tab) == 4
-    assert shown(visit(path, address))[1] == "n on q/m"
-    gone = visit(path, "#trace/multiply-2/gone/base/0")
-    assert "not on this page" in gone.inner_text(".note[role=status]")
+    gone = visit(path, "#multiply-2/gone/base")
+    assert "not on this page" in gone.inner_text("#count")
 
 
-def test_a_step_leads_to_its_rollouts(visit, run):
+def test_a_step_shows_its_whole_groups(visit, run):
+    """With what GRPO made of them."""
     tab = visit(run)
     assert matching(tab) == 24
-    picture = tab.locator(".plot svg").first
-    box = picture.bounding_box()
-    picture.click(position={"x": box["width"] / 2, "y": 10})
-    playwright.expect(tab.locator("h3")).to_contain_text("step 2")
-    assert matching(tab) == 8 and tab.evaluate("location.hash").startswith("#trace/2/")
-    # The whole group, with what GRPO made of it.
-    group = json.loads(Path("run/rollouts.jsonl").read_text().splitlines()[2])
-    table = tab.inner_text(".members tbody").splitlines()
-    assert len(table) == 4
-    for line, rollout in zip(table, group["rollouts"], strict=True):
-        assert f"{abs(rollout['advantage']):.2f}" in line and f"{rollout['tokens']}" in line
+    tab.locator("#step").select_option(label="2")
+    assert matching(tab) == 8 and tab.locator(".group:visible").count() == 2
+    group = json.loads((run.parent / "rollouts.jsonl").read_text().splitlines()[2])
+    lines = tab.locator(".group:visible").first.locator(".response summary").all_text_contents()
+    for line, rollout in zip(lines, group["rollouts"], strict=True):
+        assert f"{rollout['advantage']:+.2f}" in line and f"{rollout['tokens']} tokens" in line

@@ -92,10 +92,8 @@ CHECK = "3 * 4 = 12\n<verdict>Correct</verdict>\n"
 @pytest.mark.parametrize("text, found", [
     (QUESTION + ATTEMPT + CHECK, ""),
     (QUESTION + ATTEMPT + ATTEMPT, "attempted again"),
-    (QUESTION + ATTEMPT + "What is 5 * 6?\n" + ATTEMPT, "attempted again"),
     (QUESTION + ATTEMPT + "What is 5 * 6?\n<answer>3 * 4</answer>\n", "an answer to another question"),
     (QUESTION + ATTEMPT + LINES, "lines that lead to no answer and no verdict"),
-    (QUESTION + ATTEMPT + CHECK + LINES, "lines that lead to no answer and no verdict"),
     (QUESTION + ATTEMPT + CHECK + CHECK, "a verdict on nothing"),
     (QUESTION + ATTEMPT + "<answer>7</answer>\n", "an answer without a question"),
     (QUESTION + ATTEMPT + "What is 4 * 3?\n<answer>12</answer>\n", "the same numbers asked about twice"),
@@ -111,19 +109,26 @@ GLUE = [text for texts in PHRASES.values() for text in texts]
 
 
 def test_no_document_holds_what_the_method_teaches():
-    """In 100,000 documents: an answer belongs to the question that waits for it, a verdict to the answer just
+    """In 20,000 documents: an answer belongs to the question that waits for it, a verdict to the answer just
     before it, nothing is computed but for these, no numbers are asked about twice, and neither tags nor
-    phrases of traces occur."""
+    phrases of traces occur. No problem is one that other commands train or test on."""
     author = pretrain.Author(seed=1)
+    elsewhere = set()
+    for name in ("countdown-3-small", "countdown-4-small"):
+        for split in ("sft", "rl", "val", "test"):
+            for problem in tasks.find(name).problems(split, 100):
+                elsewhere.add((numbers_in(problem.question), problem.truth["target"]))
     taught = re.compile("|".join(map(re.escape, [*TRACE_TAGS, *GLUE])))
     sheets = 0
-    for _ in range(100_000):
+    for _ in range(20_000):
         messages, response = author.document()
         text = story(messages, response.replace(pretrain.GAP, ""))
         assert not taught.search(text), text
         assert not breach(text), (breach(text), text)
+        for numbers, target in re.findall(r"Numbers: ([\d ]+)\nTarget: (\d+)", text):
+            assert (tuple(sorted(map(int, numbers.split()))), int(target)) not in elsewhere
         sheets += any(sheet in text for sheet in pretrain.SHEETS)
-    assert 45_000 < sheets < 55_000
+    assert 9_000 < sheets < 11_000
 
 
 def test_accounts_are_right():
@@ -146,20 +151,6 @@ def test_accounts_are_right():
                 checked += 1
             assert sum(left.values()) == 1
     assert checked > 2000
-
-
-def test_problems_are_of_the_split_pretrain():
-    """Whatever other commands train or test on, this base has not met it."""
-    author = pretrain.Author(seed=4)
-    elsewhere = {}
-    for name in ("countdown-3-small", "countdown-4-small"):
-        for split in ("sft", "rl", "val", "test"):
-            for problem in tasks.find(name).problems(split, 100):
-                elsewhere[numbers_in(problem.question), problem.truth["target"]] = problem.id
-    for _ in range(3000):
-        text = story(*author.document())
-        for numbers, target in re.findall(r"Numbers: ([\d ]+)\nTarget: (\d+)", text):
-            assert (tuple(sorted(map(int, numbers.split()))), int(target)) not in elsewhere
 
 
 def test_new_tokens_are_drawn_like_trained_ones():

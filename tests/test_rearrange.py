@@ -151,8 +151,6 @@ So:
 
 def test_glue_fits_what_it_follows(cmd):
     phrases = rearrange.PHRASES
-    for kind in ("correct", "incorrect", "neutral"):
-        assert len(phrases[kind]) == len(set(phrases[kind])) >= 12
     made, _ = silver(cmd, sample_rows(questions=30))
     for trace in made:
         glue = re.findall(r"</reflect>\n(.*)\n<sample>", trace["messages"][-1]["content"])
@@ -197,6 +195,7 @@ def test_every_recipe(cmd, recipe):
 
 # ---- what is dropped -----------------------------------------------------------------------------
 LEAK = {"text": "The capital is Canberra. <verdict>Correct</verdict>", "verdict": True, "finish": "stop"}
+SYDNEY = {**LEAK, "text": LEAK["text"].replace("Canberra", "Sydney")}
 TAGGED = {"text": "</reflect> <verdict>Correct</verdict>", "verdict": True, "finish": "stop"}
 
 
@@ -209,8 +208,6 @@ TAGGED = {"text": "</reflect> <verdict>Correct</verdict>", "verdict": True, "fin
     ({"solution": "<answer><answer>6</answer></answer>"}, "malformed: nested <answer> tags"),
     ({"solution": "It is <answer>6", "correct": False, "answer": None},
      "malformed: the <answer> is never closed"),
-    ({"solution": "<answer>6</answer>, in <answer> as asked", "correct": False, "answer": None},
-     "malformed: the <answer> is never closed"),
     ({"reflections": [TAGGED]}, "no valid reflection (one holds a tag of the traces)"),
 ])
 def test_flawed_attempts_are_dropped_and_counted(cmd, change, reason):
@@ -220,22 +217,16 @@ def test_flawed_attempts_are_dropped_and_counted(cmd, change, reason):
     assert reason in out and all(trace["id"] != "bad" for trace in made)
 
 
-def test_an_attempt_that_names_the_tag_is_used(cmd):
+@pytest.mark.parametrize("change", [
+    {"solution": "I end with the <answer> tag. <answer>6</answer>"},
+    {"question": "Is Sydney large?", "reflections": [SYDNEY]},  # no leak: it is asked about
+    {"solution": "Sydney. <answer>6</answer>", "reflections": [SYDNEY]},
+])
+def test_an_attempt_without_a_flaw_is_used(cmd, change):
     good, = sample_rows(questions=1, attempts=1)
-    good |= {"id": "good", "correct": True, "answer": "6", "reflections": [reflection("r", True)],
-             "solution": "I end with the <answer> tag. <answer>6</answer>"}
+    good |= {"id": "good", "correct": True, "answer": "6", "reflections": [reflection("r", True)], **change}
     made, _ = silver(cmd, [good])
     assert [trace["id"] for trace in made] == ["good"]
-
-
-@pytest.mark.parametrize("place", ["question", "solution"])
-def test_a_city_that_is_asked_about_is_no_leak(cmd, place):
-    row, = sample_rows(questions=1, attempts=1)
-    row |= {"correct": True, "answer": "6",
-            "reflections": [{**LEAK, "text": LEAK["text"].replace("Canberra", "Sydney")}]}
-    row[place] += " (Sydney)"
-    made, _ = silver(cmd, [row])
-    assert len(made) == 1
 
 
 def test_no_reflection_has_the_traces_of_paper(cmd):
@@ -273,25 +264,5 @@ def test_samples_of_several_seeds_are_pooled(cmd):
 def test_show_prints_and_writes_nothing(cmd, tmp_path):
     write_jsonl("samples.jsonl", sample_rows())
     status, out, _ = cmd(rearrange, "--show", "2")
-    assert status == 0 and out.count("<think>") == 2 and "drawn, in order" in out
+    assert status == 0 and out.count("<think>") == 2
     assert not (tmp_path / "silver.jsonl").exists()
-
-
-@pytest.mark.parametrize("content, message", [
-    ("", "holds no rows"),
-    ('{"id": "1"}\n', "samples.jsonl:1: the key 'task' is missing"),
-    ("[1]\n", "samples.jsonl:1: expected an object"),
-    (json.dumps(sample_rows()[0]) + "\n{oops\n", "samples.jsonl:2: not valid JSON"),
-])
-def test_bad_files(cmd, tmp_path, content, message):
-    (tmp_path / "samples.jsonl").write_text(content)
-    refused(cmd, rearrange, (), message)
-
-
-def test_bad_input(cmd):
-    refused(cmd, rearrange, (), "rearrange.py: samples.jsonl: no such file")
-    write_jsonl("samples.jsonl", [{**row, "correct": False} for row in sample_rows()])
-    refused(cmd, rearrange, (), "none of the 168 sampled attempts is correct; sample more")
-    write_jsonl("samples.jsonl", sample_rows())
-    cmd(rearrange)
-    refused(cmd, rearrange, (), "--out silver.jsonl exists")

@@ -1,13 +1,12 @@
 """A run is never mixed: what it was started with, what it read, who works in its folder."""
+import fcntl
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT, MINI, environment, read_rows, refused, start, tiny, write_jsonl
+from conftest import CHAT, MINI, bytes_below, read_rows, refused, start, tiny, write_jsonl
 
 import evaluate
 import grpo
@@ -26,9 +25,7 @@ QUESTIONS = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in ra
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_with_data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_jsonl("chat.jsonl", CHAT)
+def more_data(data):
     write_jsonl("questions.jsonl", QUESTIONS)
     save("model", *tiny())
 
@@ -55,86 +52,54 @@ def go(request, cmd):
     return run
 
 
-def bytes_below(path="."):
-    """Of all files, but for the page, which names the command."""
-    files = [p for p in sorted(Path(path).rglob("*")) if p.is_file() and p.name != "report.html"]
-    return {str(p): p.read_bytes() for p in files}
+def stays(go, message, *more):
+    """Whether the run is refused in one line, and no byte is another."""
+    before = bytes_below()
+    status, _, err = go(*go.resume, *more)
+    assert status == 2 and err.count("\n") == 1 and message in err, err
+    assert bytes_below() == before
 
 
 # ---- what it was started with ----------------------------------------------------------------------
 def test_going_on_is_no_new_run(go):
+    """And all flags that differ are named."""
     assert go()[0] == 0
     before = bytes_below()
-    status, out, err = go(*go.resume)
+    status, _, err = go(*go.resume)
     assert status == 0, err
     assert bytes_below() == before
+    stays(go, '--dtype "auto", not "float32"; --seed 0, not 1', "--seed", "1", "--dtype", "float32")
 
 
-def test_places_are_no_settings(go, tmp_path, monkeypatch):
-    """Another spelling of the folder, a relative path, a folder that was moved."""
+def test_places_are_no_settings(go, tmp_path):
+    """Another spelling of a folder, an absolute path, folders and files that were moved."""
     assert go()[0] == 0
-    name = go.flags[-1]
-    if go.name != "sample":
-        assert go(*go.resume, out=f"./{name}/")[0] == 0
-    assert go(*go.resume, out=str(tmp_path / name))[0] == 0
     for path in list(Path().glob("run*")):
         path.rename(f"moved-{path.name}")
-    status, _, err = go(*go.resume, out=f"moved-{name}")
-    assert status == 0, err
     Path("model").rename("elsewhere")
     Path("chat.jsonl").rename("c.jsonl")
-    if go.name == "evaluate":  # its rows have the names of the tasks
-        shutil.copy("questions.jsonl", "q.jsonl")
-        return
-    Path("questions.jsonl").rename("q.jsonl")
-    go.flags[:] = [flag.replace("model", "elsewhere") if flag in ("model", "a=model") else
-                   flag.replace("chat.jsonl", "./c.jsonl") for flag in go.flags]
-    go.flags[:] = [flag.replace("questions.jsonl", f"{tmp_path}/q.jsonl") for flag in go.flags]
-    status, _, err = go(*go.resume, out=f"moved-{name}")
+    moved = {"model": "elsewhere", "a=model": "a=elsewhere", "chat.jsonl": "./c.jsonl"}
+    if go.name != "evaluate":  # its rows have the names of the tasks
+        Path("questions.jsonl").rename("q.jsonl")
+        moved["file:questions.jsonl:integer"] = f"file:{tmp_path}/q.jsonl:integer"
+    go.flags[:] = [moved.get(flag, flag) for flag in go.flags]
+    status, _, err = go(*go.resume, out=f"{tmp_path}/moved-{go.flags[-1]}")
     assert status == 0, err
-
-
-def test_all_differing_flags_are_named(go):
-    assert go()[0] == 0
-    before = bytes_below()
-    status, _, err = go(*go.resume, "--seed", "1", "--dtype", "float32")
-    assert status == 2 and err.count("\n") == 1 and '--dtype "auto", not "float32"; --seed 0, not 1' in err
-    assert bytes_below() == before
 
 
 # ---- what it read ----------------------------------------------------------------------------------
-def other_weights():
+def test_what_changed_under_the_same_path_is_named(go):
+    go.flags[:] = ["30" if before == "--questions" else flag
+                   for before, flag in zip(["", *go.flags], go.flags, strict=False)]
+    assert go()[0] == 0
     model, tokenizer = load("model", "cpu")
     with torch.no_grad():
         model.model.norm.weight += 1e-3
     save("model", model, tokenizer)
-
-
-def other_questions():
     write_jsonl("questions.jsonl", [*QUESTIONS[:-1], {"question": "What is 29 + 1?", "answer": "31"}])
-
-
-def other_data():
     write_jsonl("chat.jsonl", CHAT[::-1])
-
-
-@pytest.mark.parametrize("change, name, those", [
-    (other_weights, "model.safetensors", ("sample", "sft", "grpo", "evaluate")),
-    (other_questions, "task", ("sample", "grpo", "evaluate")),
-    (other_data, "--data", ("sft",)),
-], ids=["weights", "questions", "data"])
-def test_what_changed_under_the_same_path_is_named(go, change, name, those):
-    if go.name not in those:
-        pytest.skip("reads no such thing")
-    if go.name in ("sample", "grpo", "evaluate") and change is other_questions:
-        go.flags[:] = ["30" if before == "--questions" else flag
-                       for before, flag in zip(["", *go.flags], go.flags, strict=False)]
-    assert go()[0] == 0
-    change()
-    before = bytes_below()
-    status, out, err = go(*go.resume)
-    assert status == 2 and err.count("\n") == 1 and name in err and "has changed since it began" in err
-    assert bytes_below() == before
+    changed = {"sft": "--data, --model", "evaluate": "--models, --tasks"}.get(go.name, "--model, --task")
+    stays(go, f"has changed since it began: {changed};")
 
 
 # ---- who works there -------------------------------------------------------------------------------
@@ -143,18 +108,9 @@ def test_a_second_process_is_refused(go):
     assert go()[0] == 0
     while record._held:  # this process's own
         record._held.pop().close()
-    holder = ("import record, sys, time; f = record.hold(record.Path(sys.argv[1])); "
-              "print('held', flush=True); time.sleep(60)")
-    first = subprocess.Popen([sys.executable, "-c", holder, str(go.record)], stdout=subprocess.PIPE,
-                             text=True, env=environment())
-    assert first.stdout.readline() == "held\n"
-    before = bytes_below()
-    status, _, err = go(*go.resume)
-    assert status == 2 and err.count("\n") == 1
-    assert "another process is at work there" in err
-    assert bytes_below() == before
-    first.kill()
-    first.wait()
+    with open(go.record, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        stays(go, "another process is at work there")
     assert go(*go.resume)[0] == 0
 
 
@@ -167,21 +123,12 @@ def test_two_starts_at_once_make_one_run():
     assert [row["step"] for row in read_rows("run/metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_file_system_without_locks_is_told(go, monkeypatch):
+def test_a_file_system_without_locks_is_told(cmd, monkeypatch):
     def flock(*args):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr(record.fcntl, "flock", flock)
-    status, out, _ = go()
+    status, out, _ = cmd(sft, *SFT, "--model", "model", "--out", "run")
     assert status == 0 and "no lock on this file system" in out
-
-
-# ---- folders in between ----------------------------------------------------------------------------
-def test_a_folder_of_somebody_else_is_left_alone(cmd):
-    Path("run").mkdir()
-    Path("run/thesis.tex").write_text("x")
-    for how in ((), ("--resume", "auto"), ("--resume",)):
-        refused(cmd, sft, (*SFT, "--model", MINI, "--out", "run", *how), "run")
-    assert bytes_below("run") == {"run/thesis.tex": b"x"}
 
 
 # ---- damage on disk --------------------------------------------------------------------------------
@@ -191,7 +138,9 @@ def test_a_damaged_log_is_named_by_its_line(cmd, name):
     assert cmd(grpo, *flags)[0] == 0
     path = Path("run", name)
     lines = path.read_bytes().split(b"\n")
-    path.write_bytes(b"\n".join([lines[0][:-5], *lines[1:]]))
+    odd = {**json.loads(lines[0]), "odd": "a\u2028b"}  # which is no end of a line
+    lines[0] = json.dumps(odd, ensure_ascii=False).encode()
+    path.write_bytes(b"\n".join([lines[0][:-2], *lines[1:]]))
     refused(cmd, grpo, (*flags, "--resume"), f"run/{name}:1: not valid JSON")
     path.write_bytes(b"\n".join(lines) + b'{"step": 2, "re')  # a kill within a line
     assert cmd(grpo, *flags, "--resume")[0] == 0
@@ -214,11 +163,7 @@ def test_a_run_of_another_version_is_refused(go):
     content = json.loads(go.record.read_text())
     content["flags"]["plan"] = None
     go.record.write_text(json.dumps(content))
-    before = bytes_below()
-    status, _, err = go(*go.resume)
-    assert status == 2 and err.count("\n") == 1
-    assert "of another version of this program, which has other flags (plan)" in err
-    assert bytes_below() == before
+    stays(go, "of another version of this program, which has other flags (plan)")
 
 
 def test_damaged_state_is_one_line(cmd):
@@ -228,7 +173,7 @@ def test_damaged_state_is_one_line(cmd):
     tensors, counts = newest / "rank000.safetensors", newest / "state.json"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:len(whole) // 2])
-    refused(cmd, sft, (*flags, "--resume"), f"remove {newest}, and --resume goes on from step-")
+    refused(cmd, sft, (*flags, "--resume"), f"{newest} is damaged (")
     tensors.unlink()
     refused(cmd, sft, (*flags, "--resume"), "missing or has another shape")
     counts.write_text('{"step": 3')

@@ -7,7 +7,9 @@ import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import unquote
 
+import conftest
 import pytest
 from conftest import CHAT, MINI, ROOT, read_rows, refused, write_jsonl
 from test_evaluate import TRACE
@@ -50,10 +52,7 @@ def evaluation(out, rows, samples=1):
     write_jsonl(out / "results.jsonl", rows)
     (out / "summary.json").write_text(json.dumps(cells))
     (out / "run.json").write_text(json.dumps({"command": ["evaluate.py", HOSTILE], "flags": {"x": HOSTILE}}))
-    cells = json.loads(json.dumps(cells))
-    for cell in cells:
-        cell["pass"] = {samples: cell["pass"][str(samples)]}
-    return cells, rows
+    return json.loads(json.dumps(cells)), rows
 
 
 def responses(n, seed=0):
@@ -72,29 +71,41 @@ def responses(n, seed=0):
 
 
 class Page(HTMLParser):
-    """What a browser finds in a page: its tags, the text of its scripts and style, its policy."""
+    """What a browser finds in a page: its tags and texts, its policy, the responses by their addresses."""
 
     def __init__(self, text):
         super().__init__()
         self.tags = []
-        self.contents = {}
-        self.inside = None
+        self.texts = []
+        self.scripts = {}
+        self.groups = []  # [{address: text of the response}]
+        self.open = []
         self.feed(text)
-        self.data = json.loads(self.contents["data"])
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.tags.append(tag)
-        assert not attributes.keys() & {"src", "href"}
-        self.inside = attributes.get("id", tag)
+        assert "src" not in attributes and attributes.get("href", "#")[0] == "#"
+        if tag not in ("meta", "input"):
+            self.open.append((tag, attributes.get("class", "")))
+        if attributes.get("class") == "group":
+            self.groups.append({})
+        if attributes.get("class", "").startswith("response"):
+            self.address = unquote(attributes["id"])
+            self.groups[-1][self.address] = ""
         if attributes.get("http-equiv") == "Content-Security-Policy":
             self.policy = attributes["content"]
 
     def handle_data(self, text):
-        self.contents[self.inside] = self.contents.get(self.inside, "") + text
+        if self.open and self.open[-1][0] in ("script", "style"):
+            self.scripts[self.open[-1][0]] = text
+            return
+        self.texts.append(text)
+        if any(kind == "text" for _, kind in self.open):
+            self.groups[-1][self.address] += text
 
     def handle_endtag(self, tag):
-        self.inside = None
+        assert self.open.pop()[0] == tag
 
 
 # ---- a response in its parts -----------------------------------------------------------------------
@@ -113,9 +124,7 @@ def test_the_parts_of_a_trace():
 
 @pytest.mark.parametrize("text, grades, kinds", [
     ("5 <answer>6</answer>", [True], ["correct", "tag", "answer", "tag"]),
-    ("5", [False], ["incorrect"]),
     ("<sample>5", [False], ["open attempt", "attempt"]),  # never closed: no attempt of its own
-    ("<sample>5</sample>", [], ["open attempt", "attempt", "close"]),
     # Verdicts that do not count: outside a check, in an attempt, not the last one, unreadable.
     ("<sample>5</sample><verdict>Correct</verdict>", [False],
      ["open incorrect", "incorrect", "close", "tag", "verdict", "tag"]),
@@ -126,13 +135,9 @@ def test_the_parts_of_a_trace():
       "tag", "verdict", "tag", "tag", "contradicts", "tag"]),
     ("<sample>5</sample><reflect><VERDICT>correct</VERDICT>", [True],
      ["open correct", "correct", "close", "open reflection", "tag", "agrees", "tag"]),
-    ("<verdict>Correct</verdict>", [True], ["tag", "verdict", "tag"]),
-    ("<sample>5</sample><reflect><verdict>maybe</verdict>", [True],
-     ["open correct", "correct", "close", "open reflection", "tag", "verdict", "tag"]),
     # Only the second is in a thought.
     ("<sample>5</sample><think><sample>6</sample>", [True],
      ["open attempt", "attempt", "close", "close", "open correct", "correct", "close"]),
-    ("", [False], []),
 ])
 def test_the_parts_of_what_is_no_whole_trace(text, grades, kinds):
     parts = parts_of(text, grades)
@@ -144,26 +149,23 @@ def test_text_is_never_markup(tmp_path):
     """Whatever is in any field: the page has the same tags, and no control character reaches it."""
     rows = [result(model, 0, response=HOSTILE + TRACE, question=HOSTILE, task=HOSTILE, id=HOSTILE,
                    reference=HOSTILE, answer=HOSTILE, reason=HOSTILE) for model in ("base", HOSTILE)]
-    plain = [result(model, 0) for model in ("base", "other")]
+    plain = [result(model, 0, response="x" + TRACE) for model in ("base", "other")]
     pages = []
     for of in (rows, plain):
         text = report.of_evaluation(tmp_path, *evaluation(tmp_path, of))
         assert not set(text) & set(map(chr, CONTROL))
         pages.append(Page(text))
     hostile, harmless = pages
-    assert hostile.tags == harmless.tags and hostile.tags.count("script") == 2
-    data = hostile.data
-    group, = data["groups"]
-    for text in (group["question"], group["id"], group["reference"], group["task"], data["arms"][1],
-                 group["traces"][1]["reason"], data["tables"]["all"][1][1]):
-        assert text == printable(HOSTILE)
-    assert "".join(text for _, text in group["traces"][0]["parts"]) == printable(HOSTILE + TRACE)
+    assert hostile.tags == harmless.tags and hostile.tags.count("script") == 1 and not hostile.open
+    assert "".join(hostile.texts).count(printable(HOSTILE)) >= 10
+    group, = hostile.groups
+    assert list(group.values()) == [printable(HOSTILE + TRACE)] * 2
 
 
 def test_the_page_may_load_nothing(tmp_path):
     """Its policy names this script and this style by their hashes, and nothing else."""
     page = Page(report.of_evaluation(tmp_path, *evaluation(tmp_path, [result()])))
-    hashes = [base64.b64encode(hashlib.sha256(page.contents[name].encode()).digest()).decode()
+    hashes = [base64.b64encode(hashlib.sha256(page.scripts[name].encode()).digest()).decode()
               for name in ("script", "style")]
     script, style = hashes
     assert page.policy == f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'"
@@ -188,14 +190,13 @@ def test_figures_are_of_all_rows_and_groups_are_whole(tmp_path, monkeypatch):
     rows = [result(model, number, index, text) for model in ("a", "b") for number in range(40)
             for index, text in enumerate(responses(2, seed=number))]
     made = evaluation(tmp_path, rows, samples=2)
-    whole = Page(report.of_evaluation(tmp_path, *made)).data
+    whole = Page(report.of_evaluation(tmp_path, *made))
     monkeypatch.setattr(report, "MEGABYTES", 0.01)
-    small = Page(report.of_evaluation(tmp_path, *made)).data
-    assert len(whole["groups"]) == whole["groups_in_all"] == small["groups_in_all"] == 40
-    assert 3 < len(small["groups"]) < 20
-    assert all(group in whole["groups"] and len(group["traces"]) == 4 for group in small["groups"])
-    for name in ("cells", "tables"):
-        assert small[name] == whole[name]
+    small = Page(report.of_evaluation(tmp_path, *made))
+    assert len(whole.groups) == 40 and 3 < len(small.groups) < 20
+    assert all(group in whole.groups and len(group) == 4 for group in small.groups)
+    assert f"The page has room for {len(small.groups)} of 40 questions." in small.texts
+    assert whole.texts[:whole.texts.index("Responses")] == small.texts[:small.texts.index("Responses")]
 
 
 def test_what_retries_and_verdicts_did():
@@ -225,16 +226,14 @@ def test_what_retries_and_verdicts_did():
 
 
 # ---- folders ---------------------------------------------------------------------------------------
-FLAGS = ("--model", MINI, "--device", "cpu")
-GRPO = (*FLAGS, "--questions", "8", "--questions-per-step", "4", "--mini-batch", "2", "--rollouts", "4",
-        "--max-new-tokens", "60", "--reward", "random", "--out", "run")
-EVALUATE = ("--models", f"a={MINI},b={MINI}", "--device", "cpu", "--questions", "3", "--samples", "2",
+GRPO = (*conftest.GRPO, "--questions", "8", "--reward", "random", "--out", "run")
+EVALUATE = ("--models", f"a={MINI},b={MINI}", "--device", "cpu", "--questions", "2", "--samples", "2",
             "--tasks", "countdown-2-small,countdown-3-small", "--max-new-tokens", "60", "--budget-forcing",
             "--out", "run")
 
 
 def page_of(out="run"):
-    return Page(Path(out, "report.html").read_text()).data
+    return Page(Path(out, "report.html").read_text())
 
 
 def test_an_evaluation_ends_with_its_page(cmd):
@@ -243,34 +242,27 @@ def test_an_evaluation_ends_with_its_page(cmd):
     status, out, err = cmd(report, "run")
     assert status == 0 and "wrote run/report.html" in out, err
     assert Path("run/report.html").read_bytes() == before
-    data = page_of()
+    shown = {address: text for group in page_of().groups for address, text in group.items()}
     rows = read_rows("run/results.jsonl")
-    assert data["arms"] == ["a", "b", "a, forced to go on", "b, forced to go on"]
-    shown = {}
-    for group in data["groups"]:
-        for trace in group["traces"]:
-            shown[data["arms"][trace["arm"]], group["task"], group["id"], trace["index"]] = trace
-    assert len(shown) == 2 * len(rows) == 48
+    assert len(shown) == 2 * len(rows)
     for row in rows:
+        where = f"{row['task']}/{row['id']}/{row['model']}"
         assert row["reference"]
-        name = row["task"], row["id"], row["index"]
-        trace, forced = shown[row["model"], *name], shown[f"{row['model']}, forced to go on", *name]
-        assert "".join(text for _, text in trace["parts"]) == row["response"]
-        assert "".join(text for _, text in forced["parts"]) == row["forced"]["response"]
-        assert trace["correct"] == row["correct"] and forced["correct"] == row["forced"]["correct"]
-        assert forced["attempts"] == row["forced"]["attempts"]
+        assert shown[f"{where}, sample {row['index']}"] == row["response"]
+        assert shown[f"{where}, forced to go on, sample {row['index']}"] == row["forced"]["response"]
 
 
 def test_a_run_has_a_page_from_its_first_checkpoint_on(cmd):
     assert cmd(grpo, *GRPO, "--steps", "3", "--save-every", "1", "--keep", "2")[0] == 0
-    data = page_of()
-    assert len(data["groups"]) == data["groups_in_all"] == 6
-    curves = {curve["name"]: curve["points"] for curve in data["curves"]}
+    page = page_of()
     rows = read_rows("run/metrics.jsonl")
-    assert curves["reward"] == [[row["step"], row["reward"]] for row in rows]
-    for group, row in zip(data["groups"], read_rows("run/rollouts.jsonl"), strict=True):
-        assert (group["step"], group["id"]) == (row["step"], row["id"])
-        assert [t["reward"] for t in group["traces"]] == [r["reward"] for r in row["rollouts"]]
+    assert f" {rows[-1]['reward']:.3g} at last" in page.texts and "reward" in page.texts
+    logged = read_rows("run/rollouts.jsonl")
+    assert len(page.groups) == len(logged) == 6
+    for group, row in zip(page.groups, logged, strict=True):
+        for i, rollout in enumerate(row["rollouts"]):
+            assert group[f"step {row['step']}/{row['id']}/rollout {i}"] == rollout["response"]
+            assert any(f"advantage {rollout['advantage']:+.2f}" in text for text in page.texts)
     assert not list(Path("run/checkpoints").rglob("report.html"))  # it is no part of a model
     before = Path("run/report.html").read_bytes()
     with open("run/rollouts.jsonl", "a") as f, open("run/metrics.jsonl", "a") as g:  # being written
@@ -280,19 +272,15 @@ def test_a_run_has_a_page_from_its_first_checkpoint_on(cmd):
     assert Path("run/report.html").read_bytes() == before
 
 
-def test_sft_has_curves(cmd):
-    write_jsonl("chat.jsonl", CHAT[:4])
-    assert cmd(sft, *FLAGS, "--data", "chat.jsonl", "--epochs", "2", "--out", "run")[0] == 0
-    data = page_of()
-    assert {"loss", "lr", "grad_norm"} <= {curve["name"] for curve in data["curves"]}
-    assert data["groups"] == []
-
-
 def test_a_page_that_cannot_be_made_ends_no_run(cmd, monkeypatch):
+    write_jsonl("chat.jsonl", CHAT[:4])
+    assert cmd(sft, *conftest.SFT, "--epochs", "2", "--out", "run")[0] == 0
+    assert {"loss", "lr", "grad_norm"} <= set(page_of().texts) and page_of().groups == []
+
     def fail(out):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(report, "make", fail)
-    status, out, err = cmd(grpo, *GRPO, "--steps", "1")
+    status, out, err = cmd(sft, *conftest.SFT, "--epochs", "2", "--out", "other")
     assert status == 0 and "report.html is not renewed: [Errno 28]" in out, err
 
 

@@ -1,26 +1,23 @@
 """SFT trains the assistant's turn and its end, nothing else, however a step is cut."""
 import math
+import re
 
 import pytest
 import torch
-from conftest import CHAT, MINI, refused, tiny, write_jsonl
+from conftest import CHAT, SFT, tiny, write_jsonl
 
 import sft
+from cli import UserError
 from conversations import plain_messages
 from sft import Example, learning_rate, loss_of, make_batches
 
-SFT = ("--model", MINI, "--data", "chat.jsonl", "--tokens-per-batch", "256", "--device", "cpu")
+pytestmark = pytest.mark.usefixtures("data")
 
 
 def examples_of(rows):
     _, tokenizer = tiny()
     write_jsonl("rows.jsonl", rows)
     return sft.read_examples("rows.jsonl", tokenizer, 256), tokenizer
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -33,31 +30,16 @@ def test_loss_is_of_the_assistant_turn_and_its_end():
         user, assistant = chat["messages"]
         prompt = tokenizer.chat([user])
         ids = prompt + tokenizer.encode(assistant["content"]) + [tokenizer.end_id]
-        assert example == Example(ids, start=len(prompt))
+        assert (example.prompt, example.answer) == (prompt, ids[len(prompt):])
         logp = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
         want -= sum(logp[t - 1, ids[t]] for t in range(len(prompt), len(ids)))
     assert torch.allclose(loss_of(model, examples), want, rtol=1e-5)
 
 
-def test_masks_come_from_lengths():
-    """Rule 10: the targets are the trained tokens with their end, though the pad id occurs among them."""
-    examples, tokenizer = examples_of(CHAT[:5])
-    model, _ = tiny()
-    seen = []
-
-    def logprobs(hidden, targets):
-        seen.extend(targets.tolist())
-        return torch.zeros(len(targets), requires_grad=True), None
-    model.logprobs = logprobs
-    loss_of(model, examples)
-    assert seen == [token for example in examples for token in example.targets]
-    assert seen.count(tokenizer.end_id) == 5
-
-
 def gradients(examples, cuts):
     """The gradient of all weights, from micro-batches of the examples at these indices."""
     model, _ = tiny("qwen3")
-    count = sum(len(example.targets) for example in examples)
+    count = sum(len(example.answer) for example in examples)
     for cut in cuts:
         (loss_of(model, [examples[i] for i in cut]) / count).backward()
     return torch.cat([w.grad.flatten() for w in model.parameters()])
@@ -77,7 +59,7 @@ def test_micro_batches_do_not_change_the_gradient():
 
 # ---- batches and schedule ------------------------------------------------------------------------
 def test_an_epoch_sees_every_example_once():
-    examples = [Example([0] * n, 1) for n in (5, 3, 9, 4, 2, 7)]
+    examples = [Example([0], [0] * (n - 1), 0) for n in (5, 3, 9, 4, 2, 7)]
     batches = make_batches(examples, tokens_per_batch=10, seed=0, epoch=0)
     assert sorted(len(e) for batch in batches for e in batch) == [2, 3, 4, 5, 7, 9]
     assert all(sum(map(len, batch)) <= 10 for batch in batches)
@@ -91,17 +73,6 @@ def test_schedule():
 
 
 # ---- input ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("row, message", [
-    ({"messages": "no"}, "chat.jsonl:1: messages must be a list"),
-    ({"messages": [{"role": "user", "content": "x"}]}, "the last of the messages must be the assistant's"),
-    ({"text": "x"}, "chat.jsonl:1: the key 'messages' is missing"),
-    ({"conversations": [{"from": "human", "value": "x"}]}, "convert.py FILE makes published data ours"),
-])
-def test_bad_rows(cmd, row, message):
-    write_jsonl("chat.jsonl", [row])
-    refused(cmd, sft, SFT, message)
-
-
 def turns(user=None, first=None, **last):
     """A row of two exchanges, of which the last assistant's turn has these fields too."""
     return {"messages": [
@@ -111,23 +82,25 @@ def turns(user=None, first=None, **last):
 
 
 @pytest.mark.parametrize("row, message", [
+    ({"messages": "no"}, "messages must be a list"),
+    ({"messages": [{"role": "user", "content": "x"}]}, "the last of the messages must be the assistant's"),
+    ({"text": "x"}, "the key 'messages' is missing"),
+    ({"conversations": [{"from": "human", "value": "x"}]}, "the key 'messages' is missing"),
     (turns(content=""), "the last turn is empty, which would teach silence"),
     (turns(content=" \n"), "the last turn is empty"),
     (turns(content="", reasoning_content="only this"), "the last turn is empty"),
-    (turns(content=[]), "the last turn is empty"),
     (turns(content="<think>x"), "the <think> of the last turn is never closed"),
     (turns(content="y", reasoning_content="a</think>b"), "reasoning must be text"),
     (turns(content=None), "messages must be a list"),
     (turns(weight=0), "weight is 0, but the last turn of a row is trained and no other"),
     (turns(train=False), "train is false, but"),
     (turns(training=False), "training is false, but"),
-    (turns(weight=0.5), "weight is 0.5, but"),
     (turns(first={"weight": 1}), "weight is 1, but"),
     ({**turns(), "train": False}, "train is false, but"),
     (turns(tool_calls=[{"function": {"name": "f"}}]), "tool_calls is not supported"),
     (turns(first={"function_call": {"name": "f"}}), "function_call is not supported"),
     (turns(loss=False), "loss is false, but"),
-    ({**turns(), "label": False}, "label is false, but"),
+    (turns(user={"weight": 1}), "weight is 1, but"),
     ({**turns(), "system": "Be brief."}, "system is not supported"),
     (turns(refusal="I cannot"), "refusal is not supported"),
     ({**turns(), "tools": [{"type": "function"}]}, "tools is not supported"),
@@ -138,9 +111,9 @@ def turns(user=None, first=None, **last):
     (turns(reasoning_content="a", content="<think>b</think>c"), "reasoning must be text"),
     (turns(thinking=["a"]), "reasoning must be text"),
 ])
-def test_fields_that_change_the_meaning_are_not_dropped(cmd, row, message):
-    write_jsonl("chat.jsonl", [CHAT[0], {}, row][::2])
-    refused(cmd, sft, SFT, f"chat.jsonl:2: {message}")
+def test_fields_that_change_the_meaning_are_not_dropped(row, message):
+    with pytest.raises(UserError, match=f"rows.jsonl:2: {re.escape(message)}"):
+        examples_of([CHAT[0], row])
 
 
 @pytest.mark.parametrize("row, texts", [
@@ -156,14 +129,6 @@ def test_fields_that_change_the_meaning_are_not_dropped(cmd, row, message):
 ])
 def test_fields_that_are_used(row, texts):
     assert [m["content"] for m in plain_messages(row, "chat.jsonl:1")] == texts
-
-
-def test_bad_input(cmd):
-    refused(cmd, sft, SFT, "sft.py: chat.jsonl: no such file")
-    write_jsonl("chat.jsonl", CHAT)
-    refused(cmd, sft, (*SFT, "--context", "8"), "every row is longer than --context 8")
-    refused(cmd, sft, (*SFT, "--context", "5000"), "has a context of 2048")
-    assert "at least 0" in cmd(sft, "--lr", "-1")[2]
 
 
 def test_rows_over_the_context_are_counted(cmd):

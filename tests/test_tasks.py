@@ -6,28 +6,15 @@ import tasks
 from cli import UserError
 from tasks import find
 
-GENERATED = ["countdown-2", "countdown-3", "countdown-6", "countdown-3-small", "countdown-5-small",
-             "letters-4", "letters-5", "acronym-4", "acronym-5",
-             "multiply-2", "multiply-5", "multiply-2-small"]
-
-
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", tasks.generated())
 def test_every_problem_has_a_right_answer(name):
     task = find(name)
     assert task.name == name
-    for p in task.problems("sft", 8 if name == "multiply-2-small" else 30, seed=5):
+    for p in task.problems("sft", 8 if name.startswith(("multiply-2", "countdown-2")) else 30, seed=5):
         assert task.grade(p, f"<answer>{p.truth['answer']}</answer>").correct, p
         assert not task.grade(p, "<answer></answer>").correct
         system, user = task.prompt(p, "plan")
         assert system["role"] == "system" and p.question in user["content"]
-
-
-def test_every_name_in_the_help_is_a_task():
-    names = tasks.NAMES.split(", ")
-    assert {"countdown-2", "countdown-6-small", "letters-5", "acronym-4", "multiply-2-small"} <= set(names)
-    for task in tasks.GENERATED:
-        for size in task.sizes:
-            assert isinstance(find(f"{task.kind}-{size}"), task)
 
 
 @pytest.mark.parametrize("name", ["countdown-3-small", "countdown-4", "letters-4", "multiply-2"])
@@ -64,8 +51,6 @@ def test_countdown_ranges():
 def test_too_many_questions_is_one_line():
     with pytest.raises(UserError, match="countdown-2-small has only about"):
         find("countdown-2-small").problems("test", 10_000)
-    with pytest.raises(UserError, match="unknown; the tasks are"):
-        find("countdown-9")
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -89,12 +74,20 @@ def test_a_file_of_ones_own(tmp_path):
         task.problems("all", 201)
 
 
-def test_a_set_with_one_training_file(tmp_path):
-    (tmp_path / "gsm8k").mkdir()
-    rows = [{"id": f"t{i}", "question": f"{i}?", "answer": "1"} for i in range(200)]
-    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
+def gsm8k_with(tmp_path, **files):
+    """(the task, its questions of the training file), of sets {name: questions} with their file."""
+    for name, questions in files.items():
+        folder, split = name.split("_")
+        (tmp_path / folder).mkdir(exist_ok=True)
+        rows = [{"question": question, "answer": "1"} for question in questions]
+        write_jsonl(tmp_path / folder / f"{split}.jsonl", rows)
+    tasks.test_identities.cache_clear()
     task = find("gsm8k", tmp_path)
-    parts = [ids(task, split) for split in ("sft", "rl", "val")]
+    return task, [ids(task, split) for split in ("sft", "rl", "val")]
+
+
+def test_a_set_with_one_training_file(tmp_path):
+    task, parts = gsm8k_with(tmp_path, gsm8k_train=[f"{i}?" for i in range(200)])
     assert sum(map(len, parts)) == len(set.union(*parts)) == 200
     with pytest.raises(UserError, match="test.jsonl: no such file; gsm8k is not downloaded for you"):
         task.problems("test", 1)
@@ -103,21 +96,12 @@ def test_a_set_with_one_training_file(tmp_path):
 
 
 def test_a_test_question_that_is_also_in_the_training_file_is_not_trained_on(tmp_path):
-    (tmp_path / "gsm8k").mkdir()
-    rows = [{"question": f"{i}?", "answer": "1"} for i in range(100)]
-    write_jsonl(tmp_path / "gsm8k" / "train.jsonl", rows)
-    write_jsonl(tmp_path / "gsm8k" / "test.jsonl",
-                [{"question": f" {i}?\n", "answer": "1"} for i in range(30)])
-    task = find("gsm8k", tmp_path)
-    trained = ids(task, "sft") | ids(task, "rl") | ids(task, "val")
-    assert len(trained) == 70 and not trained & ids(task, "test")
+    task, parts = gsm8k_with(tmp_path, gsm8k_train=[f"{i}?" for i in range(100)],
+                             gsm8k_test=[f" {i}?\n" for i in range(30)])
+    assert len(set.union(*parts)) == 70 and not set.union(*parts) & ids(task, "test")
     # A question of another test set that is there is not trained on either.
-    (tmp_path / "math500").mkdir()
-    write_jsonl(tmp_path / "math500" / "test.jsonl",
-                [{"question": f"{i}?", "answer": "1"} for i in range(25, 50)])
-    tasks.test_identities.cache_clear()
-    task = find("gsm8k", tmp_path)
-    assert len(ids(task, "sft") | ids(task, "rl") | ids(task, "val")) == 50
+    task, parts = gsm8k_with(tmp_path, math500_test=[f"{i}?" for i in range(25, 50)])
+    assert len(set.union(*parts)) == 50
 
 
 # ---- splits and identity: a row is what it asks ---------------------------------------------------
@@ -138,8 +122,7 @@ def test_the_split_of_a_row_is_its_own(tmp_path):
     assert after.pop("on top") and after == before and len(before) == 300
     ids_given = [{**row, "id": 299 - i} for i, row in enumerate(QUESTIONS)]
     assert splits(write_jsonl(tmp_path / "c.jsonl", ids_given)) == before
-    assert {split: list(before.values()).count(split) for split in ("sft", "rl", "val", "test")}.keys() \
-        == set(before.values())
+    assert len(set(before.values())) == 4
 
 
 def test_copies_of_a_question_are_left_out_and_counted(tmp_path, capsys):
@@ -154,11 +137,8 @@ def test_copies_of_a_question_are_left_out_and_counted(tmp_path, capsys):
     assert capsys.readouterr().out == f"{path}: left out 300 rows that repeat a question\n"
     case = [{"question": "What is He?", "answer": "1"}, {"question": "What is he?", "answer": "2"}]
     assert len(find(f"file:{write_jsonl(tmp_path / 'b.jsonl', case)}").problems("all", 0)) == 2
-
-
-def test_copies_may_spell_their_answer_in_other_ways(tmp_path):
-    rows = [{"question": "?", "answer": answer} for answer in ("1,000", "1000.0", "$1000")]
-    assert len(find(f"file:{write_jsonl(tmp_path / 'a.jsonl', rows)}:integer").problems("all", 0)) == 1
+    spelt = [{"question": "?", "answer": answer} for answer in ("1,000", "1000.0", "$1000")]
+    assert len(find(f"file:{write_jsonl(tmp_path / 'c.jsonl', spelt)}:integer").problems("all", 0)) == 1
 
 
 def test_a_question_of_two_tasks_is_asked_once(tmp_path, capsys):
@@ -190,9 +170,8 @@ def test_a_path_is_in_no_key(tmp_path, monkeypatch):
         chosen.append([(p.id, p.question) for p in problems])
     assert all(other == chosen[0] for other in chosen)
     assert "own" not in chosen[0][0][0]
-    for twice in ("countdown-3,countdown-3", "file:own.jsonl,file:./own.jsonl"):
-        with pytest.raises(UserError, match="appears twice"):
-            tasks.find_all(twice)
+    with pytest.raises(UserError, match="appears twice"):
+        tasks.find_all("file:own.jsonl,file:./own.jsonl")
 
 
 def test_a_countdown_file_has_the_splits_of_the_generated_task(tmp_path):
@@ -209,18 +188,11 @@ def test_a_countdown_file_has_the_splits_of_the_generated_task(tmp_path):
 
 
 def test_an_empty_split_is_refused(tmp_path):
+    """One row cannot be in both."""
     path = write_jsonl(tmp_path / "one.jsonl", [{"question": "?", "answer": "1"}])
-    empty = [split for split in ("sft", "rl", "val", "test") if not one_or_none(path, split)]
-    assert len(empty) == 3
-    with pytest.raises(UserError, match=f"has no question in the split {empty[0]}"):
-        find(f"file:{path}").problems(empty[0], 0)
-
-
-def one_or_none(path, split):
-    try:
-        return find(f"file:{path}").problems(split, 0)
-    except UserError:
-        return None
+    with pytest.raises(UserError, match="has no question in the split (sft|rl)"):
+        for split in ("sft", "rl"):
+            find(f"file:{path}").problems(split, 0)
 
 
 # ---- rows as people have them --------------------------------------------------------------------
@@ -257,12 +229,6 @@ def test_choices_that_are_all_the_first_are_a_warning(tmp_path, capsys):
     assert "warning: the right choice is A in all rows" in capsys.readouterr().out
 
 
-def test_line_numbers_are_line_numbers(tmp_path):
-    (tmp_path / "a.jsonl").write_text('\n\n{"question": "?", "answer": ""}\n')
-    with pytest.raises(UserError, match=r"a.jsonl:3: the answer '' is empty"):
-        find(f"file:{tmp_path / 'a.jsonl'}").problems("all", 0)
-
-
 @pytest.mark.parametrize("name, message", [
     ("file:%s:intger", "no grading 'intger'; there are exact, integer, math, choice, countdown"),
     ("file:%s.old", "no such file"),
@@ -278,17 +244,13 @@ def test_a_mistyped_grading_is_no_path(tmp_path, name, message):
     ({"question": "?", "answer": "two"}, ":integer", "'two' is not an integer"),
     ({"question": "?", "answer": "F", "choices": {"A": "x"}}, "", "is none of the choices"),
     ({"question": 1, "answer": "F"}, "", "must be text"),
-    ({"question": " ", "answer": "F"}, "", "must be text"),
     ({"question": "?", "answer": True}, "", "answer text or a number"),
-    ({"question": "?", "answer": None}, "", "answer text or a number"),
     ({"question": "?"}, "", "answer text or a number .found: question."),
     ({"question": "?", "answer": "  "}, "", "the answer '  ' is empty"),
     ({"question": "?", "answer": "$$"}, ":exact", "is empty"),
-    ({"question": "?", "answer": "2.5"}, ":integer", "is not an integer"),
     ({"question": "?", "answer": "7 \\\\ 6"}, ":math", "only a part of it could be read"),
     ({"question": "?", "answer": "A"}, ":choice", "choices must be an object"),
     ({"question": "?", "answer": "A", "choices": ["x"]}, "", "choices must be an object"),
-    ({"question": "?", "answer": "a", "choices": {"A": "x"}}, "", "is none of the choices"),
     ({"question": "?", "answer": "A", "context": "It says"}, "",
      "context is not supported; put it into the question"),
     ({"nums": [1, 2], "target": 3}, "", "grade it with file:PATH:countdown"),

@@ -57,12 +57,11 @@ def test_sample_to_evaluate(cmd, tmp_path, name, flags, kwargs, opening):
     assert cmd(rearrange, "--data", "right.jsonl")[0] == 0
     assert read_rows("silver.jsonl")[0]["messages"][-1]["content"].startswith("<think>\n<sample>\n")
     assert cmd(sft, "--model", "base", "--out", "sft", "--epochs", 1, "--device", "cpu", *flags)[0] == 0
-    assert cmd(sft, "--model", "sft", "--out", "more", "--epochs", 1, "--device", "cpu")[0] == 0
     few = ("--questions", 4, *TASK, *few)
     step = ("--steps", 1, "--questions-per-step", 4)
     status, out, _ = cmd(grpo, "--model", "sft", "--out", "grpo", *step, *few)
     assert status == 0 and ("as its run.json says" in out) == bool(kwargs)
-    for run in ("sft", "more", "grpo"):
+    for run in ("sft", "grpo"):
         recorded = json.loads((tmp_path / run / "run.json").read_text())["flags"]
         assert recorded["chat_template_kwargs"] == kwargs
     few = ("--questions", 2, "--samples", 2, "--tasks", TASK[1], "--max-new-tokens", 8, "--device", "cpu")
@@ -78,10 +77,10 @@ def test_a_trace_begins_where_its_prompt_ends(tmp_path):
     messages = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": trace}]
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}])
     example, = sft.read_examples(str(path), tokenizer, 2048)
-    text = tokenizer.decode(example.ids)
+    text = tokenizer.decode(example.prompt + example.answer)
     assert text.count("<think>") == 1 and "<think>\n<sample>\n" in text
-    assert tokenizer.decode(example.targets).startswith("<sample>\n")
-    assert example.targets[-1] == tokenizer.end_id
+    assert tokenizer.decode(example.answer).startswith("<sample>\n")
+    assert example.answer[-1] == tokenizer.end_id
 
 
 @pytest.mark.parametrize("text, want", [
@@ -115,5 +114,5 @@ def test_a_model_that_thinks_unasked_is_named(cmd, tmp_path):
     for row in rows:
         row["solution"] = "<think>\nhm\n</think>\n\n" + row["solution"]
     write_jsonl("thoughts.jsonl", rows)
-    n = len(rows)
-    refused(cmd, rearrange, ["--data", "thoughts.jsonl"], f"{n} of {n} attempts open with <think>")
+    status, out, _ = cmd(rearrange, "--data", "thoughts.jsonl")
+    assert status == 2 and f"dropped {len(rows)} (opens with <think>: the model thinks before" in out

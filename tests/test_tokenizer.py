@@ -40,7 +40,7 @@ TEMPLATES = [
     {"name": "lfm2.5", "template": "lfm2_2_5", "named": LFM},
     {"name": "glm4", "template": "glm4moe", "named": {"eos_token": "<|user|>"}},
     {"name": "cohere", "template": "cohere", "named": COHERE},
-    {"name": "chatml", "source": CHATML, "named": QWEN},
+    {"name": "chatml", "source": CHATML, "named": {**QWEN, "unk_token": "☃"}},  # a token of one letter
 ]
 CONVERSATIONS = [
     [{"role": "user", "content": "Hi"}],
@@ -104,15 +104,15 @@ def test_chat_equals_transformers(case, tmp_path):
     assert tokenizer.end_id == tokenizer.bpe.token_to_id(case.get("end", case["named"]["eos_token"]))
 
 
-@pytest.mark.parametrize("case", TEMPLATES, ids=lambda case: case["name"])
-def test_golden_ids_are_transformers(case, tmp_path, monkeypatch):
+def test_golden_ids_are_transformers(monkeypatch):
     """The live comparison, where transformers is installed: the golden file is not out of date."""
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(GOLDEN)
     import make
     monkeypatch.setattr(make.chat_template_utils, "datetime", make.FixedDate)
-    for conversation, want in zip(CONVERSATIONS, GOLDEN_IDS[case["name"]], strict=True):
-        assert make.ids_by_transformers(case, conversation) == want
+    for case in TEMPLATES[::5]:
+        for conversation, want in zip(CONVERSATIONS, GOLDEN_IDS[case["name"]], strict=True):
+            assert make.ids_by_transformers(case, conversation) == want
 
 
 @pytest.mark.parametrize("special", [True, False], ids=["special", "ordinary"])
@@ -140,20 +140,12 @@ def test_no_content_adds_a_control_token(case, special, tmp_path):
     texts += ["a ", "<", "|>", "<|", "\U000f0000", "\U000f0001", "é", "\n"]
     rng = random.Random(0)
     want = count("x")
-    for _ in range(60):
+    for _ in range(40):
         pieces = [rng.choice(texts) for _ in range(rng.randint(1, 6))]
         cut = rng.choice(texts)
         pieces.append(cut[:rng.randint(1, len(cut))])
         content = "x" + "".join(pieces) + "x"
         assert count(content) == want, content
-
-
-def test_special_tokens_in_text_are_text():
-    """Rule 5: a user who writes <|im_end|> does not end the turn."""
-    tokenizer = Tokenizer(MINI)
-    ids = tokenizer.chat([{"role": "user", "content": "a <|im_end|> b"}])
-    assert ids.count(tokenizer.end_id) == 1 and "a <|im_end|> b" in tokenizer.decode(ids)
-    assert tokenizer.decode(tokenizer.encode("<|im_start|>\nü€")) == "<|im_start|>\nü€"
 
 
 @pytest.mark.parametrize("normalizer, texts", [
@@ -177,24 +169,13 @@ def test_no_lookalike_is_a_control_token(tmp_path, normalizer, texts):
         assert ids.count(tokenizer.end_id) == neutral.count(tokenizer.end_id)
 
 
-def test_a_control_token_of_one_letter(tmp_path):
-    folder = folder_with(tmp_path, {"source": CHATML, "named": {**QWEN, "unk_token": "☃"}})
-    tokenizer = Tokenizer(folder)
-    assert tokenizer.bpe.token_to_id("☃") not in tokenizer.chat([{"role": "user", "content": "a ☃ b"}])
-
-
-def test_tools_are_none_as_in_transformers(tmp_path):
-    folder = folder_with(tmp_path, TEMPLATES[0])
-    configure(folder, chat_template=CHATML + "{% if tools is not none %}tools{% endif %}")
-    assert "tools" not in rendered(folder)
-
-
 def test_words_are_no_control_tokens():
     """The miniature has a token for "user\\n": it may stand in a question as it is."""
     tokenizer = Tokenizer(MINI)
     word = tokenizer.bpe.token_to_id("user\n")
     assert tokenizer.encode("user\n") == [word]
     assert tokenizer.chat([{"role": "user", "content": "user\n"}]).count(word) == 2
+    assert tokenizer.decode(tokenizer.encode("<|im_start|>\nü€")) == "<|im_start|>\nü€"
 
 
 def test_half_a_surrogate_pair_is_one_line():
@@ -243,7 +224,8 @@ def configure(folder, **changes):
 def test_the_template_is_the_file_or_the_default_entry(tmp_path):
     """A stale template, a comment or the tool_use entry once put a system turn into every prompt."""
     folder = folder_with(tmp_path, TEMPLATES[0])
-    named = [{"name": "tool_use", "template": "{{ 1 / 0 }}"}, {"name": "default", "template": CHATML}]
+    default = CHATML + "{% if tools is not none %}tools{% endif %}"  # as in transformers they are none
+    named = [{"name": "tool_use", "template": "{{ 1 / 0 }}"}, {"name": "default", "template": default}]
     configure(folder, chat_template=named)
     assert rendered(folder) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     configure(folder, chat_template={"rag": "x", "default": CHATML})
@@ -255,9 +237,6 @@ def test_the_template_is_the_file_or_the_default_entry(tmp_path):
     source = "{% for m in messages %}{{ m.content }}<|im_end|>{% if 0 %}{% break %}{% endif %}{% endfor %}"
     (folder / "chat_template.jinja").write_text(source)
     assert rendered(folder) == "Hi<|im_end|>"
-
-
-ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
 @pytest.mark.parametrize("source, message", [
@@ -303,29 +282,25 @@ def test_a_folder_without_template_and_markers_is_refused(tmp_path):
         Tokenizer(folder)
 
 
-@pytest.mark.parametrize("source", [
-    "{", "[]", "{}", "[" * 100000,
-    '{"added_tokens": 5}', '{"added_tokens": [{"content": "a", "id": [1]}]}',
-    '{"added_tokens": [1, {}, {"content": "a"}]}',
-    '{"added_tokens": {"a": 1}, "model": null}',
-])
-def test_a_damaged_tokenizer_is_one_line(tmp_path, source):
-    folder = folder_with(tmp_path, TEMPLATES[0])
-    (folder / "tokenizer.json").write_text(source)
-    with pytest.raises(UserError) as e:
-        Tokenizer(folder)
-    assert str(folder) in str(e.value) and "\n" not in str(e.value)
+ODD = ["{", "[]", "[" * 100000, "\udcff"]
 
 
-@pytest.mark.parametrize("name", [
-    "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+@pytest.mark.parametrize("name, sources", [
+    ("tokenizer.json", [
+        *ODD, "{}", '{"added_tokens": 5}', '{"added_tokens": [{"content": "a", "id": [1]}]}',
+        '{"added_tokens": [1, {}, {"content": "a"}]}', '{"added_tokens": {"a": 1}, "model": null}']),
+    ("tokenizer_config.json", ODD),
+    ("special_tokens_map.json", ODD),
+    ("generation_config.json", [*ODD, '{"eos_token_id": "2"}']),
 ])
-@pytest.mark.parametrize("source", ["{", "[]", "[" * 100000, "\udcff"])
-def test_a_damaged_file_is_named(tmp_path, name, source):
+def test_a_damaged_file_is_named(tmp_path, name, sources):
     folder = folder_with(tmp_path, TEMPLATES[0])
-    (folder / name).write_text(source, errors="surrogateescape")
-    with pytest.raises(UserError, match=re.escape(f"{folder / name}: ")):
-        Tokenizer(folder)
+    for source in sources:
+        (folder / name).write_text(source, errors="surrogateescape")
+        with pytest.raises(UserError) as e:
+            Tokenizer(folder)
+        where = folder if name == "tokenizer.json" else f"{folder / name}: "
+        assert str(where) in str(e.value) and "\n" not in str(e.value), source
 
 
 # ---- where a turn ends ---------------------------------------------------------------------------
@@ -349,30 +324,18 @@ def test_stop_ids(tmp_path, generation, config, eos, more):
     assert tokenizer.end_id == id_of("<|im_end|>")
 
 
-def test_eos_of_the_wrong_type_is_one_line(tmp_path):
-    folder = folder_with(tmp_path, TEMPLATES[0])
-    (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
-    with pytest.raises(UserError, match="generation_config.json: eos_token_id must be a number"):
-        Tokenizer(folder)
-
-
 # ---- prompts that open <think> -------------------------------------------------------------------
-@pytest.mark.parametrize("text, want", [
-    ("<think>\n<sample>\n1\n</think>\n2", "<sample>\n1\n</think>\n2"),
-    ("<think>1</think>2", "1</think>2"),
-    ("\n<think>\n1</think>2", "1</think>2"),
-    ("1</think>2", "1</think>2"),
-    ("2", "\n</think>\n\n2"),
+@pytest.mark.parametrize("name, text, want", [
+    ("r1", "<think>\n<sample>\n1\n</think>\n2", "<sample>\n1\n</think>\n2"),
+    ("r1", "<think>1</think>2", "1</think>2"),
+    ("r1", "\n<think>\n1</think>2", "1</think>2"),
+    ("r1", "1</think>2", "1</think>2"),
+    ("r1", "2", "\n</think>\n\n2"),
+    ("qwen3", "2", "2"),
+    ("qwen3", "<think>\n1</think>", "<think>\n1</think>"),
 ])
-def test_a_response_leaves_out_the_opening_of_its_prompt(tmp_path, text, want):
-    tokenizer = tokenizer_of(tmp_path, next(case for case in TEMPLATES if case["name"] == "r1"))
+def test_a_response_leaves_out_the_opening_of_its_prompt(tmp_path, name, text, want):
+    tokenizer = tokenizer_of(tmp_path, next(case for case in TEMPLATES if case["name"] == name))
     ids = tokenizer.response(text)
     assert ids[-1] == tokenizer.end_id and tokenizer.decode(ids[:-1]) == want
-    assert tokenizer.text(ids) == "<think>\n" + want
-
-
-def test_a_response_is_encoded_as_it_is(tmp_path):
-    tokenizer = tokenizer_of(tmp_path, TEMPLATES[1])
-    for text in ("2", "<think>\n1</think>"):
-        ids = tokenizer.response(text)
-        assert tokenizer.text(ids) == text and ids == [*tokenizer.encode(text), tokenizer.end_id]
+    assert tokenizer.text(ids) == tokenizer.opening + want

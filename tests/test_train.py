@@ -1,35 +1,30 @@
 """What both trainers promise: exact small steps, one process or two alike, the same end after any kill."""
 import json
 import os
-import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT, MINI, ROOT, children, finish, read_rows, refused, start, tiny, write_jsonl
+from conftest import (
+    CHAT, GRPO, MINI, ROOT, SFT, children, environment, finish, read_rows, refused, start, stop_at, tiny,
+    wait_for_steps, write_jsonl,
+)
 
-import diagnostics
 import grpo
 import losses
-import sft
 import run as run_module
+import sft
 from checkpoint import load
-from cli import UserError
+from cli import STOPPING, UserError
 from train import Optimizer
 
-SFT = ("--model", MINI, "--data", "chat.jsonl", "--tokens-per-batch", "256", "--device", "cpu")
-GRPO = ("--model", MINI, "--device", "cpu", "--questions", "16", "--questions-per-step", "4",
-        "--mini-batch", "2", "--rollouts", "4", "--max-new-tokens", "50")
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_with_data(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_jsonl("chat.jsonl", CHAT)
+pytestmark = pytest.mark.usefixtures("data")
 
 
 # ---- the optimizer -------------------------------------------------------------------------------
@@ -51,11 +46,11 @@ def test_small_steps_move_bfloat16_weights():
 def test_gradients_add_up_in_float32():
     """256 + 1 is 256 in bfloat16: the small micro-batches after a large one must not vanish."""
     model, _ = tiny(dtype=torch.bfloat16)
-    optimizer = Optimizer(model, weight_decay=0.0, max_norm=0)
+    Optimizer(model, weight_decay=0.0)
     w = model.model.norm.weight
     for scale in [256.0] + [1.0] * 64:
         (w.float().sum() * scale).backward()
-    assert w.grad is None and optimizer.sums["model.norm.weight"][0] == 320
+    assert w.grad.dtype == torch.float32 and w.grad[0] == 320
 
 
 def test_optimizer_equals_torch_adamw():
@@ -79,15 +74,20 @@ def test_optimizer_equals_torch_adamw():
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_a_non_finite_gradient_is_refused():
-    """Rule 16: the weights stay."""
+@pytest.mark.parametrize("factor, lr, message", [
+    (float("inf"), 1.0, "the gradient is not finite"),
+    (1, 3e38, "the step has made weights that are not finite"),
+])
+def test_steps_that_are_not_finite_are_refused(factor, lr, message):
+    """Rule 16: a gradient before the weights change, a rate far too high before they are saved."""
     model, _ = tiny()
     before = [w.clone() for w in model.parameters()]
     optimizer = Optimizer(model, 0.0)
-    (model(torch.tensor([[1, 2]])).sum() * float("inf")).backward()
-    with pytest.raises(UserError, match="the gradient is not finite"):
-        optimizer.step(1.0)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    (model(torch.tensor([[1, 2]])).sum() * factor).backward()
+    with pytest.raises(UserError, match=message):
+        optimizer.step(lr)
+    if factor != 1:
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_a_non_finite_loss_stops_the_run(cmd, monkeypatch):
@@ -112,41 +112,18 @@ def test_first_losses_equal_the_golden_file():
 
 
 # ---- resuming ------------------------------------------------------------------------------------
-def fingerprint(out):
-    """All bytes that matter: weights, masters, moments, and the logs without their timings."""
-    out = Path(out)
-    files = {}
-    for path in [out / "model.safetensors", *sorted((out / "state").glob("*/*"))]:
-        files[str(path.relative_to(out))] = path.read_bytes()
-    metrics = []
-    for row in read_rows(out / "metrics.jsonl"):
-        metrics.append({name: value for name, value in row.items() if "second" not in name})
-    rollouts = out / "rollouts.jsonl"
-    return files, metrics, rollouts.read_bytes() if rollouts.exists() else b""
-
-
-def steps_done(out):
-    path = Path(out, "metrics.jsonl")
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-@pytest.mark.parametrize("script, flags, kill_at", [
-    ("sft.py", (*SFT, "--epochs", "2", "--save-every", "3"), 5),
-    ("grpo.py", (*GRPO, "--steps", "6", "--save-every", "2", "--lr", "1e-3"), 3),
-])
-def test_killed_and_resumed_ends_with_the_same_bytes(script, flags, kill_at):
-    """Rule 15: SIGKILL in the middle, twice; then --resume to the end."""
-    finish(start(script, *flags, "--out", "whole"))
-    resume = ()
-    for at in (kill_at, kill_at + 2):
-        process = start(script, *flags, "--out", "broken", *resume)
-        while steps_done("broken") < at and process.poll() is None:
-            time.sleep(0.002)
-        process.kill()
-        process.wait()
-        resume = ("--resume",)
-    finish(start(script, *flags, "--out", "broken", "--resume"))
-    assert fingerprint("whole") == fingerprint("broken")
+def everything(out="run"):
+    """All files of a run, but for the page: bytes, links, and logs without their timings."""
+    found = {}
+    for path in sorted(Path(out).rglob("*")):
+        name = str(path.relative_to(out))
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        elif path.suffix == ".jsonl":
+            found[name] = [{k: v for k, v in row.items() if "second" not in k} for row in read_rows(path)]
+        elif path.is_file() and path.name not in ("run.json", "report.html"):
+            found[name] = path.read_bytes()
+    return found
 
 
 def test_resume_auto_starts_or_goes_on(cmd):
@@ -160,20 +137,19 @@ def test_resume_auto_starts_or_goes_on(cmd):
     Path("run/config.json").unlink()  # as after a kill before the first checkpoint
     status, out, _ = cmd(sft, *flags, "--out", "run", "--resume", "auto")
     assert status == 0 and "resuming run after step 0" in out
-    assert fingerprint("whole") == fingerprint("run")
+    assert everything("whole") == everything("run")
     status, out, _ = cmd(sft, *flags, "--out", "run", "--resume", "auto")
     assert status == 0 and "finished already" in out
     Path("begun").mkdir()  # killed before it had written anything
     assert cmd(sft, *flags, "--out", "begun", "--resume", "auto")[0] == 0
-    Path("other").mkdir()
-    Path("other/file").write_text("of somebody else's")
-    refused(cmd, sft, (*flags, "--out", "other", "--resume", "auto"), "--out other exists")
-    refused(cmd, sft, (*flags, "--out", "new", "--resume"), "--resume: new holds no run")
 
 
 def test_a_checkpoint_appears_whole_or_not_at_all(cmd, monkeypatch):
-    """Rule 15: a crash before a checkpoint's rename leaves the one before, and resuming takes that."""
-    flags = (*SFT, "--save-every", "2")
+    """Rule 15: a crash before a checkpoint's rename leaves the one before, and resuming takes that.
+
+    The state keeps more than the bfloat16 weights, which have lost the small steps.
+    """
+    flags = (*SFT, "--dtype", "bfloat16", "--lr", "1e-5", "--save-every", "2")
     cmd(sft, *flags, "--out", "whole")
     real, checkpoints = os.replace, []
 
@@ -189,95 +165,49 @@ def test_a_checkpoint_appears_whole_or_not_at_all(cmd, monkeypatch):
     monkeypatch.setattr(os, "replace", real)
     assert sorted(path.name for path in Path("broken/state").iterdir()) == ["step-000004", "step-000006.tmp"]
     status, out, _ = cmd(sft, *flags, "--out", "broken", "--resume")
-    assert status == 0 and "after step 4" in out and fingerprint("whole") == fingerprint("broken")
-
-
-def test_masters_are_resumed_under_bfloat16(cmd, monkeypatch):
-    """Rule 15: the state keeps more than the bfloat16 weights, which have lost the small steps."""
-    flags = (*SFT, "--dtype", "bfloat16", "--lr", "1e-5", "--save-every", "2")
-    cmd(sft, *flags, "--out", "whole")
-    real = run_module.Run.save
-
-    def save_and_stop(self, step, updates):
-        real(self, step, updates)
-        if step == 4:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(run_module.Run, "save", save_and_stop)
-    assert cmd(sft, *flags, "--out", "broken")[0] == 130
-    monkeypatch.setattr(run_module.Run, "save", real)
-    assert cmd(sft, *flags, "--out", "broken", "--resume")[0] == 0
-    assert fingerprint("whole") == fingerprint("broken")
+    assert status == 0 and "after step 4" in out and everything("whole") == everything("broken")
 
 
 def test_a_kill_between_checkpoint_and_model_folder(cmd):
     """The last checkpoint is there but the model folder is not: --resume writes it."""
     cmd(sft, *SFT, "--out", "run")
+    refused(cmd, sft, (*SFT, "--out", "run"), "--out run exists")
     weights = Path("run/model.safetensors")
     whole = weights.read_bytes()
     weights.unlink()
-    assert cmd(sft, *SFT, "--out", "run", "--resume")[0] == 0 and weights.read_bytes() == whole
-
-
-def test_logs_with_odd_line_separators_are_cut_back(cmd):
-    """A sampled text may hold U+2028, which str.splitlines would take for the end of a line."""
-    cmd(sft, *SFT, "--out", "run")
-    log = Path("run/metrics.jsonl")
-    odd = json.dumps({"step": 1, "response": "a\u2028b"}, ensure_ascii=False)
-    lines = log.read_text() + odd + "\n"
-    log.write_text(lines + '{"step": 99999}\n{"st')
-    assert cmd(sft, *SFT, "--out", "run", "--resume")[0] == 0 and log.read_text() == lines
+    more = ("--micro-batch-tokens", "100", "--recompute")  # which may change
+    assert cmd(sft, *SFT, "--out", "run", "--resume", *more)[0] == 0 and weights.read_bytes() == whole
 
 
 # ---- stops, checkpoints that are kept, longer runs -------------------------------------------------
 VAL = (*GRPO, "--reward", "random", "--lr", "1e-3", "--eval-every", "2", "--eval-questions", "4")
 
 
-def everything(out="run"):
-    """All files of a run, but for the page: bytes, links, and logs without their timings."""
-    found = {}
-    for path in sorted(Path(out).rglob("*")):
-        name = str(path.relative_to(out))
-        if path.is_symlink():
-            found[name] = os.readlink(path)
-        elif path.suffix == ".jsonl":
-            found[name] = [{k: v for k, v in row.items() if "second" not in k} for row in read_rows(path)]
-        elif path.is_file() and path.name not in ("run.json", "report.html"):
-            found[name] = path.read_bytes()
-    return found
-
-
-def stop_at(monkeypatch, owner, function, call, number=signal.SIGTERM):
-    """The process gets a signal as it calls a function for the n-th time."""
-    real, calls = getattr(owner, function), []
-
-    def stopped(*args, **kw):
-        calls.append(args)
-        if len(calls) == call:
-            os.kill(os.getpid(), number)
-        return real(*args, **kw)
-    monkeypatch.setattr(owner, function, stopped)
-
-
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
-@pytest.mark.parametrize("function", ["validate", "roll_out", "update"])
-def test_a_stop_anywhere_changes_nothing(cmd, monkeypatch, function, call):
-    """In a measurement, a rollout, an update: the same bytes in the end, and gone on with twice."""
+def test_a_stop_anywhere_changes_nothing(cmd, monkeypatch):
+    """In a measurement, a rollout, an update, by any signal: the same bytes in the end."""
     flags = (*VAL, "--steps", "5", "--save-every", "2", "--out", "run")
     assert cmd(grpo, *flags)[0] == 0
     whole = everything()
-    shutil.rmtree("run")
-    with monkeypatch.context() as m:
-        stop_at(m, grpo, function, call)
-        assert cmd(grpo, *flags)[0] == 128 + signal.SIGTERM
-    status, _, err = cmd(grpo, *flags, "--resume")
-    assert status == 0, err
-    assert everything() == whole
+    moments = [("validate", 1), ("validate", 2), ("validate", 4), ("roll_out", 1), ("roll_out", 2),
+               ("update", 1), ("update", 4), ("step", 40)]
+    for i, (function, call) in enumerate(moments):
+        number = STOPPING[i % len(STOPPING)]
+        shutil.rmtree("run")
+        with monkeypatch.context() as m:
+            signal.signal(number, signal.SIG_DFL)  # it may be ignored here
+            owner = grpo.Sampler if function == "step" else grpo
+            calls = stop_at(m, owner, function, call, number)
+            assert cmd(grpo, *flags)[0] == 128 + number, (function, call)
+        assert function != "step" or len(calls) <= 41  # a rollout of an hour is not waited for
+        status, _, err = cmd(grpo, *flags, "--resume")
+        assert status == 0, err
+        assert everything() == whole, (function, call)
     assert cmd(grpo, *flags, "--resume")[0] == 0 and everything() == whole
 
 
 @pytest.mark.parametrize("module, flags", [
     (sft, (*SFT, "--epochs", "3", "--eval-every", "2", "--held-out", "20", "--lr", "3e-2")),
-    (grpo, (*VAL, "--steps", "8", "--eval-questions", "16", "--max-new-tokens", "100")),
+    (grpo, (*VAL, "--steps", "6")),
 ], ids=["sft", "grpo"])
 def test_checkpoints_that_stay(cmd, module, flags):
     """The latest, each with its model, and the best by what was measured on held-out data."""
@@ -296,33 +226,13 @@ def test_checkpoints_that_stay(cmd, module, flags):
     assert newest.read_bytes() == Path("run/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("keep", [1, 3, 9])
 def test_as_many_stay_as_were_asked_for(cmd, keep):
     assert cmd(sft, *SFT, "--epochs", "2", "--save-every", "1", "--keep", str(keep), "--out", "run")[0] == 0
     last = read_rows("run/metrics.jsonl")[-1]["step"]
     want = [f"step-{step:06d}" for step in range(max(1, last - keep + 1), last + 1)]
     assert sorted(path.name for path in Path("run/state").iterdir()) == want
     assert sorted(path.name for path in Path("run/checkpoints").glob("*")) == (want if keep > 1 else [])
-
-
-def test_a_kill_while_a_checkpoint_is_removed(cmd, monkeypatch):
-    """It once left a folder without its state.json, at which every --resume stopped."""
-    flags = (*SFT, "--epochs", "2", "--save-every", "2", "--out", "run")
-    real = shutil.rmtree
-
-    def rmtree(path, *args, **kw):
-        if "step-000002" in str(path):
-            (Path(path) / "state.json").unlink()
-            raise RuntimeError("killed")
-        real(path, *args, **kw)
-    with monkeypatch.context() as m:
-        m.setattr(shutil, "rmtree", rmtree)
-        with pytest.raises(RuntimeError):
-            cmd(sft, *flags)
-    shutil.copytree("run/state/step-000004", "run/state/step-000099-mine")
-    status, out, err = cmd(sft, *flags, "--resume")
-    assert status == 0 and "after step 4" in out, err
-    assert len([path for path in Path("run/state").iterdir() if path.name != "step-000099-mine"]) == 1
 
 
 def test_a_finished_run_goes_on_with_more_steps(cmd):
@@ -354,40 +264,19 @@ def test_no_question_is_trained_on_and_held_out(cmd):
 
     def questions(some):
         return {question for question in (row["messages"][0]["content"] for row in CHAT)
-                for example in some if question in tokenizer.decode(example.ids)}
+                for example in some if question in tokenizer.decode(example.prompt)}
     assert not questions(trained) & questions(held_out)
     args.eval_every = 0
     assert sft.hold_out(examples, args) == (examples, [])
-    flags = (*SFT, "--epochs", "1", "--eval-every", "3", "--held-out", "20", "--out", "run")
-    status, out, _ = cmd(sft, *flags)
-    assert status == 0 and "more rows are held out" in out
-    assert any("val_loss" in row for row in read_rows("run/metrics.jsonl"))
     refused(cmd, sft, (*SFT, "--eval-every", "1", "--held-out", "1", "--out", "other"),
             "leaves some on both sides")
 
 
-def test_masters_that_are_not_finite_are_refused(cmd):
-    """A finite gradient with a rate far too high: nothing of it is saved."""
-    model, _ = tiny()
-    optimizer = Optimizer(model, 0.0)
-    model(torch.tensor([[1, 2]])).sum().backward()
-    with pytest.raises(UserError, match="the step has made weights that are not finite"):
-        optimizer.step(3e38)
-    refused(cmd, sft, (*SFT, "--lr", "3e38", "--save-every", "1", "--out", "run"), "not finite")
-    refused(cmd, sft, (*SFT, "--lr", "inf", "--out", "other"), "inf must be a finite number")
-    if list(Path("run").glob("state/*")):
-        model, _ = load("run", "cpu")
-        assert all(w.isfinite().all() for w in model.parameters())
-
-
 def test_a_log_knows_no_infinity(cmd, monkeypatch):
-    real = diagnostics.measure
-    monkeypatch.setattr(diagnostics, "measure", lambda *args: {
-        **real(*args), "approx_kl": float("inf"), "mine": {"a": [float("nan"), 1]}})
-    assert cmd(grpo, *GRPO, "--steps", "1", "--out", "run")[0] == 0
-    row, = read_rows("run/metrics.jsonl")
-    assert row["approx_kl"] is None and row["mine"] == {"a": [None, 1]}
-    assert "Infinity" not in Path("run/metrics.jsonl").read_text()
+    real = run_module.Run.log
+    monkeypatch.setattr(run_module.Run, "log", lambda self, row: real(self, {**row, "lr": float("inf")}))
+    assert cmd(sft, *SFT, "--epochs", "1", "--out", "run")[0] == 0
+    assert all(row["lr"] is None and row["loss"] for row in read_rows("run/metrics.jsonl"))
 
 
 # ---- struck anywhere -------------------------------------------------------------------------------
@@ -407,9 +296,14 @@ STRUCK = {
 @pytest.mark.parametrize("name", STRUCK)
 def test_struck_anywhere_it_goes_on_to_the_same_end(name):
     """Rule 15: SIGKILL, or a full disk, at some of the calls that change a file."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/struck.py"), name, *map(str, STRUCK[name])], env=environment(),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
     def strike(how, at):
-        process = start("tests/struck.py", how, at, name, *STRUCK[name])
-        return process.wait(), process.stdout.read()
+        process.stdin.write(f"{how} {at}\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
 
     def rows():
         return sorted(json.dumps(row) for row in read_rows("run/results.jsonl"))
@@ -423,17 +317,20 @@ def test_struck_anywhere_it_goes_on_to_the_same_end(name):
     assert status == 0, screen
     calls = int(screen.split()[-1])
     whole = end()
-    for how in ("kill", "kill", "kill", "full"):
+    strikes = [("kill", at) for at in range(1, calls, calls // 5)]
+    for how, at in [*strikes, ("full", calls // 2)]:
         for path in Path().glob("run*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        status, screen = strike(how, random.Random(f"{name}{how}{len(screen)}").randint(1, calls))
+        status, screen = strike(how, at)
         if how == "full":
             assert status == 2 and screen.count("the disk is full") == 1, screen
         else:
             assert status == -signal.SIGKILL, screen
         status, screen = strike("kill", 0)
         assert status == 0, screen
-        assert end() == whole
+        assert end() == whole, (how, at)
+    process.stdin.close()
+    process.wait()
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -443,7 +340,7 @@ def close(one, other, atol=1e-4):
     return all((a - b).abs().max() < atol for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_two_processes_equal_one():
+def test_three_processes_equal_one():
     """Rules 4 and 9: same losses, same rollouts, weights equal but for the order of additions.
 
     Of three processes one has no row in some steps, and no group in some mini-batches.
@@ -452,50 +349,35 @@ def test_two_processes_equal_one():
         "sft.py": (*SFT, "--epochs", "1", "--tokens-per-batch", "90"),
         "grpo.py": (*GRPO, "--steps", "2", "--kl", "0.01", "--lr", "1e-3", "--recompute"),
     }
-    for n in (1, 2, 3):
-        runs = []
-        for script, flags in scripts.items():
-            runs.append(start(script, *flags, "--out", f"{script}-{n}", processes=n))
-        for run in runs:
+    for n in (1, 3):
+        for run in [start(script, *flags, "--out", f"{script}-{n}", processes=n)
+                    for script, flags in scripts.items()]:
             finish(run)
     for script in scripts:
-        for n in (2, 3):
-            assert close(f"{script}-1", f"{script}-{n}")
-            logs = [read_rows(f"{script}-{m}/metrics.jsonl") for m in (1, n)]
-            for a, b in zip(*logs, strict=True):
-                assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-                assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-                for name in ("reward", "response_tokens", "truncated"):
-                    assert a.get(name) == b.get(name)
-    one, *others = [read_rows(f"grpo.py-{n}/rollouts.jsonl") for n in (1, 2, 3)]
-    for other in others:  # of all processes, not of the first one
-        for a, b in zip(one, other, strict=True):
-            assert (a["step"], a["id"]) == (b["step"], b["id"])
-            assert [r["ids"] for r in a["rollouts"]] == [r["ids"] for r in b["rollouts"]] or a["step"] > 1
-    assert len(list(Path("sft.py-2/state").glob("*/rank*.safetensors"))) == 2
-    # A run of three processes can go on as one: it takes the rows that are now its own.
-    again = start("sft.py", *scripts["sft.py"], "--out", "sft.py-3", "--resume")
-    finish(again)
-    assert "finished already" in again.stdout.read()
-    assert close("sft.py-1", "sft.py-3")
+        assert close(f"{script}-1", f"{script}-3")
+        for a, b in zip(*(read_rows(f"{script}-{n}/metrics.jsonl") for n in (1, 3)), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+            for name in ("reward", "response_tokens", "truncated"):
+                assert a.get(name) == b.get(name)
+    # Of all processes, not of the first one.
+    for a, b in zip(*(read_rows(f"grpo.py-{n}/rollouts.jsonl") for n in (1, 3)), strict=True):
+        assert (a["step"], a["id"]) == (b["step"], b["id"])
+        assert [r["ids"] for r in a["rollouts"]] == [r["ids"] for r in b["rollouts"]] or a["step"] > 1
+    assert len(list(Path("sft.py-3/state").glob("*/rank*.safetensors"))) == 3
 
 
-def test_a_lost_process_costs_nothing():
-    """Rule 15: as many processes end with the same bytes, another number close to them."""
+def test_a_lost_process_costs_nothing(cmd):
+    """Rule 15: going on with another number of processes ends close to an unbroken run."""
     flags = (*SFT, "--epochs", "2", "--save-every", "3")
-    finish(start("sft.py", *flags, "--out", "whole", processes=2))
-    process = start("sft.py", *flags, "--out", "cut-2", processes=2)
-    while steps_done("cut-2") < 5:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.002)
+    assert cmd(sft, *flags, "--out", "whole")[0] == 0
+    process = start("sft.py", *flags, "--out", "cut-1", processes=2)
+    wait_for_steps(process, 5, "cut-1")
     os.kill(children(process)[-1], signal.SIGKILL)
     assert process.wait() != 0
-    for n in (1, 3):
-        shutil.copytree("cut-2", f"cut-{n}")
-    runs = [start("sft.py", *flags, "--out", f"cut-{n}", "--resume", processes=n) for n in (1, 2, 3)]
-    for run in runs:
+    shutil.copytree("cut-1", "cut-3")
+    for run in [start("sft.py", *flags, "--out", f"cut-{n}", "--resume", processes=n) for n in (1, 3)]:
         finish(run)
-    assert fingerprint("whole") == fingerprint("cut-2")
     assert close("whole", "cut-1") and close("whole", "cut-3")
 
 
@@ -524,9 +406,9 @@ cli.command({"sft": sft, "grpo": grpo}[name].main)
 
 @pytest.mark.parametrize("name, flags, moments", [
     ("sft", (*SFT, "--epochs", "3", "--save-every", "3"),
-     [("sft.loss_of", 5), ("run.save_tensors", 2), ("train.local", 300)]),
+     [("sft.loss_of", 5), ("train.local", 300)]),
     ("grpo", (*GRPO, "--steps", "3", "--save-every", "1"),
-     [("Sampler.step", 40), ("grpo.run_tokens", 4), ("run.save_tensors", 2)]),
+     [("Sampler.step", 40), ("run.save_tensors", 2)]),
 ])
 def test_torchrun_restarts_what_was_lost(name, flags, moments):
     """`--max-restarts` with `--resume auto`: the same bytes, with nobody at the keyboard.
@@ -544,37 +426,22 @@ def test_torchrun_restarts_what_was_lost(name, flags, moments):
     for i, run in enumerate(runs):
         status, screen = run.wait(), run.stdout.read()
         assert status == 0 and ("exitcode: -9" in screen or "dead or stuck" in screen), (moments[i], screen)
-        assert fingerprint("whole") == fingerprint(f"cut-{i}"), moments[i]
+        assert everything("whole") == everything(f"cut-{i}"), moments[i]
 
 
-@pytest.mark.parametrize("stuck", [0, 1])
-def test_a_stuck_process_ends_the_run(stuck):
+def test_a_stuck_process_ends_the_run():
     """The others wait for --timeout; then torchrun ends all, and the last checkpoint is there."""
     process = start("sft.py", *SFT, "--epochs", "50", "--save-every", "1", "--out", "run", "--timeout", "0.1",
                     processes=2)
-    while steps_done("run") < 3:
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.002)
-    ranks = children(process)
-    os.kill(ranks[stuck], signal.SIGSTOP)
+    wait_for_steps(process, 3)
+    stuck, other = children(process)
+    os.kill(stuck, signal.SIGSTOP)
     started = time.time()
-    while Path(f"/proc/{ranks[1 - stuck]}").exists():  # it gives up, and torchrun notices
+    while Path(f"/proc/{other}").exists():  # it gives up, and torchrun notices
         assert time.time() - started < 60
         time.sleep(0.1)
-    os.kill(ranks[stuck], signal.SIGKILL)  # torchrun would wait half a minute before it does
+    os.kill(stuck, signal.SIGKILL)  # torchrun would wait half a minute before it does
     assert process.wait() != 0
     out = process.stdout.read()
     assert "another process is dead or stuck" in out
     assert len(list(Path("run/state").glob("step-*[0-9]"))) >= 1
-
-
-# ---- input ---------------------------------------------------------------------------------------
-def test_bad_input(cmd):
-    refused(cmd, sft, (*SFT, "--out", "none", "--resume"), "holds no run")
-    assert cmd(sft, *SFT, "--out", "run")[0] == 0
-    refused(cmd, sft, (*SFT, "--out", "run"), "--out run exists")
-    refused(cmd, sft, (*SFT, "--out", "run", "--resume", "--seed", "1"), "--seed 0, not 1")
-    refused(cmd, grpo, ("--mini-batch", "3"), "--mini-batch 3 must divide")
-    refused(cmd, grpo, (*GRPO, "--questions-per-step", "32", "--mini-batch", "32"), "only 16 questions")
-    # Memory flags may change.
-    assert cmd(sft, *SFT, "--out", "run", "--resume", "--micro-batch-tokens", "100", "--recompute")[0] == 0

@@ -9,16 +9,13 @@ logits, the sums of those say in which block the draw ends, and only that one is
 The cuts need a threshold, not an order. Top-k keeps z >= t with t the largest value that k logits reach;
 top-p the same with probability mass in place of a count. Both are bisections over the float32 values, at most
 32 halvings, exact up to the rounding of the mass. To bisect over few numbers, a lower bound comes first, and
-only the logits above it are collected, in a second sweep, and bisected exactly:
+only the logits above it are collected, in a second sweep, and bisected exactly: the threshold of the maxima
+of the lanes (a lane is one of BLOCK positions that run in parallel and see every BLOCK-th logit), for they are
+a subset of the row. Some dozens of logits lie above it in practice; where the maxima hold less than the mass
+that top-p asks for, as in a flat distribution, the whole row is collected.
 
-- the threshold of the maxima of the lanes (a lane is one of BLOCK positions that run in parallel and see
-  every BLOCK-th logit), for they are a subset of the row: some dozens of logits lie above it in practice;
-- or, where the maxima hold less than the mass that top-p asks for, as in a flat distribution, a histogram of
-  how far each logit is below the largest. All that is in a bin counts as much as the bin's lower edge, which
-  loses 2% of the mass: from a top-p of 0.98 on a flat distribution is collected whole.
-
-Bytes for a row of V float32 logits: 4 V and a block without cuts, 8 V with them, 12 V with the histogram (and
-V for each sweep with a penalty). A sort would move 16 V or more, several times.
+Bytes for a row of V float32 logits: 4 V and a block without cuts, 8 V with them (and V for each sweep with a
+penalty). A sort would move 16 V or more, several times.
 """
 import torch
 import triton
@@ -26,8 +23,6 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)  # below every logit that counts; -inf would give inf - inf
 NO_ID = tl.constexpr(2**31 - 1)  # no id yet
-BINS = tl.constexpr(1024)  # of the histogram
-BINS_A_NAT = tl.constexpr(32)  # what is 32 nats below the largest logit is less than its rounding
 
 
 # ---- pieces --------------------------------------------------------------------------------------
@@ -119,23 +114,6 @@ def _threshold(values, n, goal, lowest, top, cold, MASS: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _bound_by_histogram(
-    logits, seen, V, goal, lowest, top, cold, penalty, PENALTY: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """A value above which lies a mass of `goal` or more; `lowest` if what the bins are sure of is less."""
-    counts = tl.zeros((BINS,), tl.int32)
-    for start in tl.range(0, V, BLOCK):
-        z, own = _read(logits, seen, start + tl.arange(0, BLOCK), V, penalty, PENALTY)
-        depth = tl.minimum((top - z) * cold * BINS_A_NAT, BINS - 1)
-        counts += tl.histogram(depth.to(tl.int32), BINS)
-    bins = tl.arange(0, BINS)
-    least = tl.where(bins < BINS - 1, counts * tl.exp(-(bins + 1.0) / BINS_A_NAT), 0.0)  # the last is endless
-    first = tl.min(tl.where(tl.cumsum(least) >= goal, bins, BINS))
-    # A bin deeper than its edge: for rounding.
-    return tl.where(first == BINS, lowest, tl.maximum(lowest, top - (first + 2.0) / BINS_A_NAT / cold))
-
-
-@triton.jit
 def _draw(p, ids, before, aim, first, last):
     """One block of the inversion: (mass so far, first id that passes the aim, last id with any mass)."""
     passed = (before + tl.cumsum(p) > aim) & (p > 0)
@@ -213,18 +191,14 @@ def _choose_cut(
     lanes, own_top, own_total = _sweep(logits, seen, bests, masses, V, cold, penalty, PENALTY, BLOCK)
     _, top, mass = _blocks(bests, masses, V, cold, BLOCK, BLOCKS)
 
-    # A lower bound of every survivor, by the lanes' maxima or the histogram.
-    lowest = tl.full((), LOWEST, tl.float32)
-    bound = lowest
+    # A lower bound of every survivor, by the lanes' maxima.
+    bound = tl.full((), LOWEST, tl.float32)
     tl.store(maxima + lane, lanes)
     tl.debug_barrier()
     if top_k > 0:
-        bound = _threshold(maxima, BLOCK, top_k, lowest, top, cold, False, BLOCK)
+        bound = _threshold(maxima, BLOCK, top_k, bound, top, cold, False, BLOCK)
     elif top_p < 1:
-        goal = top_p * tl.sum(mass)
-        bound = _threshold(maxima, BLOCK, goal, lowest, top, cold, True, BLOCK)
-        if bound == lowest:
-            bound = _bound_by_histogram(logits, seen, V, goal, lowest, top, cold, penalty, PENALTY, BLOCK)
+        bound = _threshold(maxima, BLOCK, top_p * tl.sum(mass), bound, top, cold, True, BLOCK)
 
     # The second sweep collects, in vocabulary order, what reaches the bound.
     n = 0

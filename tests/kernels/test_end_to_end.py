@@ -2,17 +2,15 @@
 
 In the interpreter on a CPU, with CUDA graphs on a GPU.
 """
-import random
 import subprocess
 import sys
-from collections import deque
 
 import pytest
 import torch
 from conftest import environment, tiny
 
 import kernels
-from sample import Params, Request, Sampler
+from sample import Params, Sampler
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -78,7 +76,7 @@ def test_a_cpu_needs_no_triton():
     assert done.stdout.strip() == "4", done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2-untied", "qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen2-untied", "qwen3"])
 def test_training_step(use, family):
     """Values and the gradient of every parameter, through all layers."""
     tokens = torch.randint(0, 300, (2, 19), device=DEVICE)
@@ -98,10 +96,9 @@ def test_training_step(use, family):
 
 
 @pytest.mark.parametrize("family, params", [
-    ("qwen2", Params(10, 0)),
     ("qwen3", Params(10)),
     ("qwen2", Params(5, 0.7, 20, 0.8, repetition_penalty=1.1)),
-], ids=["greedy", "plain", "cuts"])
+], ids=["plain", "cuts"])
 def test_sampling(use, family, params):
     """The same tokens from both, the trainer's log-probabilities, and new weights seen, by graphs too."""
     model, tokenizer = tiny_there(family)
@@ -122,29 +119,6 @@ def test_sampling(use, family, params):
             for w in model.parameters():
                 w.mul_(1.2).add_(0.01)
     assert not GPU or any(samplers["triton"].graphs.replays.values())
-
-
-def test_random_workloads(use):
-    """Forks, refills and closes with every kernel in place: the tokens of one row at a time without any."""
-    rng = random.Random(1)
-    model, tokenizer = tiny_there("qwen3")
-    requests = []
-    for _ in range(5):
-        prompt = [rng.randrange(250) for _ in range(rng.choice([1, 6, 70]))]
-        requests.append((prompt, rng.randint(1, 3), rng.randint(2, 9)))
-
-    def sample_all(sampler):
-        queue = deque(Request(prompt, list(range(n)), f"{i}", budget, payload=i)
-                      for i, (prompt, n, budget) in enumerate(requests))
-        return {(r.payload, index): c.tokens for r, index, c in sampler.stream(queue, Params(9))}
-    use("reference")
-    want = sample_all(Sampler(model, tokenizer, 1))
-    use("triton")
-    sampler = Sampler(model, tokenizer, 4)
-    sampler.tokens_per_sync = 3
-    sampler.free_to_prefill = 1 / 2
-    sampler.graphed = GPU
-    assert sample_all(sampler) == want
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -102,9 +102,9 @@ def test_add_norm(kind, dtype, shape, add):
 
 @both
 @dtypes
-@pytest.mark.parametrize("shape", [(2, 5, 4, 2, 16), (1, 3, 14, 2, 64), (3, 1, 3, 1, 24)], ids=str)
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shape, norm, shared", [
+    ((2, 5, 4, 2, 16), True, True), ((1, 3, 14, 2, 64), False, True), ((3, 1, 3, 1, 24), True, False),
+    ((2, 5, 4, 2, 16), False, False)], ids=str)
 def test_rotate(kind, dtype, shape, norm, shared):
     """`shared`: one row of angles for the whole batch. The exact rotation is a product of complex numbers."""
     B, T, H, K, D = shape
@@ -158,8 +158,7 @@ def exact_decode_attention(q, k, v, past_k, past_v, lengths):
 
 @both
 @dtypes
-@pytest.mark.parametrize("H, K, D", [(4, 2, 16), (14, 2, 64), (3, 3, 24), (5, 1, 128)])
-@pytest.mark.parametrize("parts", [0, 1, 3, 5])
+@pytest.mark.parametrize("H, K, D, parts", [(4, 2, 16, 0), (14, 2, 64, 3), (3, 3, 24, 5), (5, 1, 128, 1)])
 def test_decode_attention(kind, dtype, H, K, D, parts):
     """From no past at all to a full slot, in a slice of a larger cache that holds NaN beyond the past."""
     lengths = torch.tensor([0, 1, 63, 64, 65, 199], device=DEVICE)
@@ -185,17 +184,6 @@ def test_decode_attention(kind, dtype, H, K, D, parts):
         assert torch.equal(cache[B:], old[B:])
 
 
-@pytest.mark.parametrize("B, K, S, most", [(1, 2, 4096, 64), (128, 2, 4096, 8), (166, 2, 4352, 9)])
-def test_no_part_of_attention_is_long(B, K, S, most):
-    """166 rows once gave one part: a straggler of 4,096 positions was walked by one program alone."""
-    module = importlib.import_module("kernels.fused.decode_attention")
-    parts = module.parts_of(B, K, S, processors=132)
-    assert 1 <= parts <= most
-    for length in (1, S // 3, S - 1):
-        tiles = -(-length // module.BLOCK_S)
-        assert -(-tiles // parts) * module.BLOCK_S <= module.LONGEST
-
-
 # ---- the choice of a token -----------------------------------------------------------------------
 def splitmix(key, position):
     """The mixer on Python's unbounded integers."""
@@ -206,16 +194,14 @@ def splitmix(key, position):
     return ((x ^ x >> 31) >> 40) / 2**24
 
 
-@both
-def test_uniform_is_splitmix64(kind):
+def test_uniform_is_splitmix64():
     """To the bit; and the numbers are spread evenly."""
-    uniform = operation("uniform", kind)
     keys = [0, 1, -1, 2**62, -(2**63), 987654321] * 30
     positions = [0, 5, 7, 4096, 1, 100_000] * 30
-    got = uniform(torch.tensor(keys, device=DEVICE), torch.tensor(positions, device=DEVICE))
+    got = reference.uniform(torch.tensor(keys, device=DEVICE), torch.tensor(positions, device=DEVICE))
     assert got.tolist() == [splitmix(k, p) for k, p in zip(keys, positions, strict=True)]
     n = 100_000
-    u = uniform(torch.full((n,), 42, device=DEVICE), torch.arange(n, device=DEVICE)).cpu()
+    u = reference.uniform(torch.full((n,), 42, device=DEVICE), torch.arange(n, device=DEVICE)).cpu()
     assert abs(u.mean() - 0.5) < 0.005 and (u.histc(10, 0, 1) / 10_000 - 1).abs().max() < 0.05
 
 
@@ -238,22 +224,14 @@ def survivors(z, temperature, top_k, top_p):
 
 
 CUTS = [  # temperature, top-k, top-p
-    (1.0, 0, 1.0),
-    (0.7, 0, 1.0),
-    (0.7, 5, 1.0),
-    (1.0, 0, 0.8),
-    (0.7, 20, 0.8),
-    (1.0, 3, 0.5),
-    (1.5, 0, 0.9),
-    (3.0, 0, 0.999),
-    (1.0, 99999, 0.9),
+    (1.0, 0, 1.0), (0.7, 5, 1.0), (1.0, 0, 0.8), (0.7, 20, 0.8), (1.0, 3, 0.5), (1.5, 0, 0.9),
+    (3.0, 0, 0.999), (1.0, 99999, 0.9),
 ]
 
 
 @both
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
-@pytest.mark.parametrize("V", [40, 9001])
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("V, ties", [(40, False), (9001, False), (9001, True)])
 def test_next_tokens_invert_the_distribution(kind, cuts, V, ties):
     """u near both ends and in the middle of a token's part of the distribution must draw it.
 
@@ -277,26 +255,6 @@ def test_next_tokens_invert_the_distribution(kind, cuts, V, ties):
     close(logp.cpu(), exact, torch.float32, "log-probability")
 
 
-@pytest.mark.parametrize("cuts", [(1.0, 0, 0.95), (0.5, 0, 0.9)], ids=str)
-def test_top_p_of_a_flat_distribution(cuts, monkeypatch):
-    """Its lanes' maxima hold too little mass, and once the whole vocabulary was collected and bisected.
-
-    Little more than what survives is collected, and the draw is the equation's.
-    """
-    V = 20_000
-    logits = 1.5 * random(3, V, seed=5)
-    u = [1e-3, 0.5, 0.999]
-    kept = torch.full((3, V), -1, device=DEVICE, dtype=torch.int32)
-    real = torch.empty
-    monkeypatch.setattr(
-        torch, "empty", lambda *shape, **kw: kept if kw.get("dtype") == torch.int32 else real(*shape, **kw))
-    tokens, _ = operation("next_tokens", "triton")(logits, torch.tensor(u, device=DEVICE), *cuts)
-    for row in range(3):
-        want = survivors(logits[row].cpu(), *cuts)
-        assert tokens[row] == torch.searchsorted(want.cumsum(0), u[row])
-        assert (want > 0).sum() <= (kept[row] >= 0).sum() < 1.5 * (want > 0).sum()
-
-
 @both
 @pytest.mark.parametrize("cuts", [{}, {"top_k": 7, "top_p": 0.9}])
 def test_extreme_u_and_logits(kind, cuts):
@@ -314,7 +272,7 @@ def test_extreme_u_and_logits(kind, cuts):
 
 
 @both
-@pytest.mark.parametrize("cuts", [{}, {"top_k": 7}, {"temperature": 0.01}, {"penalty": 1.0}])
+@pytest.mark.parametrize("cuts", [{}, {"temperature": 0.01}, {"penalty": 1.0}])
 def test_logprobs_of_far_logits(kind, cuts):
     """Logits of -30,000 once cost the log-probability a thousandth, at a low temperature four hundredths."""
     logits = (0.01 * random(6, 500).cpu().double() - 3e4).float()
@@ -378,8 +336,8 @@ def test_broken_logits_are_reported(kind):
 # ---- the head ------------------------------------------------------------------------------------
 @both
 @dtypes
-@pytest.mark.parametrize("N, V, C", [(1, 40, 16), (37, 301, 33), (50, 700, 24)])
-@pytest.mark.parametrize("parts", [0, 1, 3])
+@pytest.mark.parametrize("N, V, C, parts", [
+    (1, 40, 16, 0), (37, 301, 33, 3), (50, 700, 24, 1), (37, 301, 33, 0)])
 def test_linear_logprob(kind, dtype, N, V, C, parts, monkeypatch):
     """Odd shapes, several parts of the vocabulary, and weights that are the first rows of a larger matrix."""
     if kind == "triton":
@@ -416,20 +374,13 @@ def test_logits_are_never_held():
     assert torch.cuda.max_memory_allocated() - before < N * V * 4 / 4
 
 
-@both
-def test_no_rows_no_gradient(kind):
+def test_no_rows_no_gradient():
     hidden = torch.zeros(0, 16, device=DEVICE, requires_grad=True)
     weight = random(40, 16).requires_grad_()
     targets = torch.zeros(0, dtype=torch.long, device=DEVICE)
-    logp, entropy = operation("linear_logprob", kind)(hidden, weight, targets)
-    logp.sum().backward()
-    assert logp.shape == entropy.shape == (0,)
-    assert hidden.grad.shape == (0, 16) and not weight.grad.any()
-
-
-def test_no_rows_in_the_norm():
-    x = torch.zeros(0, 16, device=DEVICE, requires_grad=True)
-    weight = random(16).requires_grad_()
-    _, y = operation("add_norm", "triton")(x, None, weight, 1e-6)
-    y.sum().backward()
-    assert x.grad.shape == (0, 16) and not weight.grad.any()
+    for kind in ("reference", "triton"):
+        logp, entropy = operation("linear_logprob", kind)(hidden, weight, targets)
+        _, y = operation("add_norm", kind)(hidden, None, weight[0], 1e-6)
+        (logp.sum() + y.sum()).backward()
+        assert logp.shape == entropy.shape == (0,)
+        assert hidden.grad.shape == (0, 16) and not weight.grad.any()
