@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cli import say
-from processes import largest, summed
+from processes import largest, total
 from run import Run
 from tokenizer import Tokenizer
 
@@ -47,9 +47,9 @@ def sums_over(tokens, loss: Tensor, clip_low: float, clip_high: float) -> dict[s
 
 def over_all_processes(parts: list[dict[str, Tensor]]) -> dict[str, float]:
     """What `sums_over` found in parts of a mini-batch, put together."""
-    sums = summed({name: float(sum(part[name] for part in parts)) for name in SUMS})
+    sums = total([float(sum(part[name] for part in parts)) for name in SUMS])
     largest_here = max((part["largest_difference"].item() for part in parts), default=0.0)
-    return {**sums, "largest_difference": largest(largest_here)}
+    return {**dict(zip(SUMS, sums, strict=True)), "largest_difference": largest(largest_here)}
 
 
 # ---- figures -------------------------------------------------------------------------------------

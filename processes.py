@@ -48,11 +48,6 @@ def total(values: list[float]) -> list[float]:
     return _reduced(values, "SUM")
 
 
-def summed(figures: dict[str, float]) -> dict[str, float]:
-    """The sum over all processes of each of some named numbers."""
-    return dict(zip(figures, total(list(figures.values())), strict=True))
-
-
 def largest(value: float) -> float:
     """The largest of a number over all processes."""
     return _reduced([value], "MAX")[0]

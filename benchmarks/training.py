@@ -62,7 +62,7 @@ def sft_ours(args):
     examples = []
     for *before, last in chat_rows(args, tokenizer):
         prompt = tokenizer.chat(before)
-        examples.append(sft.Example(prompt + tokenizer.response(last["content"]), len(prompt)))
+        examples.append(sft.Example(prompt, tokenizer.response(last["content"]), place=0))
     tokens = sum(map(len, examples))
     optimizer = Optimizer(model, 1e-4)
     for _ in range(args.steps):
@@ -84,7 +84,7 @@ def grpo_ours(args):
     task = tasks.find("countdown-3")
     problems = [(task, problem) for problem in task.problems("rl", args.questions)]
     flags = SimpleNamespace(**vars(args), reward="random", no_std=False, truncated="keep", loss="token-mean",
-                            clip_low=0.2, clip_high=0.2, kl=0.0, temperature=1.0)
+                            clip_low=0.2, clip_high=0.2, kl=0.0, temperature=1.0, lr=1e-6)
     optimizer = Optimizer(model, 0.0)
     sampler = Sampler(model, tokenizer, cache_fraction=grpo.SAMPLER_CACHE_FRACTION)
     for step in range(args.steps):
@@ -93,7 +93,7 @@ def grpo_ours(args):
         groups = grpo.roll_out(sampler, problems, flags, step)
         synchronize(model.device)
         rollout_seconds = time.perf_counter() - begun
-        grpo.update(model, None, optimizer, groups, flags, lr=1e-6)
+        grpo.update(model, None, optimizer, groups, flags)
         synchronize(model.device)
         seconds = time.perf_counter() - begun
     tokens = sum(len(c.tokens) for group in groups for c in group.completions)

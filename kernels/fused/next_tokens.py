@@ -10,9 +10,9 @@ The cuts need a threshold, not an order. Top-k keeps z >= t with t the largest v
 top-p the same with probability mass in place of a count. Both are bisections over the float32 values, at most
 32 halvings, exact up to the rounding of the mass. To bisect over few numbers, a lower bound comes first, and
 only the logits above it are collected, in a second sweep, and bisected exactly: the threshold of the maxima
-of the lanes (a lane is one of BLOCK positions that run in parallel and see every BLOCK-th logit), for they are
-a subset of the row. Some dozens of logits lie above it in practice; where the maxima hold less than the mass
-that top-p asks for, as in a flat distribution, the whole row is collected.
+of the lanes (a lane is one of BLOCK positions that run in parallel and see every BLOCK-th logit), for they
+are a subset of the row. Some dozens of logits lie above it in practice; where the maxima hold less than the
+mass that top-p asks for, as in a flat distribution, the whole row is collected.
 
 Bytes for a row of V float32 logits: 4 V and a block without cuts, 8 V with them (and V for each sweep with a
 penalty). A sort would move 16 V or more, several times.
