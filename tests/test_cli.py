@@ -11,13 +11,8 @@ from conftest import MINI, ROOT, environment, refused
 
 import cli
 import files
-import evaluate
 import grpo
-import rearrange
-import sample
-import sft
 
-COMMANDS = [sample, rearrange, sft, grpo, evaluate]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("mini/*.py")]
 
 
@@ -91,12 +86,6 @@ def test_rows_that_cannot_be_read_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(cli.UserError, match=message):
         list(files.read_jsonl(tmp_path / name, ("a",)))
-
-
-def test_a_path_in_two_spellings_appears_twice():
-    assert cli.split_list("a, b", "--x") == ["a", "b"]
-    with pytest.raises(cli.UserError, match="--x a,./a: a appears twice"):
-        cli.split_list("a,./a", "--x")
 
 
 def test_no_code_from_data():

@@ -79,20 +79,15 @@ def test_work_is_dealt_evenly(monkeypatch):
     """Questions dealt by place, some without signal, left one process of 4 with 1.4 times the mean to do."""
     monkeypatch.setattr(processes, "world", lambda: 4)
 
-    def shares_of(items):
-        shares = []
-        for who in range(4):
-            monkeypatch.setattr(processes, "rank", lambda who=who: who)
-            shares.append(balanced(items, int))
-        return shares
-
     rng = random.Random(4)
     for _ in range(20):
         costs = []
         for _ in range(32):  # questions of a mini-batch, of which half have a signal
             if rng.random() < 0.5:
                 costs += [round(rng.lognormvariate(6, 0.7)) for _ in range(4)]  # in four parts
-        shares = shares_of(costs)
+        shares = []
+        for who in range(4):
+            monkeypatch.setattr(processes, "rank", lambda who=who: who)
+            shares.append(balanced(costs, int))
         assert sorted(sum(shares, [])) == sorted(costs)
         assert max(map(sum, shares)) < 1.1 * max(sum(costs) / 4, max(costs))
-    assert shares_of([]) == [[]] * 4 and shares_of([5]) == [[5], [], [], []]

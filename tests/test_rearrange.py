@@ -150,14 +150,13 @@ So:
 
 
 def test_glue_fits_what_it_follows(cmd):
-    phrases = rearrange.PHRASES
     made, _ = silver(cmd, sample_rows(questions=30))
     for trace in made:
         glue = re.findall(r"</reflect>\n(.*)\n<sample>", trace["messages"][-1]["content"])
         assert len(glue) == len(trace["pairs"]) - 1
         for text, before in zip(glue, trace["pairs"], strict=False):
             kind = "correct" if before["correct"] else "incorrect"
-            assert text in phrases[kind] + phrases["neutral"]
+            assert text in rearrange.PHRASES[kind] + rearrange.PHRASES["neutral"]
 
 
 # What the grades of a trace's pairs must be, recipe by recipe.

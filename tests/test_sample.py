@@ -159,26 +159,6 @@ def test_a_cache_with_graphs_stays(monkeypatch):
     assert [(cache.slots, cache.capacity) for cache in caches] == [(40, 48), (30, 64)]
 
 
-def test_prompts_wait_until_enough_slots_are_free():
-    """On a GPU to run a prompt costs ten steps. Further samples of a prompt that is there come at once."""
-    model, tokenizer = tiny()
-    tokenizer.stop_ids = []
-    sampler = Sampler(model, tokenizer, 8)
-    sampler.tokens_per_sync = 4
-    sampler.free_to_prefill = 1 / 2
-    looks = []
-    real = sampler.step
-    sampler.step = lambda: looks.append([s.request.payload for s in sampler.live]) or real()
-    queue = deque(Request(PROMPTS[0], [0], f"{i}", max_new_tokens=4 * (1 + i), payload=i) for i in range(8))
-    queue.append(Request(PROMPTS[1], list(range(9)), "nine", max_new_tokens=40, payload="nine"))
-    queue.append(Request(PROMPTS[2], [0], "last", max_new_tokens=4, payload="last"))
-    done = [r.payload for r, _, _ in sampler.stream(queue, Params(99))]
-    rows = [look.count("nine") for look in looks]
-    # One slot is free at the second look, two at the third, ...: its prompt is run at the fifth, with four.
-    assert rows[:9] == [0, 0, 0, 0, 4, 5, 6, 7, 8]
-    assert sorted(map(str, done)) == sorted([*map(str, range(8)), *["nine"] * 9, "last"])
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_random_workloads_equal_one_row_at_a_time(seed, monkeypatch):
     """Rules 2 and 4, for prompts, groups, budgets, slots and policies of any kind, and late requests.

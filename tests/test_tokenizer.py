@@ -69,10 +69,8 @@ def folder_with(path, case, special=True):
     bpe = BPE(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    for token in dict.fromkeys(tokens):
-        bpe.add_tokens([AddedToken(token, special=special, normalized=False)])
-    for token in dict.fromkeys(ordinary):
-        bpe.add_tokens([AddedToken(token, special=False, normalized=False)])
+    for token in dict.fromkeys(tokens + ordinary):
+        bpe.add_tokens([AddedToken(token, special=special and token not in ordinary, normalized=False)])
     path.mkdir(exist_ok=True)
     bpe.save(str(path / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": source, **case["named"]}
@@ -259,20 +257,6 @@ def test_a_template_that_fails_is_one_line(tmp_path, source, message):
         Tokenizer(folder)
     assert str(e.value).startswith(str(folder)), e.value
     assert message in str(e.value) and "\n" not in str(e.value)
-
-
-def test_a_folder_without_a_template_gets_chatml(tmp_path, capsys):
-    """What is saved holds it, with an eos_token that ends a turn."""
-    folder = folder_with(tmp_path, TEMPLATES[0])
-    configure(folder, chat_template=None, eos_token="<|endoftext|>")
-    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    tokenizer = Tokenizer(folder)
-    out = capsys.readouterr().out
-    assert not tokenizer.has_template and not out  # `load` tells
-    assert tokenizer.end_id == tokenizer.bpe.token_to_id("<|im_end|>")
-    config = json.loads(tokenizer.files["tokenizer_config.json"])
-    assert config["chat_template"] == CHATML and config["eos_token"] == "<|im_end|>"
-    assert json.loads(tokenizer.files["special_tokens_map.json"]) == {"eos_token": "<|im_end|>"}
 
 
 def test_a_folder_without_template_and_markers_is_refused(tmp_path):
