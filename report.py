@@ -15,6 +15,8 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
+
 from cli import UserError, bare_parser, command, printable, say
 from files import parsed, read_json, whole_lines, write_whole
 from grading import attempts_in
@@ -92,28 +94,20 @@ def curves_section(rows: list[dict]) -> str:
 
 
 def curve(name: str, points: list[tuple[int, float]]) -> str:
-    """[(step, value)] as a line. The axis begins at 0, unless the values are far from it."""
-    first, last = points[0][0], points[-1][0]
-    values = [value for _, value in points]
-    low, high = min(values), max(values)
+    """[(step, value)] as a line. What it goes from and to is said above: from 0, unless far from that."""
+    steps = np.array([step for step, _ in points])
+    values = np.array([value for _, value in points])
+    low, high = values.min(), values.max()
     if 0 <= low < high / 2 or low == high:
         low, high = min(low, 0), max(high, 0)
-    width = last - first or 1
-    height = high - low or 1
-    corners = []
-    for step, value in points:
-        x = 1000 * (step - first) / width
-        y = 290 - 280 * (value - low) / height
-        corners.append(f"{x:.1f} {y:.1f}")
-    line = el("path", d=f"M{'L'.join(corners)}h0")
-    end = f" {values[-1]:.3g} at last"
-    picture = el("svg", line, viewBox="0 0 1000 300", preserveAspectRatio="none", role="img",
-                 aria_label=f"{name}: {values[0]:.3g} at first, {end}")
-    top = el("span", f"{high:.3g}", class_="top")
-    bottom = el("span", f"{low:.3g}", class_="bottom")
-    axis = el("div", el("span", f"step {first}"), el("span", str(last)), class_="axis")
-    title = el("figcaption", escaped(name), el("small", end))
-    return el("figure", title, el("div", top, bottom, picture, class_="plot"), axis, class_="curve")
+    x = 1000 * (steps - steps[0]) / (np.ptp(steps) or 1)
+    y = 290 - 280 * (values - low) / (high - low or 1)
+    corners = "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
+    about = f" {values[-1]:.3g} at last; {low:.3g} to {high:.3g}, step {steps[0]} to {steps[-1]}"
+    title = el("figcaption", escaped(name), el("small", about))
+    line = el("path", d=f"M{corners}h0")
+    picture = el("svg", line, viewBox="0 0 1000 300", preserveAspectRatio="none")
+    return el("figure", title, picture)
 
 
 # ---- a response in its parts ---------------------------------------------------------------------

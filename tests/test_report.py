@@ -256,7 +256,8 @@ def test_a_run_has_a_page_from_its_first_checkpoint_on(cmd):
     assert cmd(grpo, *GRPO, "--steps", "3", "--save-every", "1", "--keep", "2")[0] == 0
     page = page_of()
     rows = read_rows("run/metrics.jsonl")
-    assert f" {rows[-1]['reward']:.3g} at last" in page.texts and "reward" in page.texts
+    about = page.texts[page.texts.index("reward") + 1]
+    assert about.startswith(f" {rows[-1]['reward']:.3g} at last;") and about.endswith(" step 1 to 3")
     logged = read_rows("run/rollouts.jsonl")
     assert len(page.groups) == len(logged) == 6
     for group, row in zip(page.groups, logged, strict=True):
