@@ -1,4 +1,5 @@
 """What both trainers promise: exact small steps, one process or two alike, the same end after any kill."""
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import losses
 import run as run_module
 import sft
 from checkpoint import load
-from cli import STOPPING, UserError
+from cli import UserError
 from train import Optimizer
 
 pytestmark = pytest.mark.usefixtures("data")
@@ -190,8 +191,8 @@ def test_a_stop_anywhere_changes_nothing(cmd, monkeypatch):
     whole = everything()
     moments = [("validate", 1), ("validate", 2), ("validate", 4), ("roll_out", 1), ("roll_out", 2),
                ("update", 1), ("update", 4), ("step", 40)]
-    for i, (function, call) in enumerate(moments):
-        number = STOPPING[i % len(STOPPING)]
+    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+    for (function, call), number in zip(moments, itertools.cycle(signals), strict=False):
         shutil.rmtree("run")
         with monkeypatch.context() as m:
             signal.signal(number, signal.SIG_DFL)  # it may be ignored here
