@@ -29,6 +29,7 @@ from tokenizer import TOKENIZER_FILES, Tokenizer
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
+WANTED = {int: "a whole number above 0", float: "a number above 0", bool: "true or false", dict: "an object"}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -48,7 +49,7 @@ class Reader:
         numeric = kind in (int, float) and type(value) in (int, kind)
         fits = 0 < value < 2**28 if numeric else type(value) is kind  # a product of two fits 64 bits
         if not fits:
-            raise UserError(f"{self.name}: {key} cannot be {value!r}")
+            raise UserError(f"{self.name}: {key} must be {WANTED[kind]}, not {value!r}")
         return kind(value)
 
 
@@ -115,8 +116,6 @@ def find_folder(model: str | Path) -> Path:
     The only code that uses the network.
     """
     name = str(model)
-    if not name.strip():
-        raise UserError("--model is empty; give a folder, or a hub id")
     if name.rstrip("/") == "mini":  # the one that ships with the project, wherever the command is started
         return Path(__file__).parent / "mini"
     if Path(model).is_dir():

@@ -278,7 +278,7 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
         p.add_argument("--chat-template-kwargs", type=json_object, metavar="JSON",
                        help="for the model's chat template, such as '{\"enable_thinking\": false}'; "
                             "if not given, what the run that made the model was given")
-    place(p.add_argument("--out", default=out, help="where the output goes"))
+    place(p.add_argument("--out", type=output, default=out, help="where the output goes"))
     p.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0,
                    help="the same seed gives the same output")
     return p
@@ -307,10 +307,23 @@ def json_object(text: str) -> dict:
     value = json.loads(text, parse_constant=int)  # int("NaN") is a ValueError, as bad JSON is
     if not isinstance(value, dict):
         raise ValueError
+    for name in ("messages", "add_generation_prompt", "tools", "documents"):
+        if name in value:
+            raise argparse.ArgumentTypeError(f"{name} cannot be given")
     return value
 
 
 json_object.__name__ = "JSON object"  # argparse names it, as above
+
+
+def output(text: str) -> str:
+    """An argparse type: a path that can be made."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("give a path that is not empty")
+    for parent in Path(text).absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} cannot be made: {parent} is a file")
+    return text
 
 
 def resume_flag(p: argparse.ArgumentParser) -> None:
@@ -340,8 +353,8 @@ Defaults = dict[str, tuple[float, float]]
 
 def if_not_given(values: tuple[float, float]) -> str:
     """The end of a flag's help."""
-    miniature, paper = values
-    return f"if not given, the paper's {paper:g}, or {miniature:g} for a model under 10M parameters"
+    miniature, paper = (f"{value:g}".replace("e-0", "e-") for value in values)
+    return f"if not given, the paper's {paper}, or {miniature} for a model under 10M parameters"
 
 
 def fill_in(args, defaults: Defaults, is_miniature: bool) -> None:

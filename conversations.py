@@ -37,7 +37,7 @@ def refuse_unused(holder: dict, is_trained: bool, where: str) -> None:
     for name in UNSUPPORTED:
         if holder.get(name):
             raise UserError(f"{where}: {name} is not supported; remove it, or leave the row out")
-    for name in TRAINED:
+    for name in TRAINED if holder.get("role", "assistant") == "assistant" else ():  # a row has no role
         wanted = holder.get(name)
         if wanted is not None and wanted != is_trained:  # a weight of 1 is True, as Python has it
             raise UserError(f"{where}: {name} is {to_json(wanted)}, but the last turn of a row is trained "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cli import say
-from processes import largest, total
+from processes import largest, rank, total
 from run import Run
 from tokenizer import Tokenizer
 
@@ -139,7 +139,7 @@ class StepLog:
             if name not in self.warned:
                 say(f"warning, step {step}: {text} (said once)")
                 self.warned.add(name)
-        for group in groups[:self.args.log_groups]:
+        for group in groups[:self.args.log_groups] if rank() == 0 else ():
             self.run.log(group_row(step, group, self.tokenizer), "rollouts.jsonl")
         self.run.log(row)
         return row
@@ -149,12 +149,11 @@ def group_row(step: int, group, tokenizer: Tokenizer) -> dict:
     """A line of rollouts.jsonl: a question with all that was sampled, in the order of the samples."""
     rollouts = []
     for i, completion in enumerate(group.completions):
+        text = tokenizer.text(completion.tokens)
         rollouts.append({
-            **group.task.shown(group.problem, tokenizer.text(completion.tokens)),
+            **group.task.shown(group.problem, text, len(completion.tokens), completion.finish),
             "reward": group.rewards[i],
             "advantage": round(group.advantages[i], 5),
-            "finish": completion.finish,
-            "tokens": len(completion.tokens),
             "ids": completion.tokens,
             "sampler_logprobs": [round(logp, 5) for logp in completion.logprobs],
         })

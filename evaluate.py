@@ -141,8 +141,8 @@ def result_row(name, task, problem, index, completion, tokenizer):
 
 
 def graded_response(task, problem, completion, tokenizer):
-    row = task.shown(problem, tokenizer.text(completion.tokens))
-    return {**row, "tokens": len(completion.tokens), "finish": completion.finish}
+    text = tokenizer.text(completion.tokens)
+    return task.shown(problem, text, len(completion.tokens), completion.finish)
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def make_plans(args) -> list[Plan]:
     return plans
 
 
-def inputs(args, plans: list[Plan], template_kwargs: dict) -> dict:
+def inputs(args, plans: list[Plan], template_kwargs: list) -> dict:
     """Fingerprints of all that is read."""
     models = [[name, model_fingerprint(folder)] for name, folder in args.models]
     asked = [tasks.questions_fingerprint((plan.task, problem) for problem in plan.problems) for plan in plans]
@@ -223,10 +223,10 @@ def main():
     device, _ = device_and_dtype(args.device)
     start_processes(device, minutes=ALONE)
     plans = make_plans(args)
-    template_kwargs = {}
-    for name, folder in args.models:  # a name mistyped at the end of the list must not cost hours
+    template_kwargs = []  # of each model
+    for _, folder in args.models:  # a name mistyped at the end of the list must not cost hours
         _, config, tokenizer = read_folder(folder, args.chat_template_kwargs)
-        template_kwargs[name] = tokenizer.template_kwargs
+        template_kwargs.append(tokenizer.template_kwargs)
         prompts = {request.identity: request.prompt for request in requests_of(plans, tokenizer, args)}
         check_lengths(prompts, config.max_position_embeddings, args.max_new_tokens)
     start_or_check(out / "run.json", args, lambda: inputs(args, plans, template_kwargs))
@@ -234,7 +234,7 @@ def main():
         sweep(out)
     results = read_results(out)
     cells = []
-    for name, folder in args.models:
+    for (name, folder), kwargs in zip(args.models, template_kwargs, strict=True):
         sampler = None  # while nothing is missing
         for plan in plans:
             done = results.get((name, plan.task.name), {}).keys()
@@ -250,7 +250,7 @@ def main():
             if rank() == 0:
                 rows = in_order(results, name, plan)
                 cell = summarise(rows, in_order(results, args.models[0][0], plan), plan.samples, plan.ks)
-                cells.append({**cell, "chat_template_kwargs": template_kwargs[name]})
+                cells.append({**cell, "chat_template_kwargs": kwargs})
                 write_summary(out, cells)
                 say(f"{name} on {plan.task.name}: {cell['accuracy']:.1%}")
     if rank() == 0:
@@ -258,10 +258,15 @@ def main():
         say(f"wrote {out}/results.jsonl, {out}/summary.json and {out}/report.html")
 
 
+# The names in a row of results.jsonl.
+ROW = ("model", "task", "id", "index", "question", "reference", "response", "tokens", "finish", "answer",
+       "correct", "reason", "lenient", "answers", "reflections", "attempts", "verdicts")
+
+
 def read_results(out: Path) -> dict:
     """{(model, task): {(id, index): row}} of results.jsonl, the parts of all processes joined."""
     results = {}
-    for _, row in joined_rows(f"{out}/results.jsonl", {"model": str, "task": str, "id": str, "index": int}):
+    for _, row in joined_rows(f"{out}/results.jsonl", ROW):
         results.setdefault((row["model"], row["task"]), {})[row["id"], row["index"]] = row
     return results
 

@@ -316,8 +316,8 @@ def run_tokens(
 # ---- the command ---------------------------------------------------------------------------------
 def arguments():
     p = parser(__doc__, out=None, model="")
-    place(p.add_argument("--model", help="a folder in Hugging Face format, or a hub id, to go on from; "
-                         "if not given, out/sft, or without one mini"))
+    place(p.add_argument("--model", help="a folder in Hugging Face format, or a hub id, to go on from into "
+                         "out/grpo; if not given, out/sft, or where there is none mini into out/rl"))
     g = p.add_argument_group("what to train on")
     tasks.question_flags(g, split="rl", paper=1000)
     may_change(g.add_argument("--steps", type=positive, default=30,

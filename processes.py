@@ -7,6 +7,7 @@ import glob
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,22 +44,18 @@ def world() -> int:
 
 
 # ---- sums ----------------------------------------------------------------------------------------
-def total(values: list[float]) -> list[float]:
-    """The sum over all processes of each of a list of numbers."""
-    return _reduced(values, "SUM")
-
-
-def largest(value: float) -> float:
-    """The largest of a number over all processes."""
-    return _reduced([value], "MAX")[0]
-
-
-def _reduced(values, op):
+def total(values: list[float], op: str = "SUM") -> list[float]:
+    """The sum over all processes (or what else `op` names) of each of a list of numbers."""
     if world() == 1:
         return list(values)
     t = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(t, op=getattr(dist.ReduceOp, op), group=_messengers)
     return t.tolist()
+
+
+def largest(value: float) -> float:
+    """The largest of a number over all processes."""
+    return total([value], "MAX")[0]
 
 
 def barrier() -> None:
@@ -127,7 +124,7 @@ def parts_of(path: str) -> list[str]:
     return sorted(glob.glob(f"{glob.escape(path)}.rank*"))
 
 
-def joined_rows(path: str, required: dict[str, type]) -> list[tuple[str, dict]]:
+def joined_rows(path: str, required: tuple | dict[str, type]) -> list[tuple[str, dict]]:
     """("file:line", row) of all that was written so far, the parts of all processes joined into the file."""
     barrier()  # all have written
     if rank() == 0:
@@ -141,8 +138,11 @@ def join_parts(path: str) -> None:
 
     Whole lines only, and each once: a kill may have come before a part was removed.
     """
-    written = [part for part in (path, *parts_of(path)) if os.path.exists(part)]
-    lines = dict.fromkeys(line for part in written for _, line in whole_lines(part))
-    write_whole(path, b"".join(lines))
-    for part in parts_of(path):
+    Path(path).touch()
+    parts = parts_of(path)
+    lines = dict.fromkeys(line for part in (path, *parts) for _, line in whole_lines(part))
+    content = b"".join(lines)
+    if len(content) != os.path.getsize(path):
+        write_whole(os.path.realpath(path), content)
+    for part in parts:
         os.remove(part)

@@ -409,8 +409,8 @@ def main():
         say(f"dropped {counts} of {len(rows)} attempts")
     n_correct = sum(row["correct"] for row in rows)
     if not n_correct:
-        raise UserError(f"--data {args.data}: none of the {len(rows)} sampled attempts is correct; "
-                        "sample more (--n), an easier --task or a stronger --model")
+        raise UserError(f"--data {args.data}: none of the {len(rows)} sampled attempts is correct; sample "
+                        "more (--n), an easier --task or a stronger --model, or see what was dropped above")
     if not silver:
         raise UserError(f"--data {args.data}: {n_correct} of {len(rows)} attempts are correct, "
                         "but no trace can be made (see the dropped ones above); "

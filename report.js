@@ -10,20 +10,22 @@ const responses = [...document.querySelectorAll(".response")];
 // Whether a response passes a filter: data-* of it or of its group says what it is.
 function passes(response, { id, value }) {
   const about = response.dataset[id] ?? response.parentElement.dataset[id];
-  return value === "" || about.split("|").includes(value);
+  return value === "" || about === value || about.split("|").includes(value);
+}
+
+// What the text filter looks through: the question, its id, its reference answer, the response.
+function searched(response) {
+  const parts = response.parentElement.querySelectorAll(".asked");
+  return [...parts, response.querySelector(".text")].map((part) => part.textContent).join("\n").toLowerCase();
 }
 
 function filter() {
   const wanted = search.value.toLowerCase();
-  for (const group of groups) {
-    const asked = [...group.children].filter((child) => !child.matches(".response"));
-    const question = asked.map((child) => child.textContent).join("\n");
-    for (const response of group.querySelectorAll(".response")) {
-      const text = `${question}\n${response.textContent}`.toLowerCase();
-      response.hidden = !(choices.every((choice) => passes(response, choice)) && text.includes(wanted));
-    }
-    group.hidden = !group.querySelector(".response:not([hidden])");
+  for (const response of responses) {
+    const shown = choices.every((choice) => passes(response, choice));
+    response.hidden = !shown || !searched(response).includes(wanted);
   }
+  for (const group of groups) group.hidden = !group.querySelector(".response:not([hidden])");
   const shown = responses.filter((response) => !response.hidden).length;
   count.textContent = `${shown} of ${responses.length} responses match.`;
 }
@@ -45,7 +47,7 @@ function follow() {
 }
 
 if (search) {
-  for (const control of [...choices, search]) control.addEventListener("change", filter);
+  for (const control of [...choices, search]) control.addEventListener("input", filter);
   document.getElementById("clear").addEventListener("click", clear);
   window.addEventListener("hashchange", follow);
   filter();

@@ -12,6 +12,7 @@ import hashlib
 import html
 import math
 import re
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
@@ -55,12 +56,13 @@ def section(title: str, *children: str) -> str:
 # ---- figures of an evaluation --------------------------------------------------------------------
 def skill_row(cell: dict) -> dict[str, str]:
     """What further attempts did, and what each kind of attempt was called."""
+    gain = change(cell["gain"], cell["gain_interval"])
     return {
         "model": cell["model"],
         "task": cell["task"],
         "responses with a retry %": percent(cell["retried"]),
         **{name: str(count) for name, count in cell["retries"].items()},
-        "gain over the first attempt": change(cell["gain"], cell["gain_interval"]),
+        "gain over the first attempt": gain if cell["retried"] else "-",
         **{name: str(count) for name, count in cell["confusion"].items()},
     }
 
@@ -203,6 +205,8 @@ def response_of(row: dict, first: dict, name: list[str]) -> str:
     """A response: a line with its grade and its address, which is made of `name`; opened, its text."""
     address = "/".join(quote(part, safe="") for part in name)
     facts = [name[-1], "right" if row["correct"] else f"wrong: {row['reason']}", f"{row['tokens']} tokens"]
+    if row["finish"] == "length":
+        facts.append("cut off")
     facts.append("attempts " + "".join("✓" if right else "✗" for right in row["attempts"]))
     if "reward" in row:
         facts.append(f"reward {row['reward']:.3g}, advantage {row['advantage']:+.2f}")
@@ -215,9 +219,11 @@ def response_of(row: dict, first: dict, name: list[str]) -> str:
 
 def group_of(row: dict, title: str, responses: list[str]) -> str:
     """A question with its responses. `row` is a line of rollouts.jsonl, or one of results.jsonl."""
-    question = el("div", escaped(row["question"]), class_="question")
-    reference = el("p", "Reference answer: ", el("code", escaped(row["reference"] or "not known")))
-    return el("details", el("summary", escaped(title)), question, reference, *responses,
+    about = el("p", escaped(row["id"]), class_="asked note")
+    question = el("div", escaped(row["question"]), class_="asked question")
+    answer = el("code", escaped(row["reference"] or "not known"), class_="asked")
+    reference = el("p", "Reference answer: ", answer)
+    return el("details", el("summary", escaped(title)), about, question, reference, *responses,
               class_="group", data_task=row["task"], data_step=row.get("step", ""))
 
 
@@ -270,8 +276,10 @@ def of_evaluation(out: Path, cells: list[dict], rows: list[dict]) -> str:
         for row in of_question:
             last = f"{row['model']}, sample {row['index']}"
             responses.append(response_of(row, first[row["index"]], [*name, last]))
-        title = f"{name[1]}: {how_many_right(of_question)}"
-        groups.append(group_of(of_question[0], title, responses))
+        title = [name[1]]
+        for model, mine in groupby(of_question, key=lambda row: row["model"]):
+            title.append(f"{model} {how_many_right(list(mine))}")
+        groups.append(group_of(of_question[0], " · ".join(title), responses))
     choices = {"task": tasks_of(cells), "model": models, "outcome": OUTCOMES + UNLIKE}
     return page(out, figures_section(cells) + responses_section("Responses", groups, len(asked), choices))
 

@@ -37,20 +37,17 @@ WEIGHTS = "*.safetensors"
 SCORES = {"val": 1, "val_loss": -1}  # of held-out data in metrics.jsonl, and which way is better
 
 
-Measure = Callable[[], dict[str, float] | None]  # {"val": share}; None, if somebody asked to stop meanwhile
-
-
 class Run:
     """An output folder, as above.
 
     `state` has what is saved and taken back: `tensors()`, {name: tensor}, and `load(files, updates)`.
     `publish` writes the model into the folder, called by all processes. `last` is the run's last step.
-    `measure` gives the score on held-out data every --eval-every steps.
+    `measure` gives the score on held-out data, {"val": share}, or None if somebody asked to stop meanwhile.
     """
 
     def __init__(
         self, args, inputs: Callable[[], dict], state, publish: Callable[[Path], None], last: int,
-        measure: Measure,
+        measure: Callable[[], dict[str, float] | None],
     ):
         self.out = Path(args.out)
         self.save_every = args.save_every

@@ -377,25 +377,27 @@ class Sampler:
 
 def refuse_long_prompt(prompt: list[int], context: int, name: str | None) -> None:
     if len(prompt) >= context:
-        raise UserError(f"{name or 'a prompt'}: {len(prompt)} tokens do not fit the model's context of "
-                        f"{context}; shorten it or leave it out")
+        raise UserError(f"the prompt of {name or 'a request'} has {len(prompt)} tokens and does not fit the "
+                        f"model's context of {context}; shorten it or leave it out")
 
 
 def check_lengths(prompts: dict[str, list[int]], context: int, max_new_tokens: int) -> None:
     """Refuses a prompt, of which the name is said, that the context cannot hold.
 
-    Says for how many of them it ends before the budget, before the work begins.
+    Says for how many it ends before the budget, of all processes, before the work begins.
     """
     for name, prompt in prompts.items():
         refuse_long_prompt(prompt, context, name)
     cut = sum(len(prompt) + max_new_tokens > context for prompt in prompts.values())
+    cut, asked = total([cut, len(prompts)])
     if cut:
-        say(f"the context of {context} tokens leaves {cut} of {len(prompts)} prompts less than "
+        say(f"the context of {context} tokens leaves {cut:.0f} of {asked:.0f} prompts less than "
             f"--max-new-tokens {max_new_tokens} for the response, which is cut off there")
 
 
 # ---- the command ---------------------------------------------------------------------------------
-# On an earlier miniature the paper's cuts made a chain repeat its attempts.
+# How tokens are chosen if no flag says so. On an earlier miniature the paper's cuts made a chain repeat its
+# attempts.
 CHOICE: Defaults = {
     "temperature": (1.0, 0.7),
     "top_p": (1.0, 0.8),
@@ -562,12 +564,13 @@ def main():
             text = tokenizer.after_own_thought(completion.tokens)
             if isinstance(request.payload, Attempts):
                 row = attempt_row(request.payload, index, completion, text)
-                # A truncated attempt gets no reflections, nor one that is too long to be reflected on.
+                # A truncated attempt gets no reflections.
                 if args.reflections and completion.finish == "stop":
                     reflect = reflection_request(row, args.reflections, tokenizer)
                     if len(reflect.prompt) < context:
                         queue.appendleft(reflect)
                         continue  # the row is written when its reflections have come
+                    tally["too long"] += 1
             else:
                 row, found = request.payload.row, request.payload.found
                 found[index] = {"text": text, "verdict": verdict(text), "finish": completion.finish}
@@ -581,13 +584,15 @@ def main():
             tally["reflections"] += len(row["reflections"])
             tally["agreeing"] += sum(r["verdict"] == row["correct"] for r in row["reflections"])
             progress.update(correct=f"{tally['correct'] / tally['attempts']:.1%}")
-    names = ("attempts", "correct", "reflections", "agreeing")
-    attempts, correct, reflections, agreeing = total([tally[name] for name in names])
+    names = ("attempts", "correct", "reflections", "agreeing", "too long")
+    attempts, correct, reflections, agreeing, too_long = total([tally[name] for name in names])
     if rank() == 0:  # all have written their part
         join_parts(args.out)
     if attempts:
         say(f"{correct / attempts:.1%} of {attempts:.0f} attempts are correct; "
             f"{agreeing / max(reflections, 1):.1%} of {reflections:.0f} reflections agree with the grade")
+    if too_long:
+        say(f"{too_long:.0f} attempts are too long to be reflected on within the context of {context}")
     say(f"wrote {args.out}")
 
 

@@ -124,11 +124,11 @@ class Task:
         why_wrong = self.check(answer, problem.truth)
         return Grade(correct=not why_wrong, answer=answer, reason=why_wrong)
 
-    def shown(self, problem: Problem, text: str) -> dict:
+    def shown(self, problem: Problem, text: str, tokens: int, finish: str) -> dict:
         """What is written down of a response: its text, grade and skills."""
         grade = self.grade(problem, text)
-        return {"response": text, "answer": grade.answer, "correct": grade.correct, "reason": grade.reason,
-                **self.skills(problem, text)}
+        return {"response": text, "tokens": tokens, "finish": finish, "answer": grade.answer,
+                "correct": grade.correct, "reason": grade.reason, **self.skills(problem, text)}
 
     def skills(self, problem: Problem, response: str) -> dict:
         """What a response shows of the skills: answers, reflections, the grade of each attempt, and each

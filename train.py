@@ -163,31 +163,30 @@ class Optimizer:
         self.weights = dict(model.named_parameters())
         self.masters = {}
         for name, w in self.weights.items():
+            w.grad_dtype = torch.float32  # in which the gradients of several backward passes are added up
             self.masters[name] = w if w.dtype == torch.float32 else torch.nn.Parameter(w.detach().float())
         groups = [
             {"params": [m for m in self.masters.values() if m.ndim > 1], "weight_decay": weight_decay},
             {"params": [m for m in self.masters.values() if m.ndim == 1], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
-        for w in self.weights.values():
-            w.grad_dtype = torch.float32  # in which the gradients of several backward passes are added up
 
     def step(self, lr: float) -> float:
         """Clip, step.
 
         Returns the norm before clipping, over all processes; refuses one that is not finite.
         """
-        grads = {}
-        for name, w in self.weights.items():
-            grads[name] = torch.zeros_like(self.masters[name]) if w.grad is None else w.grad
-        norms = [torch.linalg.vector_norm(local(grad)) for grad in grads.values()]
+        for name, master in self.masters.items():
+            grad = self.weights[name].grad
+            master.grad = torch.zeros_like(master) if grad is None else grad
+        norms = [torch.linalg.vector_norm(local(master.grad)) for master in self.masters.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms)).item()
         if world() > 1:
             norm = math.sqrt(total([norm**2])[0])
         check_finite(norm, "gradient")
         scale = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
-        for name, master in self.masters.items():
-            master.grad = grads[name].mul_(scale)
+        for master in self.masters.values():
+            master.grad.mul_(scale)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

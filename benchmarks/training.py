@@ -31,7 +31,7 @@ from cli import command, parser, positive
 from processes import in_batches
 from sample import Sampler
 from tokenizer import Tokenizer
-from train import Optimizer, settle_flags
+from train import MICRO_BATCH_TOKENS, Optimizer
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def main():
     args = arguments()
     shape = Path(args.model).name
     device, dtype = device_and_dtype(args.device, args.dtype)
-    settle_flags(args, device)
+    args.micro_batch_tokens = args.micro_batch_tokens or MICRO_BATCH_TOKENS[device.type]
     args.model = folder_of(args.model, dtype)
     runs = {who: run for who, run in TURNS[args.stage].items() if who in ("ours", args.peers)}
     compare(f"{args.stage}-{shape}", args, runs)

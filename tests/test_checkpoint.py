@@ -136,19 +136,19 @@ def test_other_weights_may_lie_beside_safetensors(folder):
 
 
 @pytest.mark.parametrize("key, value, message", [
-    ("rope_theta", "1e6", "rope_theta cannot be '1e6'"),
-    ("rope_theta", None, "rope_theta cannot be None"),
-    ("rope_theta", float("nan"), "rope_theta cannot be nan"),
-    ("rms_norm_eps", -1e-6, "rms_norm_eps cannot be -1e-06"),
-    ("hidden_size", 32.0, "hidden_size cannot be 32.0"),
-    ("num_hidden_layers", 0, "num_hidden_layers cannot be 0"),
+    ("rope_theta", "1e6", "rope_theta must be a number above 0, not '1e6'"),
+    ("rope_theta", None, "rope_theta must be a number above 0, not None"),
+    ("rope_theta", float("nan"), "rope_theta must be a number above 0, not nan"),
+    ("rms_norm_eps", -1e-6, "rms_norm_eps must be a number above 0, not -1e-06"),
+    ("hidden_size", 32.0, "hidden_size must be a whole number above 0, not 32.0"),
+    ("num_hidden_layers", 0, "num_hidden_layers must be a whole number above 0, not 0"),
     ("num_hidden_layers", 10**8, "num_hidden_layers is 100000000, but there are 26 tensors"),
-    ("vocab_size", 10**30, "vocab_size cannot be 1"),
-    ("tie_word_embeddings", "false", "tie_word_embeddings cannot be 'false'"),
+    ("vocab_size", 10**30, "vocab_size must be a whole number above 0, not 1"),
+    ("tie_word_embeddings", "false", "tie_word_embeddings must be true or false, not 'false'"),
     ("num_key_value_heads", 3, "3 key/value heads must divide 4 heads"),
     ("head_dim", 15, "the head_dim 15 must be even"),
-    ("rope_scaling", "llama3", "rope_scaling cannot be 'llama3'"),
-    ("rope_scaling", {"rope_type": "llama3", "factor": 0}, "factor cannot be 0"),
+    ("rope_scaling", "llama3", "rope_scaling must be an object, not 'llama3'"),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 0}, "factor must be a number above 0, not 0"),
     ("rope_scaling", {"rope_type": "llama3"}, "the key 'factor' is missing"),
     ("rope_scaling", {"type": "yarn", "factor": 4.0}, "rotary scaling 'yarn' is not supported"),
     ("layer_types", ["sliding_attention", "full_attention"], "use_sliding_window"),
@@ -250,7 +250,7 @@ def test_template_kwargs_come_from_the_run_that_made_the_folder(folder, capsys):
     assert "its chat template does not look at 'enable_thinkng'" in capsys.readouterr().out
     for flags in ([1], {"chat_template_kwargs": "x"}):
         (path / "run.json").write_text(json.dumps({"flags": flags}))
-        with pytest.raises(UserError, match="run.json: .* cannot be"):
+        with pytest.raises(UserError, match="run.json: .* must be an object"):
             load(path, "cpu")
 
 

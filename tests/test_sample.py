@@ -91,7 +91,7 @@ def test_ends():
             assert (c.finish == "stop") == (c.tokens[-1] in stops)
             assert c.finish == "stop" or len(prompt) + len(c.tokens) == 256
     assert finishes == {"stop", "length"}
-    with pytest.raises(UserError, match="256 tokens do not fit the model's context of 256"):
+    with pytest.raises(UserError, match="has 256 tokens and does not fit the model's context of 256"):
         Sampler(model, tokenizer).generate([[5] * 256], 1, Params(5))
 
 

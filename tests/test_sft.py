@@ -97,7 +97,6 @@ def turns(user=None, first=None, **last):
     ({**turns(), "train": False}, "train is false, but"),
     (turns(tool_calls=[{"function": {"name": "f"}}]), "tool_calls is not supported"),
     (turns(first={"function_call": {"name": "f"}}), "function_call is not supported"),
-    (turns(user={"weight": 1}), "weight is 1, but"),
     ({**turns(), "system": "Be brief."}, "system is not supported"),
     (turns(refusal="I cannot"), "refusal is not supported"),
     ({**turns(), "tools": [{"type": "function"}]}, "tools is not supported"),
@@ -121,7 +120,7 @@ def test_fields_that_change_the_meaning_are_not_dropped(row, message):
     (turns(reasoning_content="why\n"), ["one", "two", "three", "<think>\nwhy\n</think>\n\nfour"]),
     (turns(reasoning="why"), ["one", "two", "three", "<think>\nwhy\n</think>\n\nfour"]),
     (turns(first={"thinking": "why"}), ["one", "<think>\nwhy\n</think>\n\ntwo", "three", "four"]),
-    (turns(user={"weight": 0, "train": False}), ["one", "two", "three", "four"]),
+    (turns(user={"weight": 0, "train": True, "label": "math"}), ["one", "two", "three", "four"]),
 ])
 def test_fields_that_are_used(row, texts):
     assert [m["content"] for m in plain_messages(row, "chat.jsonl:1")] == texts
