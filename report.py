@@ -217,13 +217,13 @@ def response_of(row: dict, first: dict, name: list[str]) -> str:
               data_outcome="|".join(outcomes_of(row, first)))
 
 
-def group_of(row: dict, title: str, responses: list[str]) -> str:
+def group_of(row: dict, name: str, counts: str, responses: list[str]) -> str:
     """A question with its responses. `row` is a line of rollouts.jsonl, or one of results.jsonl."""
-    about = el("p", escaped(row["id"]), class_="asked note")
+    line = el("summary", el("span", escaped(name), class_="asked"), escaped(counts))
     question = el("div", escaped(row["question"]), class_="asked question")
     answer = el("code", escaped(row["reference"] or "not known"), class_="asked")
     reference = el("p", "Reference answer: ", answer)
-    return el("details", el("summary", escaped(title)), about, question, reference, *responses,
+    return el("details", line, question, reference, *responses,
               class_="group", data_task=row["task"], data_step=row.get("step", ""))
 
 
@@ -276,10 +276,10 @@ def of_evaluation(out: Path, cells: list[dict], rows: list[dict]) -> str:
         for row in of_question:
             last = f"{row['model']}, sample {row['index']}"
             responses.append(response_of(row, first[row["index"]], [*name, last]))
-        title = [name[1]]
+        counts = ""
         for model, mine in groupby(of_question, key=lambda row: row["model"]):
-            title.append(f"{model} {how_many_right(list(mine))}")
-        groups.append(group_of(of_question[0], " · ".join(title), responses))
+            counts += f" · {model} {how_many_right(list(mine))}"
+        groups.append(group_of(of_question[0], name[1], counts, responses))
     choices = {"task": tasks_of(cells), "model": models, "outcome": OUTCOMES + UNLIKE}
     return page(out, figures_section(cells) + responses_section("Responses", groups, len(asked), choices))
 
@@ -306,8 +306,8 @@ def of_run(out: Path) -> str:
             responses = []
             for i, rollout in enumerate(row["rollouts"]):
                 responses.append(response_of(rollout, rollout, [*name, f"rollout {i}"]))
-            title = f"step {row['step']}, {row['id']}: {how_many_right(row['rollouts'])}"
-            groups.append(group_of(row, title, responses))
+            counts = f" · {how_many_right(row['rollouts'])}"
+            groups.append(group_of(row, " / ".join(name), counts, responses))
     return page(out, body + responses_section("Rollouts", groups, in_all, choices))
 
 
