@@ -27,7 +27,7 @@ test: .venv/installed
 lint: .venv/installed
 	.venv/bin/pip install --quiet $(shell grep -E '^(ruff|oxlint)' tests/requirements.txt)
 	.venv/bin/ruff check .
-	.venv/bin/oxlint --deny-warnings report.js
+	.venv/bin/oxlint --deny-warnings report/page.js
 
 bench: .venv/installed
 	@$(RUN) TRITON_INTERPRET=1 SCALE=0.003 OUT=out/benchmarks bash benchmarks/gpu.sh; \

@@ -12,9 +12,7 @@ tells a GPU is sent without waiting for it, and all that changes between two ste
 Left out: pages (a slot is one stretch of memory), quantised caches, moving slots to the host.
 """
 import gc
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from kernels import decode_attention
 from model import Attend, Config, causal
-from processes import in_batches
+from run.processes import in_batches
 
 
 # ---- keys and values -----------------------------------------------------------------------------
@@ -194,38 +192,6 @@ def bucket(live: int) -> int:
     if live <= 16:
         return 1 << (live - 1).bit_length()  # 1, 2, 4, 8, 16
     return round_up(live, 16 if live <= 128 else 64)
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that this process can still allocate."""
-    if device.type == "cuda":
-        unused_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused_by_torch
-    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this host
-    return host_memory() // sharers
-
-
-def host_memory(root: Path = Path("/")) -> int:
-    """Bytes that all processes here together can still allocate: the machine's, or a container's if it has a
-    limit (cgroups, version 2).
-
-    `root` is another for tests.
-    """
-    if not (root / "proc/meminfo").is_file():  # it is not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    words = (root / "proc/meminfo").read_text().split()
-    left = int(words[words.index("MemAvailable:") + 1]) * 1024
-    groups = root / "proc/self/cgroup"
-    path = groups.read_text().rpartition("0::/")[2].strip() if groups.is_file() else ""
-    folder = root / "sys/fs/cgroup" / path
-    for group in (folder, *folder.parents):  # a limit of any of them counts; a container sees only some
-        limit = group / "memory.max"
-        if limit.is_file() and limit.read_text().strip() != "max":
-            stat = (group / "memory.stat").read_text().split()
-            given_back = int(stat[stat.index("inactive_file") + 1])  # files in memory: they make way
-            used = int((group / "memory.current").read_text()) - given_back
-            left = min(left, int(limit.read_text()) - used)
-    return max(0, left)
 
 
 # ---- graphs --------------------------------------------------------------------------------------

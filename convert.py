@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from cli import UserError, command, parser, say
-from files import read_jsonl, refuse_existing, to_json, write_whole
-from equivalence import flaw_of_gold
-from grading import last_boxed
-from questions import as_text
+from grading.answers import last_boxed
+from grading.math import flaw_of_gold
+from run.command import UserError, command, parser, say
+from run.files import read_jsonl, refuse_existing, to_json, write_whole
+from tasks import as_text
 
 Row = dict  # what a function below pops from it is used; the rest is kept
 

@@ -19,19 +19,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import report
 import tasks
 from checkpoint import device_and_dtype, load, model_fingerprint, read_folder
-from cli import (
+from checkpoint.tokenizer import Tokenizer
+from report.figures import pass_at, printed_table, summarise
+from report.page import renew
+from run.command import (
     Progress, UserError, command, may_change, natural, number, parser, place, positive, resume_flag, say,
     split_list,
 )
-from files import to_json, write_whole
-from processes import ALONE, joined_rows, own_part, rank, start_processes, world
-from record import refuse_wrong_out, start_or_check, sweep
+from run.files import to_json, write_whole
+from run.processes import ALONE, joined_rows, own_part, rank, start_processes, world
+from run.record import refuse_wrong_out, start_or_check, sweep
 from sample import Completion, Params, Request, Sampler, check_lengths, still_to_do
-from summary import pass_at, printed_table, summarise
-from tokenizer import Tokenizer
 
 
 # ---- budget forcing ------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def in_order(results: dict, name: str, plan: Plan) -> list[dict]:
 def write_summary(out: Path, cells: list[dict]) -> None:
     """Make summary.json and the page anew."""
     write_whole(out / "summary.json", json.dumps(cells, indent=2))
-    report.renew(out)
+    renew(out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from cli import (  # before torch: it says how threads wait
+from run.command import (  # before torch: it says how threads wait
     Defaults, Progress, UserError, command, if_not_given, may_change, natural, number, parser, place,
     positive, say,
 )
@@ -33,16 +33,15 @@ from torch import Tensor
 
 import tasks
 from checkpoint import model_fingerprint
-from diagnostics import StepLog, over_all_processes, sums_over
-from files import to_json
 from model import Transformer, response_logprobs
-from processes import balanced, gathered, in_batches, rank, total, world
-from record import refuse_wrong_out
-from run import Run
+from optimizer import Optimizer, check_finite, even_passes, publisher, start_training, training_flags, twin
+from report.page import renew
+from report.rollouts import StepLog, over_all_processes, sums_over
+from run.files import to_json
+from run.processes import balanced, gathered, in_batches, rank, total, world
+from run.record import refuse_wrong_out
+from run.run_folder import Run
 from sample import Completion, Params, Sampler, check_lengths
-from train import (
-    Optimizer, check_finite, even_passes, publisher, start_training, training_flags, twin,
-)
 
 DEFAULTS: Defaults = {"lr": (4e-4, 1e-6)}
 # Of the memory that is free before the first step: on a GPU the cache stays while the model trains.
@@ -403,7 +402,7 @@ def main():
         return validate(sampler, held_out, args)
 
     run = Run(args, partial(inputs, args, problems, held_out), optimizer, publisher(optimizer, tokenizer),
-              args.steps, measure)
+              args.steps, measure, renew)
     sampler.stop = run.asked.here
     say(f"from {args.model} into {args.out}: {len(problems)} questions, {args.steps} steps of "
         f"{args.questions_per_step} x {args.rollouts} rollouts, learning rate {args.lr:g}")

@@ -1,4 +1,4 @@
-"""A Qwen transformer: blocks, head, config. Nothing about files or text (`checkpoint.py` has those).
+"""A Qwen transformer: blocks, head, config. Nothing about files or text (`checkpoint/` has those).
 
     hidden = model(tokens)                                     # (B, T) ids -> (B, T, C)
     model.logits(hidden[:, -1]).argmax(-1)                     # the likeliest next token of each row

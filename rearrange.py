@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import tasks
-from cli import UserError, command, natural, parser, positive, printable, printing, say, split_list
-from files import check_row, read_jsonl, refuse_existing, to_json, write_whole
-from grading import TRACE_TAGS, malformed
+from grading.answers import TRACE_TAGS, malformed
+from run.command import UserError, command, natural, parser, positive, printable, printing, say, split_list
+from run.files import check_row, read_jsonl, refuse_existing, to_json, write_whole
 
 
 # What stands between two pairs, by the grade of the first, and what announces the final answer.

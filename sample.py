@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cli import (  # before torch: it says how threads wait
+from run.command import (  # before torch: it says how threads wait
     Defaults, Progress, UserError, command, fill_in, if_not_given, may_change, natural, number, parser,
     positive, resume_flag, say, split_list,
 )
@@ -34,19 +34,19 @@ import torch
 
 import tasks
 from cache import (
-    GRAIN, MOST_SLOTS, PREFILL_TOKENS, Graphs, KVCache, Move, SlotState, bucket, free_memory, slot_capacity,
+    GRAIN, MOST_SLOTS, PREFILL_TOKENS, Graphs, KVCache, Move, SlotState, bucket, slot_capacity,
     slot_count,
 )
 from checkpoint import device_and_dtype, load, model_fingerprint
-from files import fingerprint, refuse_folder, to_json
-from grading import verdict
+from checkpoint.tokenizer import Tokenizer
+from grading.answers import verdict
 from kernels import next_tokens, uniform, uses_triton
 from model import Transformer
-from processes import (
-    ALONE, in_batches, join_parts, joined_rows, own_part, rank, start_processes, total, world,
+from run.files import fingerprint, refuse_folder, to_json
+from run.processes import (
+    ALONE, free_memory, in_batches, join_parts, joined_rows, own_part, rank, start_processes, total, world,
 )
-from record import refuse_wrong_out, start_or_check
-from tokenizer import Tokenizer
+from run.record import refuse_wrong_out, start_or_check
 
 
 # ---- what is asked and what comes back -----------------------------------------------------------

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from checkpoint import config_of, find_folder, load, save  # noqa: E402
+from checkpoint.tokenizer import Tokenizer  # noqa: E402
 from model import Transformer  # noqa: E402
-from record import run_record  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
+from run.record import run_record  # noqa: E402
 
 FOLDER = Path("out/benchmarks")
 VOCABULARY = 151_665  # Qwen's tokens; its matrices are padded to 151,936

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 import kernels
 from checkpoint import device_and_dtype
-from cli import command, number, parser, positive
 from kernels import reference
+from run.command import command, number, parser, positive
 
 
 @dataclass

@@ -22,11 +22,11 @@ from common import (  # first of ours: it sets the path
 import torch
 
 import tasks
-from checkpoint import device_and_dtype, find_folder
 from cache import KVCache
-from cli import command, number, parser, positive
+from checkpoint import device_and_dtype, find_folder
+from checkpoint.tokenizer import Tokenizer
+from run.command import command, number, parser, positive
 from sample import Params, Request, Sampler
-from tokenizer import Tokenizer
 
 
 def requests(args, tokenizer):

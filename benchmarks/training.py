@@ -27,11 +27,11 @@ import grpo
 import sft
 import tasks
 from checkpoint import device_and_dtype, find_folder
-from cli import command, parser, positive
-from processes import in_batches
+from checkpoint.tokenizer import Tokenizer
+from optimizer import MICRO_BATCH_TOKENS, Optimizer
+from run.command import command, parser, positive
+from run.processes import in_batches
 from sample import Sampler
-from tokenizer import Tokenizer
-from train import MICRO_BATCH_TOKENS, Optimizer
 
 
 # ---- ours ----------------------------------------------------------------------------------------

@@ -61,13 +61,13 @@ from tokenizers import Tokenizer as BPE  # noqa: E402
 
 import tasks  # noqa: E402
 from checkpoint import config_of, save  # noqa: E402
-from cli import Progress, command, parser, say  # noqa: E402
-from files import refuse_existing  # noqa: E402
+from checkpoint.tokenizer import CHATML, Tokenizer  # noqa: E402
 from model import Transformer  # noqa: E402
-from tokenizer import CHATML, Tokenizer  # noqa: E402
-from processes import in_batches  # noqa: E402
+from optimizer import check_finite  # noqa: E402
 from rearrange import PHRASES  # noqa: E402
-from train import check_finite  # noqa: E402
+from run.command import Progress, command, parser, say  # noqa: E402
+from run.files import refuse_existing  # noqa: E402
+from run.processes import in_batches  # noqa: E402
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],

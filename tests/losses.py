@@ -8,8 +8,8 @@ from conftest import CHAT, MINI
 import grpo
 import sft
 from checkpoint import load
+from optimizer import Optimizer
 from sample import Completion
-from train import Optimizer
 
 ARGS = SimpleNamespace(truncated="keep", loss="token-mean", max_new_tokens=60, clip_low=0.2, clip_high=0.2,
                        kl=0.1, temperature=0.9, micro_batch_tokens=200, lr=1e-3)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch._dynamo  # noqa: E402, F401 (which torch's AdamW imports: once, not in each fork)
-import cli  # noqa: E402
 import evaluate  # noqa: E402
 import grpo  # noqa: E402
+import run.command as cli  # noqa: E402
 import sample  # noqa: E402
 import sft  # noqa: E402
 

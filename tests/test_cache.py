@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-import cache
-from cache import Graphs, bucket, host_memory, slot_capacity, slot_count
-from processes import in_batches
+from cache import Graphs, bucket, slot_capacity, slot_count
+from run import processes
+from run.processes import host_memory, in_batches
 
 
 @pytest.mark.parametrize("needed, current, growing, want", [
@@ -94,6 +94,6 @@ def test_the_least_memory_counts(tmp_path, files, want):
 
 def test_processes_of_a_host_share_its_memory(monkeypatch):
     device = torch.device("cpu")
-    monkeypatch.setattr(cache, "host_memory", lambda: 900)
+    monkeypatch.setattr(processes, "host_memory", lambda: 900)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert cache.free_memory(device) == 300
+    assert processes.free_memory(device) == 300

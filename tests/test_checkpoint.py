@@ -11,8 +11,8 @@ from conftest import FAMILIES, MINI, TINY, tiny
 from safetensors.torch import load_file, save_file
 
 from checkpoint import config_of, find_folder, load, save
-from cli import UserError
-from tokenizer import CHATML, Tokenizer
+from checkpoint.tokenizer import CHATML, Tokenizer
+from run.command import UserError
 
 # ---- the folder ----------------------------------------------------------------------------------
 def test_shards_are_read(folder):

@@ -4,7 +4,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOMS, ROOT, SOURCES
 
 import grpo
 import rearrange
@@ -13,7 +13,7 @@ import tasks
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXTEND = (ROOT / "docs" / "extend.md").read_text()
-TASK, REWARD, RECIPE = re.findall(r"```python\n(.*?)```", EXTEND, re.DOTALL)
+TASK, REWARD, RECIPE, SNIPPET = re.findall(r"```python\n(.*?)```", EXTEND, re.DOTALL)
 
 
 # ---- docs/extend.md ------------------------------------------------------------------------------
@@ -55,26 +55,24 @@ def test_the_recipe():
 
 # ---- README --------------------------------------------------------------------------------------
 def test_the_snippet_runs(capsys):
-    code = README[README.index("    from checkpoint import load"):README.index("## A real model")]
-    exec(re.sub("^    ", "", code, flags=re.MULTILINE), {})
+    exec(SNIPPET, {})
     assert capsys.readouterr().out.strip()
 
 
 def test_line_counts_are_near():
-    """Of every file at the top, and of some below."""
+    """Of the chapters at the top, and of the rooms."""
     counts = dict(re.findall(r"^\| `([\w/.]+)` \| (\d+) \|", README, re.MULTILINE))
-    assert {path.name for path in ROOT.glob("*.py")} - counts.keys() == {"convert.py"}
+    assert {p.name for p in ROOT.glob("*.py")} | {f"{room}/" for room in ROOMS} == {*counts, "convert.py"}
     for name, said in counts.items():
-        lines = (ROOT / name).read_text().count("\n")
+        files = (ROOT / name).rglob("*") if name.endswith("/") else [ROOT / name]
+        lines = sum(path.read_text().count("\n") for path in files if path.suffix in (".py", ".js", ".css"))
         assert abs(lines - int(said)) <= 0.1 * lines, f"{name} has {lines} lines"
 
 
 def test_commands_of_the_readme_exist():
     """Every flag that a document names belongs to some command."""
     flags = set()
-    for script in ("sample", "rearrange", "sft", "grpo", "evaluate", "report", "convert", "train", "cli"):
-        flags |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / f"{script}.py").read_text()))
-    for script in (*(ROOT / "benchmarks").glob("*.py"), ROOT / "mini" / "pretrain.py"):
+    for script in (*SOURCES, *(ROOT / "benchmarks").glob("*.py")):
         flags |= set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
     torchrun = {"--nproc-per-node", "--max-restarts", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
     others = {"--help", "--nodes", "--ntasks-per-node", *torchrun}
@@ -98,6 +96,23 @@ def test_the_demo_is_the_readmes_commands():
     assert len(readme) == 6 and sorted(readme) == sorted(demo)
     beside, = [line for line in readme if "--model mini" in line]
     assert [line for line in readme if line != beside] == [line for line in demo if line != beside]
+
+
+# ---- the house -----------------------------------------------------------------------------------
+MAY_IMPORT = {  # of our own modules, beside those of the same room
+    "kernels": set(), "run": set(), "grading": set(),
+    "checkpoint": {"model", "kernels", "run"},
+    "report": {"grading", "run", "checkpoint"},
+}
+
+
+def test_rooms_know_no_chapter():
+    """But for the model, in `checkpoint`."""
+    ours = {path.stem for path in ROOT.glob("*.py")} | set(ROOMS)
+    for room, allowed in MAY_IMPORT.items():
+        for path in ROOT.glob(f"{room}/**/*.py"):
+            imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+            assert imported & ours <= allowed | {room}, path
 
 
 # ---- links and rules -----------------------------------------------------------------------------

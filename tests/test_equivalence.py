@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import equivalence
-from equivalence import check_math, flaw_of_gold, rewrite, too_large, unreadable
+import grading.math as equivalence
+from grading.math import check_math, flaw_of_gold, rewrite, too_large, unreadable
 
 math_verify = pytest.importorskip("math_verify")
 GOLDS = json.loads((Path(__file__).parent / "golden" / "math500.json").read_text())["answers"]

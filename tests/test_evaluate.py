@@ -9,11 +9,11 @@ from conftest import MINI, read_rows, write_jsonl
 
 import evaluate
 import tasks
-from cli import UserError
+from checkpoint.tokenizer import Tokenizer
 from evaluate import forced_prompt, named_model
+from report.figures import all_figures, checked_by_number, f1, interval, paired, pass_at, student, wilson
+from run.command import UserError
 from sample import Completion
-from summary import all_figures, checked_by_number, f1, interval, paired, pass_at, student, wilson
-from tokenizer import Tokenizer
 
 
 # ---- statistics ----------------------------------------------------------------------------------

@@ -11,12 +11,10 @@ from fractions import Fraction
 
 import pytest
 
-import grading
+import grading.checkers as grading
 import tasks
-from grading import (
-    check_choice, check_countdown, check_exact, check_integer, check_word, extract_answer, malformed, unwrap,
-    verdict,
-)
+from grading.answers import extract_answer, malformed, unwrap, verdict
+from grading.checkers import check_choice, check_countdown, check_exact, check_integer, check_word
 
 
 # ---- what a text says ----------------------------------------------------------------------------

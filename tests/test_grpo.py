@@ -13,10 +13,10 @@ from torch import tensor
 import grpo
 import tasks
 from checkpoint import load
-from diagnostics import over_all_processes, sums_over, warnings_of
 from grpo import Group, Tokens, advantages, policy_loss, response_logprobs, token_weight
+from optimizer import Optimizer
+from report.rollouts import over_all_processes, sums_over, warnings_of
 from sample import Completion
-from train import Optimizer
 
 ARGS = SimpleNamespace(
     log_groups=1,

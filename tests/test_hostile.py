@@ -13,10 +13,10 @@ from conftest import MINI
 from test_grading import reference_answer
 
 import tasks
-from cli import printable
-from grading import attempts_in, extract_answer, last_boxed, malformed, unwrap, verdict
-from report import parts_of
-from tokenizer import Tokenizer
+from checkpoint.tokenizer import Tokenizer
+from grading.answers import attempts_in, extract_answer, last_boxed, malformed, unwrap, verdict
+from report.page import parts_of
+from run.command import printable
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import example, given, settings  # noqa: E402

@@ -45,7 +45,6 @@ TASK = {
     "--max-new-tokens 0": "argument --max-new-tokens: 0 must be at least 1",
     "--slots -1": "argument --slots: -1 must be at least 0",
     "--resume": "--resume: ",
-    "--resume perhaps": "argument --resume: invalid choice: 'perhaps'",
 }
 CHOICE = {
     "--temperature -1": "argument --temperature: -1 must be at least 0",
@@ -99,7 +98,6 @@ TABLE = {
         **MODEL, **TRAINING,
         f"--model {NONE}": f"--model {NONE}: no such folder",
         "--resume": "--resume: ",
-        "--resume perhaps": TASK["--resume perhaps"],
         "--data none.jsonl": "none.jsonl: no such file",
         "--data cut.jsonl": "cut.jsonl:2: not valid JSON",
         "--data empty.jsonl": "empty.jsonl: the file holds no rows",
@@ -147,7 +145,6 @@ TABLE = {
         "--samples -1": "argument --samples: -1 must be at least 0",
         "--k 0": "argument --k: 0 must be at least 1",
         "--k 9 --samples 4": "pass@9 needs at least 9 samples",
-        "--k x": "argument --k: invalid numbers value",
         "--questions 0": "makes its questions",
         "--budget-forcing=1": "argument --budget-forcing: ignored explicit argument '1'",
         "--style odd": "argument --style: invalid choice: 'odd'",

@@ -11,8 +11,8 @@ import pytest
 from conftest import GRPO, finish, start
 from test_report import HOSTILE, TASK, evaluation, responses, result
 
-import report
-from cli import printable
+import report.page as report
+from run.command import printable
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

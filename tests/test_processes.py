@@ -10,9 +10,9 @@ import pytest
 from conftest import MINI, children, finish, read_rows, refused, start
 
 import evaluate
-import processes
+import run.processes as processes
 import sample
-from processes import balanced, join_parts
+from run.processes import balanced, join_parts
 
 SAMPLE = ("--model", MINI, "--device", "cpu", "--questions", "5", "--attempts", "2",
           "--max-new-tokens", "60", "--slots", "4")

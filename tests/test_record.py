@@ -10,7 +10,7 @@ from conftest import CHAT, MINI, bytes_below, read_rows, refused, start, tiny, w
 
 import evaluate
 import grpo
-import record
+import run.record as record
 import sample
 import sft
 from checkpoint import load, save

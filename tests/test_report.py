@@ -16,12 +16,12 @@ from test_evaluate import TRACE
 
 import evaluate
 import grpo
-import report
+import report.page as report
 import sft
 import tasks
-from report import parts_of
-from cli import CONTROL, printable
-from summary import summarise
+from report.figures import summarise
+from report.page import parts_of
+from run.command import CONTROL, printable
 
 HOSTILE = ("</script><script>alert(1)</script><img src=x onerror=alert(1)> & \"'`${x} <!-- ]]> \\u003c "
            + "".join(map(chr, CONTROL)) + "\U0001f600 é 中 \u202e")
@@ -169,8 +169,8 @@ def test_the_page_may_load_nothing(tmp_path):
               for name in ("script", "style")]
     script, style = hashes
     assert page.policy == f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'"
-    for name in ("report.js", "report.css"):
-        source = (ROOT / name).read_text()
+    for name in ("page.js", "page.css"):
+        source = (ROOT / "report" / name).read_text()
         assert not re.search(r"</s|https?://(?!www.w3.org)|innerHTML|eval\(|@import|url\(", source)
 
 

@@ -13,8 +13,8 @@ from conftest import FAMILIES, MINI, read_rows, tiny
 import sample
 import tasks
 from cache import Graphs, KVCache
-from cli import UserError
-from grading import verdict
+from grading.answers import verdict
+from run.command import UserError
 from sample import Params, Request, Sampler
 
 PROMPTS = [[5, 9, 200, 31], [7], [100 + i for i in range(23)], [3, 3, 3, 3, 3, 3, 3]]

@@ -7,8 +7,8 @@ import torch
 from conftest import CHAT, SFT, tiny, write_jsonl
 
 import sft
-from cli import UserError
-from conversations import plain_messages
+from run.command import UserError
+from sft import plain_messages
 from sft import Example, learning_rate, loss_of, make_batches
 
 pytestmark = pytest.mark.usefixtures("data")

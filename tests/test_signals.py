@@ -73,7 +73,7 @@ def test_nothing_printed_decides_the_run(line):
 
 def test_no_file_takes_the_place_of_a_closed_stream():
     """Or what some library prints would land in it."""
-    Path("m.py").write_text("import cli\n"
+    Path("m.py").write_text("from run import command as cli\n"
                             "def main():\n"
                             "    with open('number', 'w') as f: f.write(str(f.fileno()))\n"
                             "cli.command(main)\n")

@@ -3,7 +3,7 @@ import pytest
 from conftest import write_jsonl
 
 import tasks
-from cli import UserError
+from run.command import UserError
 from tasks import find
 
 @pytest.mark.parametrize("name", tasks.generated())

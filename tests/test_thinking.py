@@ -12,8 +12,8 @@ import rearrange
 import sample
 import sft
 from checkpoint import config_of, save
+from checkpoint.tokenizer import Tokenizer
 from model import Transformer
-from tokenizer import Tokenizer
 
 TASK = ("--task", "multiply-2-small")
 OFF = {"enable_thinking": False}

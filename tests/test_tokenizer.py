@@ -9,8 +9,8 @@ from conftest import MINI
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as BPE
 
-from cli import UserError
-from tokenizer import CHATML, Tokenizer
+from checkpoint.tokenizer import CHATML, Tokenizer
+from run.command import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}

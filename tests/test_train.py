@@ -19,11 +19,11 @@ from conftest import (
 
 import grpo
 import losses
-import run as run_module
+import run.run_folder as run_module
 import sft
 from checkpoint import load
-from cli import UserError
-from train import Optimizer
+from optimizer import Optimizer
+from run.command import UserError
 
 pytestmark = pytest.mark.usefixtures("data")
 
@@ -384,9 +384,10 @@ def test_a_lost_process_costs_nothing(cmd):
 
 KILLED = """
 import os, signal, sys
-import cli, grpo, run, sft, train
+import grpo, optimizer, sft
+from run import command as cli, run_folder as run
 name, owner, function, calls = sys.argv.pop(1), *sys.argv.pop(1).split("."), int(sys.argv.pop(1))
-owner = {"run": run, "train": train, "sft": sft, "grpo": grpo, "Sampler": grpo.Sampler}[owner]
+owner = {"run": run, "train": optimizer, "sft": sft, "grpo": grpo, "Sampler": grpo.Sampler}[owner]
 real = getattr(owner, function)
 
 def killed(*args, **kw):

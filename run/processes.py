@@ -1,7 +1,7 @@
 """Several processes that torchrun started: who is who, sums over all, who does what, a file of all.
 
 Started alone, a process is the first of one, and nothing here costs anything. Numbers and texts go between
-main memories (gloo), on GPUs too; only the sharded model of `train.py` uses NCCL.
+main memories (gloo), on GPUs too; only the sharded model of `optimizer.py` uses NCCL.
 """
 import glob
 import os
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from files import read_rows_so_far, whole_lines, write_whole
+from run.files import read_rows_so_far, whole_lines, write_whole
 
 ALONE = 7 * 24 * 60  # minutes: processes that only share files may end days apart
 _messengers = None  # the group in which numbers and texts go
@@ -22,7 +22,7 @@ _messengers = None  # the group in which numbers and texts go
 def start_processes(device: torch.device, minutes: float) -> None:
     """Join the other processes, if torchrun started several: NCCL between GPUs, gloo between CPUs.
 
-    `minutes`: how long they wait for each other before they give up, in one line (`cli.explanation`).
+    `minutes`: how long they wait for each other before they give up, in one line (`command.explanation`).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -73,6 +73,39 @@ def gathered(text: str) -> list[str]:
     parts = [torch.zeros(most, dtype=torch.uint8) for _ in range(world())]
     dist.all_gather(parts, torch.cat((mine, mine.new_zeros(most - len(mine)))), group=_messengers)
     return [part[:int(size)].numpy().tobytes().decode() for part, size in zip(parts, sizes, strict=True)]
+
+
+# ---- memory ---------------------------------------------------------------------------------------
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process can still allocate."""
+    if device.type == "cuda":
+        unused_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused_by_torch
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this host
+    return host_memory() // sharers
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that all processes here together can still allocate: the machine's, or a container's if it has a
+    limit (cgroups, version 2).
+
+    `root` is another for tests.
+    """
+    if not (root / "proc/meminfo").is_file():  # it is not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    words = (root / "proc/meminfo").read_text().split()
+    left = int(words[words.index("MemAvailable:") + 1]) * 1024
+    groups = root / "proc/self/cgroup"
+    path = groups.read_text().rpartition("0::/")[2].strip() if groups.is_file() else ""
+    folder = root / "sys/fs/cgroup" / path
+    for group in (folder, *folder.parents):  # a limit of any of them counts; a container sees only some
+        limit = group / "memory.max"
+        if limit.is_file() and limit.read_text().strip() != "max":
+            stat = (group / "memory.stat").read_text().split()
+            given_back = int(stat[stat.index("inactive_file") + 1])  # files in memory: they make way
+            used = int((group / "memory.current").read_text()) - given_back
+            left = min(left, int(limit.read_text()) - used)
+    return max(0, left)
 
 
 # ---- who does what -------------------------------------------------------------------------------

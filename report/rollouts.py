@@ -7,10 +7,10 @@ import time
 import torch
 from torch import Tensor
 
-from cli import say
-from processes import largest, rank, total
-from run import Run
-from tokenizer import Tokenizer
+from checkpoint.tokenizer import Tokenizer
+from run.command import say
+from run.processes import largest, rank, total
+from run.run_folder import Run
 
 
 # ---- sums over tokens ------------------------------------------------------------------------------

@@ -17,18 +17,8 @@ another base (`52_8`) are compared as text.
 import re
 from functools import lru_cache
 
-from cli import UserError
-from grading import LONGEST, SEPARATOR, of_bare_answers, unwrap
-
-
-def load_math_verify():
-    """The library for math equivalence, which is not among the requirements."""
-    try:
-        import math_verify
-    except ImportError as e:
-        raise UserError("grading math needs the math-verify library: "
-                        "pip install math-verify[antlr4_13_2]") from e
-    return math_verify
+from grading.answers import of_bare_answers, unwrap
+from grading.checkers import LONGEST, SEPARATOR
 
 
 @of_bare_answers
@@ -300,15 +290,17 @@ def equal(gold: str, answer: str, gold_percent: bool, answer_percent: bool) -> b
 
 def _verified(gold, answer):
     a, b = _parsed(gold), _parsed(answer)
-    return load_math_verify().verify(a, b) and close(a, b)
+    import math_verify  # here: it is not among the requirements
+    return math_verify.verify(a, b) and close(a, b)
 
 
 @lru_cache(maxsize=10_000)
 def _parsed(text):
     """What the library makes of a text, with decimals as fractions, which it compares exactly, and one i."""
+    import math_verify
     import sympy  # which the library brings
     exact = re.sub(r"([0-9]+)\.([0-9]+)", _as_fraction, text)
-    found = load_math_verify().parse(f"${exact}$")
+    found = math_verify.parse(f"${exact}$")
     for i, expression in enumerate(found):
         symbols = [symbol for symbol in getattr(expression, "free_symbols", ()) if symbol.name == "i"]
         if symbols:

@@ -1,6 +1,6 @@
 """The folder of a training run: its logs, its checkpoints, and how the run stops and goes on.
 
-    run = Run(args, inputs, optimizer, publish, steps, measure)   # starts the folder, or finds where to go on
+    run = Run(args, inputs, optimizer, publish, steps, measure, renew)    # starts, or finds where to go on
     with run.interruptible():
         run.restore()
         for step in range(run.step + 1, steps + 1):
@@ -26,12 +26,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import report
-from cli import Stopped, UserError, handlers, say
-from files import appearing, check_row, parsed, read_json, read_rows_so_far, to_json, whole_lines, write_whole
-from processes import barrier, rank, total
-from record import is_written, start_or_check, sweep
-from tensors import save_tensors
+from run.command import Stopped, UserError, handlers, say
+from run.files import (
+    appearing, check_row, parsed, read_json, read_rows_so_far, to_json, whole_lines, write_whole,
+)
+from run.processes import barrier, rank, total
+from run.record import is_written, start_or_check, sweep
+from run.tensors import save_tensors
 
 WEIGHTS = "*.safetensors"
 SCORES = {"val": 1, "val_loss": -1}  # of held-out data in metrics.jsonl, and which way is better
@@ -43,11 +44,12 @@ class Run:
     `state` has what is saved and taken back: `tensors()`, {name: tensor}, and `load(files, updates)`.
     `publish` writes the model into the folder, called by all processes. `last` is the run's last step.
     `measure` gives the score on held-out data, {"val": share}, or None if somebody asked to stop meanwhile.
+    `renew` makes the page of the folder anew.
     """
 
     def __init__(
         self, args, inputs: Callable[[], dict], state, publish: Callable[[Path], None], last: int,
-        measure: Callable[[], dict[str, float] | None],
+        measure: Callable[[], dict[str, float] | None], renew: Callable[[Path], None],
     ):
         self.out = Path(args.out)
         self.save_every = args.save_every
@@ -57,6 +59,7 @@ class Run:
         self.state = state
         self.publish = publish
         self.measure = measure
+        self.renew = renew
         self.asked = StopRequest()
         resumed = is_written(self.out / "run.json")
         start_or_check(self.out / "run.json", args, inputs)
@@ -167,7 +170,7 @@ class Run:
                 self._copy_model(self.saved)
             self._link_best()
             self._remove_old()
-            report.renew(self.out)
+            self.renew(self.out)
         barrier()
 
     def _model_of(self, step: int) -> Path:
@@ -248,7 +251,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 # ---- stopping ------------------------------------------------------------------------------------
 class StopRequest:
-    """Whether somebody asked the run to stop (a signal of `cli.STOPPING`)."""
+    """Whether somebody asked the run to stop (a signal of `command.STOPPING`)."""
     AGAIN = 2.0  # seconds after which Ctrl-C is meant anew: torchrun's agent repeats the terminal's
 
     def __init__(self):

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from cli import UserError
+from run.command import UserError
 
 Interval = tuple[float, float]
 

@@ -1,4 +1,4 @@
-// The page of report.py, once it is there: filters its responses, and opens the one that a link names.
+// The page of page.py, once it is there: filters its responses, and opens the one that a link names.
 "use strict";
 
 const choices = [...document.querySelectorAll("select")];

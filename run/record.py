@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 import torch
 
-from cli import UserError, say
-from files import check_row, file_fingerprint, fingerprint, read_json
-from processes import barrier, parts_of, rank, world
+from run.command import UserError, say
+from run.files import check_row, file_fingerprint, fingerprint, read_json
+from run.processes import barrier, parts_of, rank, world
 
 
 # ---- going on, or not ------------------------------------------------------------------------------
@@ -132,6 +132,10 @@ def refuse_other_inputs(now: dict, record: dict, path: Path) -> None:
                         f"put it back (it began as: {command}), or start another run with another --out")
 
 
+# Where the code lies, for its fingerprint.
+CODE = ("", "grading/", "checkpoint/", "run/", "report/", "kernels/", "kernels/fused/")
+
+
 # ---- what the record says --------------------------------------------------------------------------
 def run_record(args) -> dict:
     """The command, every flag, versions, git commit and machine, as `run.json` keeps them."""
@@ -141,8 +145,8 @@ def run_record(args) -> dict:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             pass
-    here = Path(__file__).parent
-    code = sorted([*here.glob("*.py"), *here.glob("kernels/**/*.py")])
+    here = Path(__file__).parent.parent
+    code = sorted(path for folder in CODE for path in here.glob(f"{folder}*.py"))
     versions["code"] = fingerprint("".join(map(file_fingerprint, code)))
     commit = None
     if (here / ".git").exists():

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cli import UserError
+from run.command import UserError
 
 
 # ---- reading -------------------------------------------------------------------------------------

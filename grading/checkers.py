@@ -1,189 +1,21 @@
-"""The tags of a response, the answer in it, and the checkers that say whether it is right. Pure Python.
+"""The checkers: whether an answer is right, and why not. Pure Python.
 
-`Task.grade` in tasks.py puts the two together.
-
-    extract_answer("<think>...</think> <answer> 2 </answer>")           # ("2", "")
     check_countdown("(2 + 3) * 20", {"numbers": [2, 3, 20], "target": 100})   # "": right
     check_countdown("2 + 3", {"numbers": [2, 3, 20], "target": 100})          # "uses [2, 3], the numbers ..."
 
 Grading never runs an answer: countdown has its own parser over exact fractions, with work bounded by the 256
 characters that an answer may have. Every checker reads the bare answer, without `$`, `\\boxed{}`, `**` and
-their like around it; what else stands there makes it another answer. Math is in `equivalence.py`.
+their like around it; what else stands there makes it another answer. Math is in `math.py`.
 """
 import gzip
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, wraps
+from functools import lru_cache
 from pathlib import Path
 
-# The tags of a trace. An attempt or a reflection that holds one of them would break the trace it is put into.
-TRACE_TAGS = ("<think>", "</think>", "<sample>", "</sample>", "<reflect>", "</reflect>")
-
-
-# ---- what a text says ----------------------------------------------------------------------------
-NO_ANSWER = "no <answer>"
-CLOSED = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
-
-
-def extract_answer(text: str, lenient: bool = False) -> tuple[str | None, str]:
-    """(answer or None, the reason why there is none).
-
-    Strict: the last <answer> after the last </think>, none if a <think> is open. An unclosed <answer> earlier
-    in the text is taken for a mention ("I end with the <answer> tag"); nested tags are refused. Lenient: the
-    strict answer, else the last closed pair anywhere.
-
-    extract_answer("<think><answer>1</answer></think><answer> 2 </answer>")  ->  ("2", "")
-    """
-    answer, why_none = _strict_answer(text)
-    if answer is None and lenient:
-        closed = CLOSED.findall(text)
-        if closed:
-            return closed[-1].strip(), ""
-    return answer, why_none
-
-
-def _strict_answer(text):
-    after_thought = text.rpartition("</think>")[2]
-    if "<think>" in after_thought:
-        return None, "the <think> is never closed"
-    before, opening, rest = after_thought.rpartition("<answer>")
-    if not opening:
-        return None, NO_ANSWER
-    answer, closing, after = rest.partition("</answer>")
-    if not closing:
-        return None, "the <answer> is never closed"
-    depth = 0  # of the tags that are open before it
-    for tag in re.findall("</?answer>", before):
-        depth = depth + 1 if tag == "<answer>" else max(depth - 1, 0)
-    if before.rstrip().endswith("<answer>") or (depth and "</answer>" in after):
-        return None, "nested <answer> tags"
-    return answer.strip(), ""
-
-
-def malformed(text: str) -> str:
-    """Why one cannot tell what the answer of a text is, or "". A text without <answer> is not malformed."""
-    _, why_none = extract_answer(text)
-    return "" if why_none == NO_ANSWER else why_none
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What the last \boxed{} of a text holds, braces in it included; None if there is none that closes."""
-    _, opening, rest = text.rpartition("\\boxed{")
-    if not opening:
-        return None
-    depth = 1
-    for at, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[:at].strip()
-    return None
-
-
-def verdict(text: str) -> bool | None:
-    """True or False for the last <verdict> of a reflection, None if it has none that can be read."""
-    _, opening, rest = text.lower().rpartition("<verdict>")
-    said, closing, _ = rest.partition("</verdict>")
-    if not opening or not closing:
-        return None
-    return {"correct": True, "incorrect": False}.get(said.strip(" \n\t.!*_`"))
-
-
-THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
-
-
-def thoughts_in(response: str) -> list[tuple[int, str]]:
-    """(where it begins, what it says) of each <think> of a response; all of it, if they say nothing."""
-    found = [(match.start(1), match[1]) for match in THOUGHT.finditer(response) if match[1]]
-    return found or [(0, response)]
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A closed <sample> of a thought, and the verdict on it."""
-    at: int  # where in the response its tag begins
-    text: str
-    said: bool | None  # None: there is no verdict that can be read
-    said_at: int  # where the tag of the verdict begins, -1 if there is none
-
-
-def attempts_in(response: str) -> list[Attempt]:
-    """The attempts of a response, in their order.
-
-    The verdict on an attempt is the last one in the reflections between it and the next <sample>.
-    """
-    found = []
-    for begin, thought in thoughts_in(response):
-        before, *blocks = thought.split("<sample>")
-        at = begin + len(before)
-        for block in blocks:
-            end = at + len("<sample>") + len(block)
-            text, closing, after = block.partition("</sample>")
-            _, _, reflections = after.partition("<reflect>")
-            tags = [match.start() for match in re.finditer("<verdict>", reflections, re.IGNORECASE)]
-            said_at = end - len(reflections) + tags[-1] if tags else -1
-            if closing:
-                found.append(Attempt(at, text, verdict(reflections), said_at))
-            at = end
-    return found
-
-
-# ---- the bare answer -----------------------------------------------------------------------------
-WRAPPERS = (("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"), ("**", "**"), ("`", "`"),
-            ("\\boxed{", "}"), ("\\text{", "}"), ("\\textbf{", "}"), ("\\mathrm{", "}"))
-# ASCII has its characters from "!" to "~" a second time, as wide as a Chinese character.
-FULL_WIDTH = {code + 0xFEE0: code for code in range(ord("!"), ord("~") + 1)} | {ord("。"): "."}
-
-
-def unwrap(answer: str) -> str:
-    """An answer without what people write around one: brackets of math, bold, code, one final full stop.
-
-    unwrap("**\\\\(\\\\boxed{5}\\\\).**")  ->  "5"
-    """
-    bare = answer.translate(FULL_WIDTH).strip()
-    may_stop = True
-    for _ in range(8):  # more wrappers than anybody writes
-        before = bare
-        if may_stop and bare.endswith("."):
-            bare = bare[:-1].rstrip()
-            may_stop = False
-        for opening, closing in WRAPPERS:
-            if bare.startswith(opening) and bare[len(opening):].endswith(closing):
-                inner = bare[len(opening):-len(closing)]
-                if _is_one(inner, opening, closing):
-                    bare = inner.strip()
-        if bare == before:
-            break
-    return bare
-
-
-def _is_one(inner, opening, closing):
-    """Whether what is inside a wrapper is one text: `$5$ or $6$` is two."""
-    if closing == "}":
-        depth = 0
-        for character in inner:
-            depth += (character == "{") - (character == "}")
-            if depth < 0:
-                return False
-        return True
-    inner = inner.replace("\\$", "")  # a dollar, not a bracket
-    if opening == closing:
-        inner = inner.strip(closing)
-    return closing not in inner
-
-
-Check = Callable[[str, dict], str]
-
-
-def of_bare_answers(check: Check) -> Check:
-    """Makes a checker of bare answers one of answers as people write them."""
-    @wraps(check)
-    def checked(answer, truth):
-        return check(unwrap(answer), truth)
-    return checked
+from grading.answers import of_bare_answers, unwrap
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------
@@ -408,7 +240,7 @@ def _is_label(answer, label, text):
 @lru_cache
 def dictionary() -> dict[str, bool]:
     """SCOWL's words of 4 to 8 letters: {word: True if of size 35 (common), False if only of size 60}."""
-    with gzip.open(Path(__file__).parent / "words" / "scowl.txt.gz", "rt") as f:
+    with gzip.open(Path(__file__).parent.parent / "words" / "scowl.txt.gz", "rt") as f:
         return {line.split()[0]: line.endswith(" 35\n") for line in f}
 
 

@@ -1,10 +1,10 @@
 """The page: figures, curves, and responses that one can read, in one file that loads nothing from anywhere.
 
-    python report.py out/evaluate                    # renews out/evaluate/report.html; evaluate.py does too
-    python report.py out/grpo                        # of a run, also while it trains (a checkpoint does too)
+    python -m report out/evaluate                    # renews out/evaluate/report.html; evaluate.py does too
+    python -m report out/grpo                        # of a run, also while it trains (a checkpoint does too)
 
-A *group* is a question with its responses: those of all models, or the rollouts of a step. `report.js`
-filters them and follows links, `report.css` says how all looks.
+A *group* is a question with its responses: those of all models, or the rollouts of a step. `page.js`
+filters them and follows links, `page.css` says how all looks.
 Left out: several runs in one page; runs that log elsewhere than in their folder.
 """
 import base64
@@ -18,10 +18,10 @@ from urllib.parse import quote
 
 import numpy as np
 
-from cli import UserError, bare_parser, command, printable, say
-from files import parsed, read_json, whole_lines, write_whole
-from grading import attempts_in
-from summary import all_figures, by_task, change, percent, tasks_of, with_headings
+from grading.answers import attempts_in
+from report.figures import all_figures, by_task, change, percent, tasks_of, with_headings
+from run.command import UserError, bare_parser, printable, say
+from run.files import parsed, read_json, whole_lines, write_whole
 
 MEGABYTES = 10  # of responses in a page, about
 
@@ -320,8 +320,8 @@ def page(out: Path, body: str) -> str:
     """The policy lets the browser run this script, apply this style sheet, and load nothing."""
     made_by = " ".join(read_json(out / "run.json")["command"])
     here = Path(__file__).resolve().parent
-    script = (here / "report.js").read_text(encoding="utf-8")
-    style = (here / "report.css").read_text(encoding="utf-8")
+    script = (here / "page.js").read_text(encoding="utf-8")
+    style = (here / "page.css").read_text(encoding="utf-8")
     policy = f"default-src 'none'; script-src '{hash_of(script)}'; style-src '{hash_of(style)}'"
     return f"""<!doctype html>
 <html lang="en">
@@ -377,7 +377,3 @@ def main():
         raise UserError(f"{out}: not a folder of evaluate.py, sft.py or grpo.py (it has no run.json)")
     make(out)
     say(f"wrote {out / 'report.html'}")
-
-
-if __name__ == "__main__":
-    command(main)

@@ -1,4 +1,4 @@
-"""What both trainers share: flags, sharding, the optimizer. (`run.py` has the folder and how to resume.)
+"""What both trainers share: flags, sharding, the optimizer. (`run/` has the folder and how to resume.)
 
 Exact resuming needs no saved random state, because nothing here or in the loops draws from a running
 generator: the order of the data and every sampled token are functions of (seed, step, ...). A checkpoint of a
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from checkpoint import device_and_dtype, load, save
-from cli import Defaults, UserError, fill_in, may_change, natural, number, positive, resume_flag
+from checkpoint.tokenizer import Tokenizer
 from model import Transformer
-from processes import largest, rank, start_processes, total, world
-from tensors import read_tensors
-from tokenizer import Tokenizer
+from run.command import Defaults, UserError, fill_in, may_change, natural, number, positive, resume_flag
+from run.processes import largest, rank, start_processes, total, world
+from run.tensors import read_tensors
 
 
 # ---- flags ---------------------------------------------------------------------------------------

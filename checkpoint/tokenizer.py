@@ -21,8 +21,8 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as BPE
 
-from cli import UserError
-from files import read_json
+from run.command import UserError
+from run.files import read_json
 
 # ---- the chat template ---------------------------------------------------------------------------
 CHATML = (  # for a folder that has no template of its own, as most base models

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import UserError, say
-from files import file_fingerprint, fingerprint, read_json, write_whole
+from checkpoint.tokenizer import TOKENIZER_FILES, Tokenizer
 from kernels import uses_triton
 from model import Config, Transformer
-from tensors import open_tensors, read_tensors, save_tensors
-from tokenizer import TOKENIZER_FILES, Tokenizer
+from run.command import UserError, say
+from run.files import file_fingerprint, fingerprint, read_json, write_whole
+from run.tensors import open_tensors, read_tensors, save_tensors
 
 # ---- config.json ---------------------------------------------------------------------------------
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -117,7 +117,7 @@ def find_folder(model: str | Path) -> Path:
     """
     name = str(model)
     if name.rstrip("/") == "mini":  # the one that ships with the project, wherever the command is started
-        return Path(__file__).parent / "mini"
+        return Path(__file__).parent.parent / "mini"
     if Path(model).is_dir():
         return Path(model)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -225,7 +225,7 @@ def load(
 ) -> tuple[Transformer, Tokenizer]:
     """(Transformer, Tokenizer) of a Hugging Face folder or hub id, as `read_folder` reads it.
 
-    `on_host` leaves the weights in main memory, mapped from their files, for `train.shard` to take from.
+    `on_host` leaves the weights in main memory, mapped from their files, for `optimizer.shard` to take from.
     """
     device, dtype = device_and_dtype(device, dtype)
     folder, config, tokenizer = read_folder(model, template_kwargs)

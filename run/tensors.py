@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import UserError
-from files import appearing
+from run.command import UserError
+from run.files import appearing
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""How does a command start, stop and go on? Nothing here knows a model, a task or a page."""
