@@ -153,17 +153,17 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def slot_capacity(needed: int, current: int | None, growing: bool, context: int, grain: int) -> int:
+def slot_capacity(needed: int, current: int | None, refit: bool, context: int, grain: int) -> int:
     """Positions of a slot, if the longest waiting request needs `needed` and slots have `current` so far.
 
-    `growing`: longer requests came while others ran. More will, so slots double rather than grow by a little
+    `refit`: longer requests came while others ran. More will, so slots double rather than grow by a little
     each time. A cache whose slots are long enough, and at most four times too long, stays as it is.
 
     slot_capacity(100, None, False, 2048, 64)  ->  128
     slot_capacity(100, 256, False, 2048, 64)   ->  256
     slot_capacity(300, 256, True, 2048, 64)    ->  512
     """
-    if growing and current is not None and current < needed:
+    if refit and current is not None and current < needed:
         needed = max(needed, min(2 * current, context))
     needed = round_up(needed, grain)
     if current is not None and needed <= current <= 4 * needed:

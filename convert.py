@@ -51,8 +51,8 @@ def sharegpt(row: Row, seed: int) -> Row:
 
 def alpaca(row: Row, seed: int) -> Row:
     messages = system_turn(row)
-    asked = [row.pop("instruction"), row.pop("input", "")]
-    question = "\n\n".join(text for text in asked if text)
+    parts = [row.pop("instruction"), row.pop("input", "")]
+    question = "\n\n".join(text for text in parts if text)
     for user, assistant in [*(row.pop("history", None) or []), [question, row.pop("output")]]:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return {"messages": messages}

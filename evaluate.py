@@ -141,7 +141,7 @@ def result_row(name, task, problem, index, completion, tokenizer):
 
 
 def graded_response(task, problem, completion, tokenizer):
-    text = tokenizer.text(completion.tokens)
+    text = tokenizer.decode_response(completion.tokens)
     return task.shown(problem, text, len(completion.tokens), completion.finish)
 
 
@@ -212,8 +212,9 @@ def make_plans(args) -> list[Plan]:
 def inputs(args, plans: list[Plan], template_kwargs: list) -> dict:
     """Fingerprints of all that is read."""
     models = [[name, model_fingerprint(folder)] for name, folder in args.models]
-    asked = [tasks.questions_fingerprint((plan.task, problem) for problem in plan.problems) for plan in plans]
-    return {"--models": models, "--tasks": asked, "--chat-template-kwargs": template_kwargs}
+    questions = ((plan.task, problem) for plan in plans for problem in plan.problems)
+    return {"--models": models, "--tasks": tasks.questions_fingerprint(questions),
+            "--chat-template-kwargs": template_kwargs}
 
 
 def main():

@@ -158,7 +158,8 @@ def roll_out(sampler: Sampler, chosen: list, args, step: int) -> list[Group]:
         return groups
     for group, completions in zip(mine, answered, strict=True):
         group.completions = completions
-        group.grades = [group.task.grade(group.problem, tokenizer.text(c.tokens)) for c in completions]
+        texts = [tokenizer.decode_response(c.tokens) for c in completions]
+        group.grades = [group.task.grade(group.problem, text) for text in texts]
         group.rewards = [float(reward) for reward in rewards_of(group, args, step)]
         group.advantages = advantages(torch.tensor(group.rewards), normalise=not args.no_std).tolist()
     return groups
@@ -205,7 +206,7 @@ def validate(sampler: Sampler, problems: list, args) -> dict[str, float] | None:
     if total([float(sampler.stop())])[0]:
         return None
     for (task, problem), (completion,) in zip(mine, answered, strict=True):
-        right += task.grade(problem, sampler.tokenizer.text(completion.tokens)).correct
+        right += task.grade(problem, sampler.tokenizer.decode_response(completion.tokens)).correct
     return {"val": total([right])[0] / len(problems)}
 
 
@@ -295,17 +296,17 @@ def run_tokens(
 ) -> Tokens:
     """The tokens of a micro-batch as the loss and the statistics need them."""
     responses = [response for part in micro_batch for response in part]
-    asked = [(part[0].prompt, [r.completion.tokens for r in part]) for part in micro_batch]
+    groups = [(part[0].prompt, [r.completion.tokens for r in part]) for part in micro_batch]
 
     def by_token(values):
         repeated = [value for value, r in zip(values, responses, strict=True) for _ in range(len(r))]
         return torch.tensor(repeated, device=model.device)  # (N,)
 
-    logp, entropy = response_logprobs(model, asked, args.temperature)
+    logp, entropy = response_logprobs(model, groups, args.temperature)
     reference_logp = None
     if reference is not None:
         with torch.no_grad():
-            reference_logp, _ = response_logprobs(reference, asked, args.temperature)
+            reference_logp, _ = response_logprobs(reference, groups, args.temperature)
     old_logp = torch.tensor([x for r in responses for x in r.completion.logprobs], device=model.device)
     return Tokens(
         logp=logp, entropy=entropy, old_logp=old_logp, reference_logp=reference_logp,
@@ -403,7 +404,7 @@ def main():
 
     run = Run(args, partial(inputs, args, problems, held_out), optimizer, publisher(optimizer, tokenizer),
               args.steps, measure, renew)
-    sampler.stop = run.asked.here
+    sampler.stop = run.stop_request.here
     say(f"from {args.model} into {args.out}: {len(problems)} questions, {args.steps} steps of "
         f"{args.questions_per_step} x {args.rollouts} rollouts, learning rate {args.lr:g}")
     log = StepLog(run, tokenizer, args)

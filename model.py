@@ -106,7 +106,7 @@ def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return o.transpose(1, 2)  # (B, T, H, D)
 
 
-def side_by_side(attends: list[Attend], sizes: list[int]) -> Attend:
+def join_rows(attends: list[Attend], sizes: list[int]) -> Attend:
     """An Attend for one row that holds several, of `sizes` tokens, which see nothing of each other.
 
     So training needs no padding: all that is not attention runs on one flat row.
@@ -283,7 +283,7 @@ def response_logprobs(
     positions = torch.tensor([positions], device=device)  # (1, T)
     predicting = torch.tensor(predicting, device=device)  # (N,)
     targets = torch.tensor(targets, device=device)  # (N,)
-    hidden = model(tokens, positions, side_by_side(attends, sizes))[0]  # (T, C)
+    hidden = model(tokens, positions, join_rows(attends, sizes))[0]  # (T, C)
     # Not hidden[predicting]: places repeat, and its backward adds them up in whatever order threads come.
     return model.logprobs(hidden.index_select(0, predicting), targets, temperature)
 

@@ -117,8 +117,8 @@ def holds_a_tag(text: str) -> bool:
 
 def leaks(reflection: dict, row: dict) -> bool:
     """Whether a reflection copied the worked example of its prompt (Sydney may also be asked about)."""
-    asked = row["question"] + row["solution"]
-    return any(word in reflection["text"] and word not in asked for word in tasks.REFLECT_LEAKS)
+    prompt = row["question"] + row["solution"]
+    return any(word in reflection["text"] and word not in prompt for word in tasks.REFLECT_LEAKS)
 
 
 def valid(reflection: dict, row: dict) -> bool:

@@ -173,11 +173,11 @@ class Sampler:
         self.params = params
         self.seed = seed
         self.live = []
-        growing = False  # the first cache is made for what waits, a later one because longer requests came
+        refit = False  # the first cache is made for what waits, a later one because longer requests came
         while (queue or self.live) and not self.stop():
             if queue and not self.live:
-                self.fit_cache(queue, growing)
-                growing = True
+                self.fit_cache(queue, refit)
+                refit = True
             self.schedule(queue)
             self.step()
             yield from self.postprocess()
@@ -192,10 +192,10 @@ class Sampler:
 
     # ---- the cache that the waiting requests need -------------------------------------------------
     @torch.inference_mode()
-    def fit_cache(self, queue: Iterable[Request], growing: bool = False) -> None:
+    def fit_cache(self, queue: Iterable[Request], refit: bool = False) -> None:
         """Make a cache for the longest request that waits, unless the present one will do.
 
-        `growing`: longer requests came while others ran.
+        `refit`: longer requests came while others ran.
         """
         model, old = self.model, self.cache
         device = model.device
@@ -203,7 +203,7 @@ class Sampler:
         needed = max(self.room(request) for request in queue) + self.tokens_per_sync - 1
         context = model.config.max_position_embeddings
         current_capacity = old.capacity if old else None
-        capacity = slot_capacity(needed, current_capacity, growing, context, GRAIN[device.type])
+        capacity = slot_capacity(needed, current_capacity, refit, context, GRAIN[device.type])
         bytes_a_slot = capacity * KVCache.bytes_per_token(model.config, model.dtype)
         fitting = max(0, int(self.memory_for_cache() // bytes_a_slot))
         waiting = sum(len(request.indices) for request in queue)
@@ -389,9 +389,9 @@ def check_lengths(prompts: dict[str, list[int]], context: int, max_new_tokens: i
     for name, prompt in prompts.items():
         refuse_long_prompt(prompt, context, name)
     cut = sum(len(prompt) + max_new_tokens > context for prompt in prompts.values())
-    cut, asked = total([cut, len(prompts)])
+    cut, prompts_in_all = total([cut, len(prompts)])
     if cut:
-        say(f"the context of {context} tokens leaves {cut:.0f} of {asked:.0f} prompts less than "
+        say(f"the context of {context} tokens leaves {cut:.0f} of {prompts_in_all:.0f} prompts less than "
             f"--max-new-tokens {max_new_tokens} for the response, which is cut off there")
 
 
@@ -481,18 +481,18 @@ def still_to_do(requests: list[Request], done: set[tuple[str, int]]) -> deque[Re
     return deque(request for request in requests if request.indices)
 
 
-def attempt_row(asked: Attempts, index: int, completion: Completion, text: str) -> dict:
+def attempt_row(attempt: Attempts, index: int, completion: Completion, text: str) -> dict:
     """A line of samples.jsonl, before its reflections."""
-    problem = asked.problem
-    grade = asked.task.grade(problem, text)
+    problem = attempt.problem
+    grade = attempt.task.grade(problem, text)
     return {
         "id": problem.id,
         "task": problem.task,
         "problem": problem.truth,
         "question": problem.question,
-        "style": asked.style,
+        "style": attempt.style,
         "index": index,
-        "system": asked.system,
+        "system": attempt.system,
         "solution": text,
         "finish": completion.finish,
         "answer": grade.answer,
@@ -528,7 +528,8 @@ def answer_by_hand(args) -> None:
     check_lengths({"--prompt": prompt}, model.config.max_position_embeddings, args.max_new_tokens)
     completions, = Sampler(model, tokenizer, args.slots).generate([prompt], args.n, params, args.seed)
     for completion in completions:
-        say(f"{tokenizer.text(completion.tokens)} \n--- {len(completion.tokens)} tokens, {completion.finish}")
+        text = tokenizer.decode_response(completion.tokens)
+        say(f"{text} \n--- {len(completion.tokens)} tokens, {completion.finish}")
 
 
 def main():

@@ -109,7 +109,7 @@ class Example:
     """A conversation as ids. The loss is on the answer: the last turn and its end token."""
     prompt: list[int]
     answer: list[int]
-    place: int  # 0..99, by a hash of the first question: `hold_out` divides there
+    hundredth: int  # 0..99, by a hash of the first question: `hold_out` divides there
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
@@ -126,7 +126,7 @@ def read_examples(paths: str, tokenizer: Tokenizer, context: int) -> list[Exampl
         for where, row in read_jsonl(path, ("messages",)):
             messages = plain_messages(row, where)
             prompt = tokenizer.chat(messages[:-1])
-            answer = tokenizer.response(messages[-1]["content"])
+            answer = tokenizer.encode_response(messages[-1]["content"])
             if len(prompt) + len(answer) > context:
                 left_out += 1
             else:
@@ -141,8 +141,8 @@ def read_examples(paths: str, tokenizer: Tokenizer, context: int) -> list[Exampl
 
 def first_question(messages: list[dict]) -> str:
     """What identifies a conversation: its first user turn, whatever the white space in it."""
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    return " ".join(asked[0].split()) if asked else ""
+    users = [message["content"] for message in messages if message["role"] == "user"]
+    return " ".join(users[0].split()) if users else ""
 
 
 def hold_out(examples: list[Example], args) -> tuple[list[Example], list[Example]]:
@@ -152,8 +152,8 @@ def hold_out(examples: list[Example], args) -> tuple[list[Example], list[Example
     """
     if not args.eval_every:
         return examples, []
-    trained = [example for example in examples if example.place >= args.held_out]
-    held_out = [example for example in examples if example.place < args.held_out]
+    trained = [example for example in examples if example.hundredth >= args.held_out]
+    held_out = [example for example in examples if example.hundredth < args.held_out]
     if not trained or not held_out:
         raise UserError(f"--held-out {args.held_out}: that is {len(held_out)} of the {len(examples)} rows; "
                         "another share, or more rows, leaves some on both sides")

@@ -372,8 +372,8 @@ def read_question(fields: dict, check: Check, where: str) -> tuple[str, str, dic
             raise UserError(f"{where}: the answer {answer[:40]!r} is none of the choices "
                             f"{', '.join(choices)}")
         listed = "".join(f"\n{label}. {text}" for label, text in choices.items())
-        asked = f"{question}{listed}\nThe answer is the letter of the best choice."
-        return identity_of(fields), asked, {"answer": answer, "choices": choices}
+        with_choices = f"{question}{listed}\nThe answer is the letter of the best choice."
+        return identity_of(fields), with_choices, {"answer": answer, "choices": choices}
     flaw = flaw_of(answer, check)
     if flaw:
         raise UserError(f"{where}: the answer {answer[:40]!r} {flaw}")
@@ -600,8 +600,8 @@ def problems_of(found: list[Task], split: str, n: int, seed: int) -> list[tuple[
 
 def questions_fingerprint(problems: Iterable[tuple[Task, Problem]]) -> str:
     """Of questions, how each is graded, and their order."""
-    asked = []
+    rows = []
     for task, problem in problems:
         grading = getattr(task, "checker", type(task)).__name__
-        asked.append([grading, problem.id, problem.question, problem.truth])
-    return fingerprint(json.dumps(asked))
+        rows.append([grading, problem.id, problem.question, problem.truth])
+    return fingerprint(json.dumps(rows))

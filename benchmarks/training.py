@@ -62,7 +62,7 @@ def sft_ours(args):
     examples = []
     for *before, last in chat_rows(args, tokenizer):
         prompt = tokenizer.chat(before)
-        examples.append(sft.Example(prompt, tokenizer.response(last["content"]), place=0))
+        examples.append(sft.Example(prompt, tokenizer.encode_response(last["content"]), hundredth=0))
     tokens = sum(map(len, examples))
     optimizer = Optimizer(model, 1e-4)
     for _ in range(args.steps):
@@ -134,7 +134,7 @@ def sft_trl(args):
     rows = chat_rows(args, tokenizer)
     data = Dataset.from_list([{"messages": messages} for messages in rows])
     seconds = trl_seconds(SFTTrainer, SFTConfig, args, data, per_device_train_batch_size=args.rows)
-    tokens = sum(len(tokenizer.chat(row[:1]) + tokenizer.response(row[1]["content"])) for row in rows)
+    tokens = sum(len(tokenizer.chat(row[:1]) + tokenizer.encode_response(row[1]["content"])) for row in rows)
     return {"seconds": seconds, "tokens": tokens}
 
 

@@ -2,8 +2,8 @@
 
     tokenizer = Tokenizer("mini")
     tokenizer.chat([{"role": "user", "content": "Hi"}])        # ids of a prompt
-    tokenizer.response("<think>...")                           # ids of an answer to it, with its end token
-    tokenizer.text(ids)                                        # what a completion says
+    tokenizer.encode_response("<think>...")                    # ids of an answer to it, with its end token
+    tokenizer.decode_response(ids)                             # what a completion says
 
 A template is a program of somebody else's: it runs in jinja2's sandbox, and only its text counts.
 
@@ -296,7 +296,7 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.bpe.decode(list(ids), skip_special_tokens=False)
 
-    def text(self, ids: list[int]) -> str:
+    def decode_response(self, ids: list[int]) -> str:
         """The text of a completion: the prompt's `opening`, then what was sampled, without the stop token."""
         if ids and ids[-1] in self.stop_ids:
             ids = ids[:-1]
@@ -304,11 +304,11 @@ class Tokenizer:
 
     def after_own_thought(self, ids: list[int]) -> str:
         """The text of an attempt: where the prompt opened <think>, what follows the first </think>."""
-        text = self.text(ids)
+        text = self.decode_response(ids)
         return (text.partition("</think>")[2].lstrip() if self.opening else "") or text
 
-    def response(self, text: str) -> list[int]:
-        """The inverse of the method `text`: ids, with the end token, of an answer to `chat`'s prompt.
+    def encode_response(self, text: str) -> list[int]:
+        """The inverse of `decode_response`: ids, with the end token, of an answer to `chat`'s prompt.
 
         Where the prompt has opened <think>, a text without a thought gets an empty one.
         """

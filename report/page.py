@@ -265,12 +265,12 @@ def of_evaluation(out: Path, cells: list[dict], rows: list[dict]) -> str:
     if longer:
         models += [forced_name(model) for model in models]
     order = sorted(rows + longer, key=lambda row: (row["id"], models.index(row["model"]), row["index"]))
-    asked = {(task, row["id"]): [] for task in tasks_of(cells) for row in order if row["task"] == task}
+    questions = {(task, row["id"]): [] for task in tasks_of(cells) for row in order if row["task"] == task}
     for row in order:
-        asked[row["task"], row["id"]].append(row)
+        questions[row["task"], row["id"]].append(row)
     stride = stride_for(sum(len(row["response"]) for row in order))
     groups = []
-    for name, of_question in list(asked.items())[::stride]:
+    for name, of_question in list(questions.items())[::stride]:
         first = {row["index"]: row for row in of_question if row["model"] == models[0]}
         responses = []
         for row in of_question:
@@ -281,7 +281,7 @@ def of_evaluation(out: Path, cells: list[dict], rows: list[dict]) -> str:
             counts += f" · {model} {how_many_right(list(mine))}"
         groups.append(group_of(of_question[0], name[1], counts, responses))
     choices = {"task": tasks_of(cells), "model": models, "outcome": OUTCOMES + UNLIKE}
-    return page(out, figures_section(cells) + responses_section("Responses", groups, len(asked), choices))
+    return page(out, figures_section(cells) + responses_section("Responses", groups, len(questions), choices))
 
 
 def forced_name(model: str) -> str:

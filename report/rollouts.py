@@ -149,7 +149,7 @@ def group_row(step: int, group, tokenizer: Tokenizer) -> dict:
     """A line of rollouts.jsonl: a question with all that was sampled, in the order of the samples."""
     rollouts = []
     for i, completion in enumerate(group.completions):
-        text = tokenizer.text(completion.tokens)
+        text = tokenizer.decode_response(completion.tokens)
         rollouts.append({
             **group.task.shown(group.problem, text, len(completion.tokens), completion.finish),
             "reward": group.rewards[i],

@@ -60,7 +60,7 @@ class Run:
         self.publish = publish
         self.measure = measure
         self.renew = renew
-        self.asked = StopRequest()
+        self.stop_request = StopRequest()
         resumed = is_written(self.out / "run.json")
         start_or_check(self.out / "run.json", args, inputs)
         checkpoints = self._checkpoints()
@@ -130,16 +130,16 @@ class Run:
 
     def leave_if_asked(self, step: int, updates: int) -> None:
         """If somebody asked the run to stop, save what it has after `step` and leave it (raises Stopped)."""
-        if self.asked.anywhere():
+        if self.stop_request.anywhere():
             if step > self.saved:
                 self.save(step, updates)
                 self._tidy()
-            raise Stopped(self.asked.number)
+            raise Stopped(self.stop_request.number)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Inside, a signal does not end the run but is kept, for the loop to save and leave."""
-        with handlers(self.asked.handler):
+        with handlers(self.stop_request.handler):
             yield
 
     def save(self, step: int, updates: int) -> None:
@@ -160,7 +160,7 @@ class Run:
     def _measure(self, step):
         score = self.measure()
         if score is None:
-            raise Stopped(self.asked.number)  # the step is saved; --resume measures it
+            raise Stopped(self.stop_request.number)  # the step is saved; --resume measures it
         self.log({"step": step, **score})
 
     def _tidy(self) -> None:

@@ -21,7 +21,8 @@ def sft_losses():
     rows = []
     for row in CHAT:
         prompt = tokenizer.chat(row["messages"][:1])
-        rows.append(sft.Example(prompt, tokenizer.response(row["messages"][1]["content"]), place=0))
+        answer = tokenizer.encode_response(row["messages"][1]["content"])
+        rows.append(sft.Example(prompt, answer, hundredth=0))
     steps = []
     for step in range(3):
         batch = rows[8 * step:8 * step + 8]

@@ -198,7 +198,7 @@ def test_a_tokenizer_may_have_grown(folder):
         with pytest.raises(UserError, match="none for the token '<pad>'"):
             call("a <pad>")
     with pytest.raises(UserError, match="none for the token"):  # the end of a turn
-        Tokenizer(path, rows=tokenizer.end_id).response("a")
+        Tokenizer(path, rows=tokenizer.end_id).encode_response("a")
 
 
 def test_what_a_saved_folder_keeps(folder, tmp_path):

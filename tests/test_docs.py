@@ -1,4 +1,5 @@
 """What the documents say is so: examples run, cited tests exist, links lead somewhere, line counts hold."""
+import ast
 import random
 import re
 from types import SimpleNamespace
@@ -104,6 +105,23 @@ MAY_IMPORT = {  # of our own modules, beside those of the same room
     "checkpoint": {"model", "kernels", "run"},
     "report": {"grading", "run", "checkpoint"},
 }
+
+
+def code_lines(path):
+    """Without blank lines, comments and docstrings."""
+    rows = path.read_text().splitlines()
+    left_out = {i for i, row in enumerate(rows, 1) if re.match(r"\s*(#|//|/\*|$)", row)}
+    for node in ast.walk(ast.parse("\n".join(rows))) if path.suffix == ".py" else ():
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            left_out |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, ast.FunctionDef) and not node.name.endswith(("arguments", "_flags")):
+            assert node.end_lineno - node.lineno < 64, f"{path}: {node.name} is longer than 64 lines"
+    assert len(rows) <= 650, path
+    return len(rows) - len(left_out)
+
+
+def test_the_house_is_small():
+    assert sum(map(code_lines, [*SOURCES, *ROOT.glob("report/page.*s")])) <= 6300
 
 
 def test_rooms_know_no_chapter():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import GRPO, MINI, read_rows, tiny, write_jsonl
+from conftest import GRPO, MINI, read_rows, tiny
 from torch import tensor
 
 import grpo
@@ -264,7 +264,7 @@ def test_logged_groups_are_whole(cmd):
         assert [rollout["advantage"] for rollout in rollouts] == pytest.approx(
             advantages(tensor(rewards)).tolist(), abs=1e-5)
         for rollout in rollouts:
-            assert tokenizer.text(rollout["ids"]) == rollout["response"]
+            assert tokenizer.decode_response(rollout["ids"]) == rollout["response"]
             assert rollout["tokens"] == len(rollout["ids"]) == len(rollout["sampler_logprobs"])
 
 
@@ -295,13 +295,6 @@ def test_figures_mean_the_same_with_a_reference():
     assert alike["reference_tokens"] > alike["trained_tokens"] == without["trained_tokens"] == trained
     for name in ("loss", "entropy", "approx_kl", "clip_fraction", "difference"):
         assert alike[name] == pytest.approx(without[name], rel=1e-4, abs=1e-6), name
-
-
-def test_a_split_may_be_chosen(cmd):
-    """All rows of a file, if asked."""
-    write_jsonl("own.jsonl", [{"question": f"What is {i} * 2?", "answer": 2 * i} for i in range(40)])
-    flags = [*FLAGS, "--task", "file:own.jsonl:integer", "--questions", "0", "--steps", "1"]
-    assert cmd(grpo, *flags, "--split", "all")[0] == 0
 
 
 def test_sampler_and_trainer_agree_at_every_step(cmd):

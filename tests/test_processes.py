@@ -1,7 +1,6 @@
 """Commands that torchrun starts in several processes write what one process writes, after a kill too."""
 import json
 import os
-import random
 import signal
 import time
 from pathlib import Path
@@ -10,9 +9,8 @@ import pytest
 from conftest import MINI, children, finish, read_rows, refused, start
 
 import evaluate
-import run.processes as processes
 import sample
-from run.processes import balanced, join_parts
+from run.processes import join_parts
 
 SAMPLE = ("--model", MINI, "--device", "cpu", "--questions", "5", "--attempts", "2",
           "--max-new-tokens", "60", "--slots", "4")
@@ -73,21 +71,3 @@ def test_evaluating_in_two_processes_writes_the_rows_of_one(cmd):
     assert rows("cut/results.jsonl") == rows("one/results.jsonl") and len(rows("one/results.jsonl")) == 56
     assert Path("cut/summary.json").read_bytes() == Path("one/summary.json").read_bytes()
     assert sorted(os.listdir("cut")) == ["report.html", "results.jsonl", "run.json", "summary.json"]
-
-
-def test_work_is_dealt_evenly(monkeypatch):
-    """Questions dealt by place, some without signal, left one process of 4 with 1.4 times the mean to do."""
-    monkeypatch.setattr(processes, "world", lambda: 4)
-
-    rng = random.Random(4)
-    for _ in range(20):
-        costs = []
-        for _ in range(32):  # questions of a mini-batch, of which half have a signal
-            if rng.random() < 0.5:
-                costs += [round(rng.lognormvariate(6, 0.7)) for _ in range(4)]  # in four parts
-        shares = []
-        for who in range(4):
-            monkeypatch.setattr(processes, "rank", lambda who=who: who)
-            shares.append(balanced(costs, int))
-        assert sorted(sum(shares, [])) == sorted(costs)
-        assert max(map(sum, shares)) < 1.1 * max(sum(costs) / 4, max(costs))

@@ -320,6 +320,6 @@ def test_stop_ids(tmp_path, generation, config, eos, more):
 ])
 def test_a_response_leaves_out_the_opening_of_its_prompt(tmp_path, name, text, want):
     tokenizer = tokenizer_of(tmp_path, next(case for case in TEMPLATES if case["name"] == name))
-    ids = tokenizer.response(text)
+    ids = tokenizer.encode_response(text)
     assert ids[-1] == tokenizer.end_id and tokenizer.decode(ids[:-1]) == want
-    assert tokenizer.text(ids) == tokenizer.opening + want
+    assert tokenizer.decode_response(ids) == tokenizer.opening + want
