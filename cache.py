@@ -28,12 +28,12 @@ PREFILL_TOKENS = 8192  # of prompts that are run together, or of slots that are 
 
 
 def sent(numbers: list, device: torch.device) -> Tensor:
-    """A list of integers as a tensor there. No wait: what a device still has to do before goes on."""
+    """A list of integers as a tensor on the device, without waiting until the device has caught up."""
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
 
 
 class Move(NamedTuple):
-    """The first `length` positions of a slot are to be those of another."""
+    """An order to copy the first `length` positions of the slot `source` to `target`."""
     source: int
     target: int
     length: int
@@ -91,7 +91,7 @@ class KVCache:
         return attend
 
     def copy(self, moves: list[Move]) -> None:
-        """Copy positions to other slots, of which none is a source. What lies beyond may come along."""
+        """Copy slots. None may be a source and a target. More than `length` positions may be copied."""
         for batch in in_batches(moves, lambda move: move.length, PREFILL_TOKENS, padded=True):
             sources = sent([move.source for move in batch], self.k.device)
             targets = sent([move.target for move in batch], self.k.device)
@@ -103,7 +103,7 @@ class KVCache:
 class SlotState:
     """What a decoding step knows of each slot beside its keys and values.
 
-    CUDA graphs point at it: written in place only.
+    CUDA graphs hold its addresses, so it is only ever written in place.
     """
 
     def __init__(self, slots: int, device: torch.device):
@@ -120,7 +120,7 @@ class SlotState:
             self.seen = torch.zeros(len(self.tokens), vocab, dtype=torch.bool, device=self.tokens.device)
 
     def fill(self, first: int, prompts: list[list[int]], noise_keys: list[int]) -> None:
-        """Samples of these prompts begin in the slots from `first` on."""
+        """Start samples of these prompts in the slots first, first + 1, ..."""
         # Prefill leaves out the last prompt token: the first decoding step feeds it, so tokens are chosen in
         # one place only.
         device = self.of_slots.device
@@ -135,7 +135,7 @@ class SlotState:
             self.seen[sent(slots, device), sent(ids, device)] = True
 
     def move(self, moves: list[Move]) -> None:
-        """What goes with `KVCache.copy` when rows move; their log-probabilities have been read already."""
+        """Move rows, as `KVCache.copy` does, but for their log-probabilities: the host has read those."""
         sources = sent([move.source for move in moves], self.of_slots.device)
         targets = sent([move.target for move in moves], self.of_slots.device)
         self.of_slots[:, targets] = self.of_slots[:, sources]
@@ -154,7 +154,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def slot_capacity(needed: int, current: int | None, refit: bool, context: int, grain: int) -> int:
-    """Positions of a slot, if the longest waiting request needs `needed` and slots have `current` so far.
+    """How many positions a slot gets, if the longest waiting request needs `needed` and slots have `current`.
 
     `refit`: longer requests came while others ran. More will, so slots double rather than grow by a little
     each time. A cache whose slots are long enough, and at most four times too long, stays as it is.
@@ -172,7 +172,7 @@ def slot_capacity(needed: int, current: int | None, refit: bool, context: int, g
 
 
 def slot_count(waiting: int, current: int, wanted: int, fitting: int, most: int) -> int:
-    """How many slots to have, where `waiting` samples wait and `fitting` fit in memory.
+    """How many slots to have, if `waiting` samples wait and `fitting` slots fit in memory.
 
     `wanted` is the caller's word, or 0 to take what fits, up to `most`. May exceed `fitting`, for the caller
     to refuse.

@@ -25,7 +25,7 @@ from checkpoint.tokenizer import Tokenizer
 from report.figures import pass_at, printed_table, summarise
 from report.page import renew
 from run.command import (
-    Progress, UserError, command, may_change, natural, number, parser, place, positive, resume_flag, say,
+    Progress, UserError, command, location, may_change, natural, number, parser, positive, resume_flag, say,
     split_list,
 )
 from run.files import to_json, write_whole
@@ -74,7 +74,7 @@ class Plan:
 
 
 def requests_of(plans: list[Plan], tokenizer: Tokenizer, args) -> list[Request]:
-    """What this process asks: a request for each question."""
+    """A request for each question that this process asks."""
     requests = []
     for plan in plans:
         for problem in plan.problems[rank()::world()]:
@@ -114,7 +114,7 @@ def run_cell(name: str, sampler: Sampler, plan: Plan, args, done: set) -> Iterat
 
 
 def forced_request(sampler, problem, row, completion, params) -> Request | None:
-    """What makes a response that ended by itself think on, up to twice the budget in all."""
+    """A request that makes a finished response think on, up to twice the budget; None if it cannot."""
     if completion.finish != "stop":
         return None
     prompt, beginning = forced_prompt(sampler.tokenizer, completion)
@@ -152,8 +152,8 @@ ARMS = {"base": "mini", "rl-only": "out/rl", "sft": "out/sft", "sft+grpo": "out/
 
 def arguments():
     p = parser(__doc__, out="out/evaluate", model="")
-    place(p.add_argument("--models", help="name=folder or hub id, with commas; others are compared with the "
-                         f"first; if not given, what is there of {', '.join(ARMS.values())}"))
+    location(p.add_argument("--models", help="name=folder or hub id, with commas; others are compared with "
+                         f"the first; if not given, what is there of {', '.join(ARMS.values())}"))
     p.add_argument("--tasks", default="countdown-3-small,countdown-4-small,countdown-5-small",
                    help=f"with commas between: {tasks.NAMES}")
     p.add_argument("--split", default="test", help=f"{', '.join(tasks.SPLITS)}; of a file: also all")
@@ -171,7 +171,7 @@ def arguments():
     p.add_argument("--top-p", type=number(float, 0, 1, open_low=True), default=1.0,
                    help="keep the likeliest tokens up to this mass")
     p.add_argument("--top-k", type=natural, default=0, help="keep so many of the likeliest tokens; 0: all")
-    place(p.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie"))
+    location(p.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and such lie"))
     may_change(p.add_argument("--slots", type=natural, default=0, help="rows decoded at once; 0: what fits"))
     resume_flag(p)
     args = p.parse_args()

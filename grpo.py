@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from run.command import (  # before torch: it says how threads wait
-    Defaults, Progress, UserError, command, if_not_given, may_change, natural, number, parser, place,
+    Defaults, Progress, UserError, command, if_not_given, location, may_change, natural, number, parser,
     positive, say,
 )
 
@@ -140,9 +140,9 @@ def choose(problems: list, step: int, count: int, seed: int) -> list:
 
 
 def roll_out(sampler: Sampler, chosen: list, args, step: int) -> list[Group]:
-    """The step's questions [(task, problem)]; this process's part of them answered, graded and compared.
+    """Groups of the step's questions [(task, problem)]. Those of this process are answered and graded.
 
-    None is answered, if the sampler was stopped.
+    If the sampler was stopped, none is answered.
     """
     tokenizer = sampler.tokenizer
     groups = []
@@ -224,12 +224,12 @@ class Response:
 
 
 def responses_in_loss(groups: list[Group], args) -> list[list[Response]]:
-    """For each group the responses that have a gradient: those with an advantage, or all under a KL term."""
+    """The responses of each group that have a gradient: those with an advantage, or all under a KL term."""
     def counts(completion):
         return args.truncated == "keep" or completion.finish == "stop"
 
     lengths = [len(c.tokens) for group in groups for c in group.completions if counts(c)]
-    found = []
+    in_loss = []
     for group in groups:
         responses = []
         for completion, advantage in zip(group.completions, group.advantages, strict=True):
@@ -238,13 +238,13 @@ def responses_in_loss(groups: list[Group], args) -> list[list[Response]]:
                     len(completion.tokens), args.loss, len(lengths), sum(lengths), args.max_new_tokens)
                 responses.append(Response(group.prompt, completion, advantage, weight))
         if responses:
-            found.append(responses)
-    return found
+            in_loss.append(responses)
+    return in_loss
 
 
 def size_of(responses: list[Response]) -> int:
-    """About the tokens that some responses of a group take memory for: the prompt's and their own, and an
-    eighth for each token of the prompt whose keys and values a response copies.
+    """About how many tokens' memory some responses of one group take: the prompt's, their own, and an eighth
+    of the prompt for each response, which copies its keys and values.
     """
     P = len(responses[0].prompt)
     return P + sum(len(response) + P // 8 for response in responses)
@@ -276,15 +276,15 @@ def update(
     Returns (gradient norm, sums over the trained tokens of all processes). The norm is None if no response of
     any process has a gradient. The weights stay then: a step on zeros would still move them by momentum.
     """
-    parts = []
+    sums_of_each = []
     mine = micro_batches(responses_in_loss(groups, args), args.micro_batch_tokens)
     for micro_batch in mine:
         tokens = run_tokens(model, reference, micro_batch, args)
         loss, reference_loss = policy_loss(tokens, args.clip_low, args.clip_high, args.kl)
         (loss + reference_loss).backward()
-        parts.append(sums_over(tokens, loss, args.clip_low, args.clip_high))
+        sums_of_each.append(sums_over(tokens, loss, args.clip_low, args.clip_high))
     even_passes(model, len(mine))
-    sums = over_all_processes(parts)
+    sums = over_all_processes(sums_of_each)
     check_finite(sums["loss"], "loss")
     check_finite(sums["reference_kl"], "divergence from the reference")
     norm = optimizer.step(args.lr) if sums["trained_tokens"] + sums["reference_tokens"] else None
@@ -294,9 +294,9 @@ def update(
 def run_tokens(
     model: Transformer, reference: Transformer | None, micro_batch: list[list[Response]], args,
 ) -> Tokens:
-    """The tokens of a micro-batch as the loss and the statistics need them."""
-    responses = [response for part in micro_batch for response in part]
-    groups = [(part[0].prompt, [r.completion.tokens for r in part]) for part in micro_batch]
+    """Run the model over a micro-batch. Returns what the loss and the statistics need of its tokens."""
+    responses = [response for group in micro_batch for response in group]
+    groups = [(group[0].prompt, [r.completion.tokens for r in group]) for group in micro_batch]
 
     def by_token(values):
         repeated = [value for value, r in zip(values, responses, strict=True) for _ in range(len(r))]
@@ -316,7 +316,7 @@ def run_tokens(
 # ---- the command ---------------------------------------------------------------------------------
 def arguments():
     p = parser(__doc__, out=None, model="")
-    place(p.add_argument("--model", help="a folder in Hugging Face format, or a hub id, to go on from into "
+    location(p.add_argument("--model", help="folder in Hugging Face format, or hub id, to go on from into "
                          "out/grpo; if not given, out/sft, or where there is none mini into out/rl"))
     g = p.add_argument_group("what to train on")
     tasks.question_flags(g, split="rl", paper=1000)
@@ -366,14 +366,14 @@ def read_problems(args) -> tuple[list, list]:
     if args.eval_every and args.split in ("all", "val"):
         raise UserError(f"--eval-every measures on the split val, which --split {args.split} trains on; "
                         "leave one of the two out")
-    found = tasks.find_all(args.task, args.data_dir)
-    problems = tasks.problems_of(found, args.split, args.questions, args.seed)
+    all_tasks = tasks.find_all(args.task, args.data_dir)
+    problems = tasks.problems_of(all_tasks, args.split, args.questions, args.seed)
     if len(problems) < args.questions_per_step:
         raise UserError(f"--questions-per-step {args.questions_per_step}: "
                         f"there are only {len(problems)} questions; raise --questions or lower it")
     held_out = []
     if args.eval_every:
-        held_out = tasks.problems_of(found, "val", args.eval_questions, args.seed)
+        held_out = tasks.problems_of(all_tasks, "val", args.eval_questions, args.seed)
     return problems, held_out
 
 

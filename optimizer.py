@@ -111,7 +111,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def rows_of(all_rows: Tensor, tensor: Tensor) -> Tensor:
-    """Those of all rows that this process holds of `tensor`."""
+    """The part of `all_rows` that belongs to the rows of `tensor` which this process holds."""
     if local(tensor) is tensor:
         return all_rows
     chunk = math.ceil(len(all_rows) / world())
@@ -119,7 +119,7 @@ def rows_of(all_rows: Tensor, tensor: Tensor) -> Tensor:
 
 
 def publisher(optimizer: "Optimizer", tokenizer: Tokenizer) -> Callable[[Path], None]:
-    """A function that writes the optimizer's model into a folder. All processes must call it."""
+    """Returns a function that saves the optimizer's model into a folder. All processes must call it."""
     def publish(folder: Path) -> None:
         weights = {}
         for name, w in optimizer.whole_weights():  # all give their parts of each
@@ -132,9 +132,9 @@ def publisher(optimizer: "Optimizer", tokenizer: Tokenizer) -> Callable[[Path], 
 
 # ---- the optimizer -------------------------------------------------------------------------------
 def check_finite(value: float, what: str) -> None:
-    """Stop before a step that would spoil the weights.
+    """Raises UserError before a step that would spoil the weights.
 
-    On every process alike: `value` is a sum over all of them.
+    Every process does, as `value` is a sum over all of them.
     """
     if not math.isfinite(value):
         raise UserError(f"the {what} is not finite, so the step was refused and the run stopped; "
@@ -172,9 +172,9 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
 
     def step(self, lr: float) -> float:
-        """Clip, step.
+        """Clip the gradient and make one step of AdamW.
 
-        Returns the norm before clipping, over all processes; refuses one that is not finite.
+        Returns the gradient's norm before clipping, over all processes. Raises UserError if it is not finite.
         """
         for name, master in self.masters.items():
             grad = self.weights[name].grad
@@ -196,7 +196,7 @@ class Optimizer:
 
     @torch.no_grad()
     def _check_masters(self):
-        """A finite gradient too may end in masters that are not: in a rate far too high, say."""
+        """A finite gradient can still lead to masters that are not, with a rate that is far too high, say."""
         def finite(tensor):
             return bool(tensor.sum().isfinite() or tensor.isfinite().all())  # large sums may overflow
         spoilt = sum(not finite(local(master)) for master in self.masters.values())
@@ -216,20 +216,20 @@ class Optimizer:
 
     @torch.no_grad()
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, weight), one after the other; on all processes together, which each get all of it."""
+        """Yields (name, whole weight). All processes must go through it together; each gets every weight."""
         for name, w in self.weights.items():
             w = w.detach()
             yield name, (w.full_tensor() if hasattr(w, "full_tensor") else w).to(self.dtype)
 
     def refresh(self, copy: Transformer) -> None:
-        """Give a copy of the model its present weights, a tensor at a time. Nothing, if it is the model."""
+        """Copy the present weights to `copy`, a tensor at a time, unless it is the model itself."""
         if copy is not self.model:
             weights = dict(copy.named_parameters())
             for name, w in self.whole_weights():
                 weights[name].data.copy_(w)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What this process holds, by the names master.W, first.W and second.W: masters and moments."""
+        """The masters and moments that this process holds, named master.W, first.W and second.W."""
         out = {}
         for name, master in self.masters.items():
             out[f"master.{name}"] = local(master.detach())
@@ -241,7 +241,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load(self, files: list[Path], updates: int) -> None:
-        """Take weights, masters and moments from a checkpoint's files, of any number of processes.
+        """Take weights, masters and moments from a checkpoint, written by any number of processes.
 
         `updates` is how many steps AdamW had made. Raises UserError for a damaged file, before anything is
         changed.

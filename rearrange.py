@@ -116,7 +116,7 @@ def holds_a_tag(text: str) -> bool:
 
 
 def leaks(reflection: dict, row: dict) -> bool:
-    """Whether a reflection copied the worked example of its prompt (Sydney may also be asked about)."""
+    """Whether a reflection holds a word of its prompt's worked example that question and attempt do not."""
     prompt = row["question"] + row["solution"]
     return any(word in reflection["text"] and word not in prompt for word in tasks.REFLECT_LEAKS)
 

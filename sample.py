@@ -65,7 +65,7 @@ class Params:
 
 @dataclass
 class Request:
-    """`indices` samples of one prompt. Used up by `Sampler.stream`."""
+    """Ask for the samples `indices` of one prompt. `Sampler.stream` uses it up."""
     prompt: list[int]
     indices: list[int]
     identity: str | None = None  # names the question for the randomness; None takes the prompt itself
@@ -336,12 +336,12 @@ class Sampler:
         """Feed each row's token, choose the next: all on the device and in place, as a CUDA graph needs."""
         p, state = self.params, self.slot_state
         tokens = state.tokens[:B]
-        lengths = state.lengths[:B]
-        attend = self.cache.decode(lengths, longest)
-        hidden = self.model(tokens[:, None], lengths[:, None], attend)  # (B, 1, C)
+        positions = state.lengths[:B]  # so many tokens lie before the one that is fed
+        attend = self.cache.decode(positions, longest)
+        hidden = self.model(tokens[:, None], positions[:, None], attend)  # (B, 1, C)
         chosen, logprobs = next_tokens(
             self.model.logits(hidden[:, 0]),
-            uniform(state.noise_keys[:B], lengths),
+            uniform(state.noise_keys[:B], positions),
             temperature=p.temperature,
             top_k=p.top_k,
             top_p=p.top_p,
@@ -350,7 +350,7 @@ class Sampler:
         )
         tokens.copy_(chosen)
         state.logprobs[:B] = logprobs
-        lengths += 1
+        positions += 1
 
     # ---- postprocess: hand out finished rows, close the gaps they leave ---------------------------
     def postprocess(self) -> list[tuple[Request, int, Completion]]:
@@ -455,7 +455,7 @@ class Attempts:
 class Reflections:
     """The payload of a request for reflections: the attempt's line of samples.jsonl, and what has come."""
     row: dict
-    found: dict[int, dict] = field(default_factory=dict)
+    by_index: dict[int, dict] = field(default_factory=dict)
 
 
 def attempt_requests(args, problems: list, tokenizer: Tokenizer) -> list[Request]:
@@ -509,7 +509,7 @@ def reflection_request(row: dict, n: int, tokenizer: Tokenizer) -> Request:
 
 
 def start_or_go_on(args, problems: list) -> set[tuple[str, int]]:
-    """Start --out with its run.json, or go on with it. Returns the (identity, index) already there."""
+    """Start --out and its run.json, or go on with them. Returns each (identity, index) that is there."""
     there = os.path.exists(args.out)
     start_or_check(Path(f"{args.out}.run.json"), args, lambda: {
         "--model": model_fingerprint(args.model), "--task": tasks.questions_fingerprint(problems)})
@@ -542,8 +542,8 @@ def main():
     refuse_wrong_out(args.resume or "auto", Path(args.out), Path(f"{args.out}.run.json"))
     device, _ = device_and_dtype(args.device)
     start_processes(device, minutes=ALONE)
-    found = tasks.find_all(args.task, args.data_dir)
-    problems = tasks.problems_of(found, args.split, args.questions, args.seed)
+    all_tasks = tasks.find_all(args.task, args.data_dir)
+    problems = tasks.problems_of(all_tasks, args.split, args.questions, args.seed)
     model, tokenizer = load(args.model, args.device, args.dtype, args.chat_template_kwargs)
     args.chat_template_kwargs = tokenizer.template_kwargs
     params = choice_of(args, model)
@@ -573,11 +573,11 @@ def main():
                         continue  # the row is written when its reflections have come
                     tally["too long"] += 1
             else:
-                row, found = request.payload.row, request.payload.found
-                found[index] = {"text": text, "verdict": verdict(text), "finish": completion.finish}
-                if len(found) < args.reflections:
+                row, by_index = request.payload.row, request.payload.by_index
+                by_index[index] = {"text": text, "verdict": verdict(text), "finish": completion.finish}
+                if len(by_index) < args.reflections:
                     continue
-                row["reflections"] = [found[i] for i in range(args.reflections)]
+                row["reflections"] = [by_index[i] for i in range(args.reflections)]
             f.write(to_json(row) + "\n")
             f.flush()
             tally["attempts"] += 1

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from run.command import (  # before torch: it says how threads wait
-    Defaults, Progress, UserError, command, if_not_given, natural, number, parser, place, positive, say,
+    Defaults, Progress, UserError, command, if_not_given, location, natural, number, parser, positive, say,
     split_list,
 )
 
@@ -200,7 +200,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
 # ---- the command ---------------------------------------------------------------------------------
 def arguments():
     p = parser(__doc__, out="out/sft")
-    place(p.add_argument("--data", default="silver.jsonl", help="chat JSONL; several files with commas"))
+    location(p.add_argument("--data", default="silver.jsonl", help="chat JSONL; several files with commas"))
     p.add_argument("--epochs", type=positive,
                    help=f"times through the data; {if_not_given(DEFAULTS['epochs'])}")
     p.add_argument("--lr", type=number(float, 0), help=f"at its peak; {if_not_given(DEFAULTS['lr'])}")
@@ -247,9 +247,9 @@ def main():
             mine = in_batches(balanced(batch, len), len, args.micro_batch_tokens)
             losses = []  # of the micro-batches
             for micro_batch in mine:
-                part = loss_of(model, micro_batch) / count
-                part.backward()
-                losses.append(part.detach().double())
+                loss = loss_of(model, micro_batch) / count
+                loss.backward()
+                losses.append(loss.detach().double())
             even_passes(model, len(mine))
             loss, = total([float(sum(losses))])
             check_finite(loss, "loss")

@@ -29,7 +29,7 @@ from grading.checkers import (
     OPERATORS, check_choice, check_countdown, check_exact, check_integer, check_word, dictionary, integer_of,
 )
 from grading.math import check_math, flaw_of_gold
-from run.command import UserError, natural, place, refuse_repeated, say, split_list
+from run.command import UserError, location, natural, refuse_repeated, say, split_list
 from run.files import fingerprint, read_jsonl
 
 
@@ -171,7 +171,7 @@ SPLITS = {
 
 
 def hundredth(identity: str) -> int:
-    """Where in the hash space (0..99) the identity of a problem falls."""
+    """The hash of a problem's identity, 0..99, which decides its split."""
     return int(fingerprint(identity), 16) % 100
 
 
@@ -543,10 +543,10 @@ NAMES = ", ".join([*generated(), *FILES, f"file:PATH[:{'|:'.join(OWN_GRADINGS)}]
 
 def question_flags(p, split: str, paper: int) -> None:
     """Add the flags that say what is asked, to a parser of argparse or a group of one."""
-    place(p.add_argument("--task", default="countdown-3-small", help=f"with commas between: {NAMES}"))
+    location(p.add_argument("--task", default="countdown-3-small", help=f"with commas between: {NAMES}"))
     p.add_argument("--questions", type=natural, default=400, help=f"of each task; 0: all (paper: {paper})")
     p.add_argument("--split", default=split, help=f"{', '.join(SPLITS)}; of a file: also all")
-    place(p.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and the like lie"))
+    location(p.add_argument("--data-dir", default="data", help="where gsm8k/, csqa/, math500/ and such lie"))
 
 
 def find(name: str, data_dir: str | Path = "data") -> Task:

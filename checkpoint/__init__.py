@@ -155,7 +155,7 @@ def files_of_weights(folder: Path) -> list[Path]:
 
 
 def model_fingerprint(model: str | Path) -> str:
-    """Of all files of a model folder that say what the model computes."""
+    """The fingerprint of the files of a model folder that decide what the model computes."""
     folder = find_folder(model)
     names = ("config.json", *TOKENIZER_FILES, "model.safetensors.index.json")
     there = [folder / name for name in names if (folder / name).is_file()]
@@ -167,7 +167,7 @@ CONSTANTS = "rotary_emb.inv_freq"  # old folders hold them; they follow from the
 
 
 def read_shapes(files: list[Path]) -> dict[str, tuple]:
-    """The shape of each tensor by name, from the headers of the files, which match their sizes."""
+    """{name: shape} of all tensors, read from the headers of the files."""
     shapes = {}
     for path in files:
         with open_tensors(path) as f:
@@ -178,7 +178,7 @@ def read_shapes(files: list[Path]) -> dict[str, tuple]:
 
 
 def read_weights(files: list[Path], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors by name, in `dtype`, but for those that are no floating-point numbers."""
+    """{name: tensor} of all tensors. Floating-point ones are converted to `dtype`."""
     weights = {}
     for path in files:
         for name, w in read_tensors(path):
@@ -253,7 +253,7 @@ def load(
 
 
 def drop_tied_head(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Some folders store the tied head too. A head of its own would be lost: raises UserError."""
+    """Drop the second copy of a tied head, which some folders have. Raises UserError if it differs."""
     head = weights.pop("lm_head.weight", None)
     embedding = weights.get("model.embed_tokens.weight")
     if head is None or embedding is None:
@@ -269,12 +269,12 @@ def check_shapes(folder: Path, config: Config, shapes: dict[str, tuple]) -> None
         raise UserError(f"{folder}: the weights do not fit config.json: num_hidden_layers is "
                         f"{config.num_hidden_layers}, but there are {len(shapes)} tensors")
     with torch.device("meta"):
-        found = {name: torch.empty(shape) for name, shape in shapes.items()}
+        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
         model = Transformer(config)
     if config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
+        weights.pop("lm_head.weight", None)
     try:
-        model.load_state_dict(found, assign=True)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as e:
         reasons = "; ".join(line.strip()[:200] for line in str(e).splitlines()[1:4])
         raise UserError(f"{folder}: the weights do not fit config.json: {reasons}") from e

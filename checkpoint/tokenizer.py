@@ -175,8 +175,8 @@ class Tokenizer:
         self.size = max(self.bpe.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.rows = rows or self.size
 
-        found = re.search(self.control, closed)
-        self.end_id = self.bpe.token_to_id(found[0] if found else eos)
+        match = re.search(self.control, closed)
+        self.end_id = self.bpe.token_to_id(match[0] if match else eos)
         if self.end_id is None:
             raise UserError(f"{self.template.where}: no token ends the assistant's turn; the template must "
                             "write one, or tokenizer_config.json name an eos_token")

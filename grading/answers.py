@@ -87,8 +87,8 @@ THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 
 def thoughts_in(response: str) -> list[tuple[int, str]]:
     """(where it begins, what it says) of each <think> of a response; all of it, if they say nothing."""
-    found = [(match.start(1), match[1]) for match in THOUGHT.finditer(response) if match[1]]
-    return found or [(0, response)]
+    thoughts = [(match.start(1), match[1]) for match in THOUGHT.finditer(response) if match[1]]
+    return thoughts or [(0, response)]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def attempts_in(response: str) -> list[Attempt]:
 
     The verdict on an attempt is the last one in the reflections between it and the next <sample>.
     """
-    found = []
+    attempts = []
     for begin, thought in thoughts_in(response):
         before, *blocks = thought.split("<sample>")
         at = begin + len(before)
@@ -116,9 +116,9 @@ def attempts_in(response: str) -> list[Attempt]:
             tags = [match.start() for match in re.finditer("<verdict>", reflections, re.IGNORECASE)]
             said_at = end - len(reflections) + tags[-1] if tags else -1
             if closing:
-                found.append(Attempt(at, text, verdict(reflections), said_at))
+                attempts.append(Attempt(at, text, verdict(reflections), said_at))
             at = end
-    return found
+    return attempts
 
 
 # ---- the bare answer -----------------------------------------------------------------------------

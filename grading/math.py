@@ -300,12 +300,12 @@ def _parsed(text):
     import math_verify
     import sympy  # which the library brings
     exact = re.sub(r"([0-9]+)\.([0-9]+)", _as_fraction, text)
-    found = math_verify.parse(f"${exact}$")
-    for i, expression in enumerate(found):
+    expressions = math_verify.parse(f"${exact}$")
+    for i, expression in enumerate(expressions):
         symbols = [symbol for symbol in getattr(expression, "free_symbols", ()) if symbol.name == "i"]
         if symbols:
-            found[i] = expression.subs(dict.fromkeys(symbols, sympy.I))
-    return found
+            expressions[i] = expression.subs(dict.fromkeys(symbols, sympy.I))
+    return expressions
 
 
 def _as_fraction(match):

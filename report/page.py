@@ -41,7 +41,7 @@ def el(name: str, *children: str, **attributes) -> str:
 
 
 def table(caption: str, rows: list[list[str]]) -> str:
-    """Of the headings and the rows below them. One wider than the screen can be scrolled, by keys too."""
+    """A table of headings and rows. One that is wider than the screen scrolls, by keys too."""
     lines = []
     for i, row in enumerate(rows):
         lines.append(el("tr", *(el("td" if i else "th", escaped(cell)) for cell in row)))
@@ -190,7 +190,7 @@ def outcomes_of(row: dict, first: dict) -> list[str]:
     words = {True: "right", False: "wrong"}
     answer = words[row["correct"]]
     before = words[row["attempts"][0]]
-    found = {
+    outcomes = {
         answer: True,
         "no readable answer": row["answer"] is None,
         "cut off": row["finish"] == "length",
@@ -198,11 +198,11 @@ def outcomes_of(row: dict, first: dict) -> list[str]:
         "a verdict contradicts the grade": any(said != actual for said, actual in row["verdicts"]),
         f"{answer}, unlike the first model": row["correct"] != first["correct"],
     }
-    return [name for name, holds in found.items() if holds]
+    return [name for name, holds in outcomes.items() if holds]
 
 
 def response_of(row: dict, first: dict, name: list[str]) -> str:
-    """A response: a line with its grade and its address, which is made of `name`; opened, its text."""
+    """A response: a line with its grade and a link to itself (`name`), which opens to show the text."""
     address = "/".join(quote(part, safe="") for part in name)
     facts = [name[-1], "right" if row["correct"] else f"wrong: {row['reason']}", f"{row['tokens']} tokens"]
     if row["finish"] == "length":
@@ -312,12 +312,12 @@ def of_run(out: Path) -> str:
 
 
 def stride_for(size: float) -> int:
-    """Every how many-th question a page shows, if all would take `size` bytes."""
+    """n, for a page that shows every n-th question because all would take `size` bytes."""
     return math.ceil(max(1, size) / (1e6 * MEGABYTES))
 
 
 def page(out: Path, body: str) -> str:
-    """The policy lets the browser run this script, apply this style sheet, and load nothing."""
+    """A whole page. Its policy lets a browser run this one script, apply this style, and load nothing."""
     made_by = " ".join(read_json(out / "run.json")["command"])
     here = Path(__file__).resolve().parent
     script = (here / "page.js").read_text(encoding="utf-8")
@@ -348,7 +348,7 @@ def hash_of(text: str) -> str:
 
 # ---- the command ---------------------------------------------------------------------------------
 def renew(out: Path) -> None:
-    """Make the page of a folder anew. It is no part of a run: what goes wrong with it is only said."""
+    """Make the page of a folder again. A failure is only printed: it must not end a run."""
     try:
         make(out)
     except Exception as e:

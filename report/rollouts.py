@@ -45,10 +45,10 @@ def sums_over(tokens, loss: Tensor, clip_low: float, clip_high: float) -> dict[s
     return {name: value.double() for name, value in values.items()}
 
 
-def over_all_processes(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """What `sums_over` found in parts of a mini-batch, put together."""
-    sums = total([float(sum(part[name] for part in parts)) for name in SUMS])
-    largest_here = max((part["largest_difference"].item() for part in parts), default=0.0)
+def over_all_processes(sums_of_each: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The sums over a mini-batch, from `sums_over` of each micro-batch of every process."""
+    sums = total([float(sum(part[name] for part in sums_of_each)) for name in SUMS])
+    largest_here = max((part["largest_difference"].item() for part in sums_of_each), default=0.0)
     return {**dict(zip(SUMS, sums, strict=True)), "largest_difference": largest(largest_here)}
 
 
@@ -93,22 +93,22 @@ def measure(groups: list, update_results: list[tuple]) -> dict:
 
 # ---- warnings ------------------------------------------------------------------------------------
 def warnings_of(row: dict) -> dict[str, str]:
-    """{what in the figures of a step needs attention: why, and what to try}"""
-    found = {}
+    """{name of a problem: what the figures of a step show, and what to try}"""
+    warnings = {}
     if row["truncated"] > 0.9:
-        found["truncated"] = (
+        warnings["truncated"] = (
             f"{row['truncated']:.0%} of the responses were cut off: raise --max-new-tokens, or, if it is the "
             "model's context that ends, take a model with a longer one")
     if not row["groups_with_signal"]:
-        found["no signal"] = (
+        warnings["no signal"] = (
             "within every group all rewards are equal, so nothing was learned; the questions are too hard or "
             "too easy for this model: try another --task, or more --rollouts")
     difference = row["sampler_trainer_mean"]
     if difference is not None and difference > 0.05:
-        found["apart"] = (
+        warnings["apart"] = (
             f"sampler and trainer disagree by {difference:.3f} nats a token; the rollouts are not the "
             "trained policy's: try --dtype float32, or KERNELS=reference before the command")
-    return found
+    return warnings
 
 
 # ---- the log of a run ------------------------------------------------------------------------------

@@ -233,16 +233,16 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, and whose flags may be marked (`may_change`, `place`)."""
+    """An ArgumentParser whose errors are one line. `may_change` and `location` mark its flags."""
 
     def error(self, message: str):
         raise UserError(f"{message} (--help explains every flag)")
 
     def parse_args(self):
         class Flags(argparse.Namespace):
-            """The flags. These two are the class's, and so not among them."""
+            """The flags. Class attributes are not among `vars()`, and so are no flags."""
             may_change = {action.dest for action in self._actions if hasattr(action, "may_change")}
-            places = {action.dest for action in self._actions if hasattr(action, "is_place")}
+            locations = {action.dest for action in self._actions if hasattr(action, "is_location")}
         return super().parse_args(namespace=Flags())
 
 
@@ -252,9 +252,9 @@ def may_change(flag: argparse.Action) -> None:
     flag.may_change = True
 
 
-def place(flag: argparse.Action) -> None:
-    """Marks a flag that says where something is: when a run goes on, what is there must be the same."""
-    flag.is_place = True
+def location(flag: argparse.Action) -> None:
+    """Marks a flag that says where something is: a run that goes on compares what is there, not the path."""
+    flag.is_location = True
 
 
 def bare_parser(doc: str) -> Parser:
@@ -269,7 +269,7 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
     """
     p = bare_parser(doc)
     if model:
-        place(p.add_argument("--model", default=model, help="a folder in Hugging Face format, or a hub id"))
+        location(p.add_argument("--model", default=model, help="folder in Hugging Face format, or hub id"))
     if model is not None:
         may_change(p.add_argument("--device", default="auto",
                                   help="cpu, cuda or cuda:N; auto takes a GPU if there is one"))
@@ -278,7 +278,7 @@ def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.Ar
         p.add_argument("--chat-template-kwargs", type=json_object, metavar="JSON",
                        help="for the model's chat template, such as '{\"enable_thinking\": false}'; "
                             "if not given, what the run that made the model was given")
-    place(p.add_argument("--out", type=output, default=out, help="where the output goes"))
+    location(p.add_argument("--out", type=output, default=out, help="where the output goes"))
     p.add_argument("--seed", type=number(int, -2**63, 2**63 - 1), default=0,
                    help="the same seed gives the same output")
     return p
@@ -352,13 +352,13 @@ Defaults = dict[str, tuple[float, float]]
 
 
 def if_not_given(values: tuple[float, float]) -> str:
-    """The end of a flag's help."""
+    """The end of the help of a flag with two defaults."""
     miniature, paper = (f"{value:g}".replace("e-0", "e-") for value in values)
     return f"if not given, the paper's {paper}, or {miniature} for a model under 10M parameters"
 
 
 def fill_in(args, defaults: Defaults, is_miniature: bool) -> None:
-    """Give the flags that were not given their values, which run.json then has."""
+    """Set the flags that were not given, so that run.json has their values."""
     for name, (miniature, paper) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, miniature if is_miniature else paper)

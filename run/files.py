@@ -38,7 +38,7 @@ def read_jsonl(path: str | Path, required: tuple | dict[str, type] = ()) -> Iter
 
 
 def read_rows_so_far(path: str | Path, required: tuple | dict[str, type] = ()) -> list[tuple[str, dict]]:
-    """As `read_jsonl`, of a file that a run writes, which may not be there yet, or be empty."""
+    """The rows, as `read_jsonl` yields them, of a file that may be empty or not be there yet."""
     if not os.path.exists(path) or (os.path.isfile(path) and not os.path.getsize(path)):
         return []
     return list(read_jsonl(path, required))
@@ -70,7 +70,7 @@ def _values(path):
 
 
 def whole_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """("file:line", line) of a file whose last line may be half written: that one is left out."""
+    """Yields ("file:line", line), without a last line that is half written."""
     with open(path, "rb") as f:
         for i, line in enumerate(f, 1):
             if line.endswith(b"\n"):
@@ -78,7 +78,7 @@ def whole_lines(path: str | Path) -> Iterator[tuple[str, bytes]]:
 
 
 def parsed(content: bytes, where: str | Path) -> Any:
-    """What JSON says. Raises UserError, which names `where`."""
+    """The value of a JSON text. Raises UserError, which names `where`."""
     try:
         return json.loads(content.decode("utf-8"))
     except UnicodeError as e:

@@ -110,9 +110,9 @@ def host_memory(root: Path = Path("/")) -> int:
 
 # ---- who does what -------------------------------------------------------------------------------
 def balanced(items: list, cost: Callable[[Any], int]) -> list:
-    """This process's share of items that all know.
+    """This process's share of a list of items that every process has.
 
-    The dearest go first, each to the process that has least to do so far.
+    The most costly item goes first; each goes to the process that has least to do so far.
     """
     shares = [[] for _ in range(world())]
     loads = [0] * len(shares)
@@ -126,7 +126,7 @@ def balanced(items: list, cost: Callable[[Any], int]) -> list:
 def in_batches(
     items: list, length: Callable[[Any], int], most: int, padded: bool = False, by_length: bool = True,
 ) -> list[list]:
-    """Items by growing length (or in their order), in batches of at most `most` tokens (or of one item).
+    """Items in batches of at most `most` tokens, or of one longer item; by growing length or in their order.
 
     In a `padded` batch every item takes as much as the longest, else what it has.
 

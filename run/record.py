@@ -113,7 +113,7 @@ def refuse_other_flags(args, record: dict, path: Path) -> None:
         raise UserError(f"{path}: damaged, or of another version of this program, which has other flags "
                         f"({other}); start another run in another --out")
     changed = []
-    for name in sorted(now.keys() - args.may_change - args.places):
+    for name in sorted(now.keys() - args.may_change - args.locations):
         if now[name] != before[name]:
             flag = "--" + name.replace("_", "-")
             changed.append(f"{flag} {json.dumps(before[name])}, not {json.dumps(now[name])}")

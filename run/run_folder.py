@@ -100,7 +100,7 @@ class Run:
                             f"with --model {self.out}") from e
 
     def restore(self) -> None:
-        """Take the checkpoint, if there is one, and do what follows from it: a kill may have come before."""
+        """Load the checkpoint, if there is one, and finish what a kill may have left undone after it."""
         if self.resume_from:
             with self._named_if_damaged():
                 self.state.load(sorted(self.resume_from.glob(WEIGHTS)), self.updates)
@@ -112,7 +112,7 @@ class Run:
 
     # ---- the end of a step ---------------------------------------------------------------------------
     def end_of_step(self, step: int, updates: int) -> None:
-        """Save if it is time to, measure if it is time to, leave if somebody asked for it."""
+        """Save and measure the model where that is due, and leave the run if somebody asked to stop."""
         on_time = bool(self.save_every) and step % self.save_every == 0
         if on_time or self._is_due(step) or step == self.last:
             self.save(step, updates)
@@ -129,7 +129,7 @@ class Run:
         return any(row["step"] == step and SCORES.keys() & row.keys() for row in self.history)
 
     def leave_if_asked(self, step: int, updates: int) -> None:
-        """If somebody asked the run to stop, save what it has after `step` and leave it (raises Stopped)."""
+        """If somebody asked to stop, save a checkpoint unless `step` has one, and raise Stopped."""
         if self.stop_request.anywhere():
             if step > self.saved:
                 self.save(step, updates)
@@ -138,12 +138,12 @@ class Run:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, a signal does not end the run but is kept, for the loop to save and leave."""
+        """Inside, a signal only asks the loop to stop, which saves and leaves after its step."""
         with handlers(self.stop_request.handler):
             yield
 
     def save(self, step: int, updates: int) -> None:
-        """A checkpoint after `step`, in which the optimizer has made `updates` updates in all."""
+        """Write a checkpoint after `step`, by which the optimizer has made `updates` updates in all."""
         final = self.out / "state" / f"step-{step:06d}"
         tmp = final.with_suffix(".tmp")
         if rank() == 0:
@@ -164,7 +164,7 @@ class Run:
         self.log({"step": step, **score})
 
     def _tidy(self) -> None:
-        """What follows from a checkpoint: the copies of models that stay, what may go, the page."""
+        """After a checkpoint: copy the model if it stays, remove what need not, renew the page."""
         if rank() == 0:
             if self.keep > 1 or self.saved == self.best_step():
                 self._copy_model(self.saved)
@@ -177,7 +177,7 @@ class Run:
         return self.out / "checkpoints" / f"step-{step:06d}"
 
     def _copy_model(self, step: int) -> None:
-        """The model folder as it is now, whole or not at all. Its weights get a second name, and no copy."""
+        """Keep the model as it is now, whole or not at all. The weights are linked, not copied."""
         if self._model_of(step).is_dir():
             return
         with appearing(self._model_of(step)) as tmp:
@@ -193,21 +193,21 @@ class Run:
                 tmp.symlink_to(self._model_of(best).relative_to(self.out))
 
     def _remove_old(self) -> None:
-        """All but the newest --keep checkpoints, and models beside them but the best."""
+        """Remove all checkpoints but the newest --keep, and their models but for the best one."""
         checkpoints = self._checkpoints()
         for state in checkpoints[:-self.keep]:
             shutil.rmtree(state)
-        kept = {path.name for path in checkpoints[-self.keep:]} if self.keep > 1 else set()
+        staying = {path.name for path in checkpoints[-self.keep:]} if self.keep > 1 else set()
         best = self.best_step()
         if best is not None:
-            kept.add(f"step-{best:06d}")
+            staying.add(f"step-{best:06d}")
         for model in (self.out / "checkpoints").glob("step-*"):
-            if model.is_dir() and model.name not in kept:
+            if model.is_dir() and model.name not in staying:
                 shutil.rmtree(model)
 
     # ---- the logs ----------------------------------------------------------------------------------
     def log(self, row: dict, name: str = "metrics.jsonl") -> None:
-        """Write a row. JSON knows no infinity and no NaN: they become null."""
+        """Append a row to a log. JSON knows no infinity and no NaN: they become null."""
         for key, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row = {**row, key: None}
@@ -218,7 +218,7 @@ class Run:
                 f.write(to_json(row) + "\n")
 
     def best_step(self) -> int | None:
-        """The step with the best score, the first of several; None without a score after a step."""
+        """The step with the best score, the first of equals; None if no step was scored."""
         scores = []
         for row in self.history:
             for name, sign in SCORES.items():
@@ -228,7 +228,7 @@ class Run:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines of later steps, which are the last ones, and one that a kill cut short."""
+    """Cut off the lines of later steps, and a last line that a kill left half written."""
     if not path.exists():
         return
     end = 0
@@ -242,7 +242,7 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, which is only ever replaced whole; a copy, where a file has one name only."""
+    """Give a file a second name, or copy it where the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -270,9 +270,9 @@ class StopRequest:
             raise Stopped(number)
 
     def here(self) -> bool:
-        """What this process knows."""
+        """Whether this process was asked."""
         return self.asked_at is not None
 
     def anywhere(self) -> bool:
-        """What any process knows. All must call it."""
+        """Whether any process was asked. All must call it."""
         return total([float(self.here())])[0] > 0
