@@ -91,7 +91,7 @@ class KVCache:
         return attend
 
     def copy(self, moves: list[Move]) -> None:
-        """Copy slots. None may be a source and a target. More than `length` positions may be copied."""
+        """Copy slots. None may be both source and target. Positions past `length` may be copied too."""
         for batch in in_batches(moves, lambda move: move.length, PREFILL_TOKENS, padded=True):
             sources = sent([move.source for move in batch], self.k.device)
             targets = sent([move.target for move in batch], self.k.device)
@@ -174,8 +174,8 @@ def slot_capacity(needed: int, current: int | None, refit: bool, context: int, g
 def slot_count(waiting: int, current: int, wanted: int, fitting: int, most: int) -> int:
     """How many slots to have, if `waiting` samples wait and `fitting` slots fit in memory.
 
-    `wanted` is the caller's word, or 0 to take what fits, up to `most`. May exceed `fitting`, for the caller
-    to refuse.
+    `wanted` is what the caller asks for; 0 takes what fits, up to `most`. The result may exceed `fitting`:
+    the caller checks.
 
     slot_count(waiting=10, current=0, wanted=0, fitting=50, most=128)  ->  10
     slot_count(waiting=999, current=0, wanted=0, fitting=50, most=128)  ->  50
@@ -220,7 +220,7 @@ class Graphs:
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         gc.collect()
-        gc.disable()  # what it would free meanwhile, such as another graph, no capture allows
+        gc.disable()  # a capture fails if anything, such as another graph, is freed during it
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 step()

@@ -47,7 +47,7 @@ def forced_prompt(tokenizer: Tokenizer, completion: Completion) -> tuple[list[in
     cut = text.rfind("</think>")
     if cut >= 0:
         text = text[:cut]
-    # Ids that end within a character decode to up to three replacement characters: so 4 more, then back.
+    # A prefix that ends inside a character can decode to 3 characters too many: go 4 beyond, then back.
     n = bisect_right(range(len(sampled)), len(text) + 4, key=lambda n: len(tokenizer.decode(sampled[:n])))
     while not text.startswith(tokenizer.decode(sampled[:n])):
         n -= 1

@@ -225,15 +225,15 @@ class Response:
 
 def responses_in_loss(groups: list[Group], args) -> list[list[Response]]:
     """The responses of each group that have a gradient: those with an advantage, or all under a KL term."""
-    def counts(completion):
+    def is_counted(completion):
         return args.truncated == "keep" or completion.finish == "stop"
 
-    lengths = [len(c.tokens) for group in groups for c in group.completions if counts(c)]
+    lengths = [len(c.tokens) for group in groups for c in group.completions if is_counted(c)]
     in_loss = []
     for group in groups:
         responses = []
         for completion, advantage in zip(group.completions, group.advantages, strict=True):
-            if counts(completion) and (advantage != 0 or args.kl):
+            if is_counted(completion) and (advantage != 0 or args.kl):
                 weight = token_weight(
                     len(completion.tokens), args.loss, len(lengths), sum(lengths), args.max_new_tokens)
                 responses.append(Response(group.prompt, completion, advantage, weight))
@@ -316,12 +316,12 @@ def run_tokens(
 # ---- the command ---------------------------------------------------------------------------------
 def arguments():
     p = parser(__doc__, out=None, model="")
-    location(p.add_argument("--model", help="folder in Hugging Face format, or hub id, to go on from into "
-                         "out/grpo; if not given, out/sft, or where there is none mini into out/rl"))
+    location(p.add_argument("--model", help="folder in Hugging Face format, or hub id; default: out/sft, or "
+                         "else mini. --out defaults to out/rl for mini, otherwise to out/grpo"))
     g = p.add_argument_group("what to train on")
     tasks.question_flags(g, split="rl", paper=1000)
     may_change(g.add_argument("--steps", type=positive, default=30,
-                              help="in all (paper: 150); with --resume more go on with a run that has ended"))
+                              help="in all (paper: 150); with --resume, a higher number extends a run"))
     g.add_argument("--questions-per-step", type=positive, default=16, help="of all processes (paper: 256)")
     g.add_argument("--rollouts", type=positive, default=8, help="to each question, the group (paper: 16)")
     g.add_argument("--mini-batch", type=positive, default=4, help="questions of one update (paper: 32)")
@@ -331,8 +331,8 @@ def arguments():
     g.add_argument("--lr", type=number(float, 0), help=f"constant; {if_not_given(DEFAULTS['lr'])}")
     g.add_argument("--temperature", type=number(float, 0, open_low=True), default=1.0,
                    help="of rollouts and log-probabilities; top-k or top-p would make the two disagree")
-    g.add_argument("--clip-low", type=number(float, 0, 1), default=0.2, help="1 less it ends a ratio's fall")
-    g.add_argument("--clip-high", type=number(float, 0), default=0.2, help="1 plus it ends a ratio's rise")
+    g.add_argument("--clip-low", type=number(float, 0, 1), default=0.2, help="clip ratios below 1 - this")
+    g.add_argument("--clip-high", type=number(float, 0), default=0.2, help="clip ratios above 1 + this")
     g.add_argument("--kl", type=number(float, 0), default=0.0,
                    help="weight of the divergence from the starting model, of which a copy is then kept")
     g.add_argument("--loss", choices=["token-mean", "sequence-mean", "constant"], default="token-mean",

@@ -31,8 +31,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import add_norm, linear_float32, linear_logprob, rotate, swiglu
 
-# Of torch on a GPU: cuDNN's attention makes a plan for every new shape, which takes longer than itself; and a
-# product in bfloat16 that is cut along its depth has its parts added up in float32.
+# torch on a GPU: cuDNN's attention plans for each new shape, which takes longer than the attention itself.
+# A bfloat16 product that is split along its depth adds its parts in float32.
 torch.backends.cuda.enable_cudnn_sdp(False)
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
@@ -225,7 +225,7 @@ def shared_prompt(P: int, lengths: list[int], device: torch.device) -> Attend:
 
     def split(x, H):
         """(1, T, H or K, D) -> the prompt's part (1, H, P, D) and the responses' (n, H, L, D)."""
-        x = x[0].repeat_interleave(H // x.shape[2], 1)  # (T, H, D): with a mask kernels want equal heads
+        x = x[0].repeat_interleave(H // x.shape[2], 1)  # (T, H, D): masked kernels need equal heads
         of_prompt = x[None, :P].transpose(1, 2)
         if not total_length:
             return of_prompt, None
@@ -266,9 +266,9 @@ def response_logprobs(
     targets = []
     for prompt, responses in groups:
         P = len(prompt)
-        lengths = [len(response) - 1 for response in responses]  # the last token is predicted but never fed
-        attends.append(shared_prompt(P, lengths, device))
-        sizes.append(P + sum(lengths))
+        fed_lengths = [len(response) - 1 for response in responses]  # the last token is only predicted
+        attends.append(shared_prompt(P, fed_lengths, device))
+        sizes.append(P + sum(fed_lengths))
         tokens += prompt
         positions += range(P)
         end_of_prompt = len(tokens) - 1
@@ -284,7 +284,7 @@ def response_logprobs(
     predicting = torch.tensor(predicting, device=device)  # (N,)
     targets = torch.tensor(targets, device=device)  # (N,)
     hidden = model(tokens, positions, join_rows(attends, sizes))[0]  # (T, C)
-    # Not hidden[predicting]: places repeat, and its backward adds them up in whatever order threads come.
+    # Not hidden[predicting]: indices repeat, and its backward would add them in a random order.
     return model.logprobs(hidden.index_select(0, predicting), targets, temperature)
 
 
@@ -326,5 +326,5 @@ def rope_frequencies(config: Config) -> Tensor:
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
     turns = original * frequency / (2 * math.pi)  # over the original context
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / scaling["factor"])
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (blend + (1 - blend) / scaling["factor"])

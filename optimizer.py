@@ -24,7 +24,7 @@ from run.tensors import read_tensors
 
 
 # ---- flags ---------------------------------------------------------------------------------------
-# By device. A GPU would wait for the host to launch the kernels of fewer; a CPU gains nothing by more.
+# By device. With fewer, a GPU waits for the host to launch kernels; with more, a CPU gains nothing.
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
 
 
@@ -111,7 +111,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def rows_of(all_rows: Tensor, tensor: Tensor) -> Tensor:
-    """The part of `all_rows` that belongs to the rows of `tensor` which this process holds."""
+    """The rows of `all_rows` that correspond to this process's shard of `tensor`."""
     if local(tensor) is tensor:
         return all_rows
     chunk = math.ceil(len(all_rows) / world())
@@ -246,7 +246,7 @@ class Optimizer:
         `updates` is how many steps AdamW had made. Raises UserError for a damaged file, before anything is
         changed.
         """
-        pieces = {}  # the rows of each tensor; memory-mapped, so they take none until they are read
+        pieces = {}  # the parts of each tensor, memory-mapped: they take no memory until they are read
         for path in files:
             for name, w in read_tensors(path):
                 pieces.setdefault(name, []).append(w)

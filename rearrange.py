@@ -5,8 +5,8 @@
     python rearrange.py --data a.jsonl,b.jsonl --recipe star --out star.jsonl
 
 The model wrote every attempt and every reflection; only the order, the tags and the phrases between are ours.
-A trace tells what a solver who verifies would have written: try, check, and go on until a check says that the
-answer is right.
+A trace reads like the work of a solver who verifies: attempts, each with its check, until the last one is
+right.
 
 The order of the input rows does not matter: rows are sorted and each question has its own random numbers.
 
@@ -334,7 +334,7 @@ SAMPLE = {"id": str, "task": str, "question": str, "style": str, "solution": str
 
 
 def read_rows(paths: str) -> list[dict]:
-    """Rows of all files, sorted. Each (id, style, index) once a file: another file may be of another seed."""
+    """Rows of all files, sorted. (id, style, index) is unique in a file; files may have other seeds."""
     rows = {}
     for path in split_list(paths, "--data"):
         mine = {}

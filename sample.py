@@ -104,8 +104,8 @@ class Sequence:
 # ---- the sampler ---------------------------------------------------------------------------------
 # Tokens that every row chooses before the host reads them back; those after a row's end are dropped.
 TOKENS_PER_SYNC = {"cpu": 1, "cuda": 8}
-# Of the slots: so many are free before new prompts are run. On a GPU a prompt, which is no graph, costs about
-# as much time as ten steps, however short it is.
+# The share of slots that must be free before new prompts run. On a GPU a prompt, run without a graph, takes
+# as long as about ten steps, however short it is.
 FREE_TO_PREFILL = {"cpu": 0, "cuda": 1 / 8}
 CACHE_FRACTION = 0.6  # of the free memory, for a cache that `release` gives back
 
@@ -382,9 +382,9 @@ def refuse_long_prompt(prompt: list[int], context: int, name: str | None) -> Non
 
 
 def check_lengths(prompts: dict[str, list[int]], context: int, max_new_tokens: int) -> None:
-    """Refuses a prompt, of which the name is said, that the context cannot hold.
+    """Raises UserError, naming the prompt, if one does not fit the context.
 
-    Says for how many it ends before the budget, of all processes, before the work begins.
+    Prints for how many prompts, of all processes, the context ends before the budget.
     """
     for name, prompt in prompts.items():
         refuse_long_prompt(prompt, context, name)

@@ -72,7 +72,7 @@ def plain_messages(row: dict, where: str) -> list[dict]:
 
 
 def refuse_unused(holder: dict, is_trained: bool, where: str) -> None:
-    """Refuses fields of a row or a turn that cannot be used: of the turns the last is trained."""
+    """Raises UserError for fields that cannot be used; only the last turn is trained."""
     for name in UNSUPPORTED:
         if holder.get(name):
             raise UserError(f"{where}: {name} is not supported; remove it, or leave the row out")

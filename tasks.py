@@ -265,7 +265,7 @@ class Countdown(Generated):
             symbol = rng.choice("+-*" if self.small else "+-*/")
             if symbol == "/" and (b == 0 or a % b):
                 return None
-            value = int(OPERATORS[symbol](a, b))  # exact: a division with a rest was refused
+            value = int(OPERATORS[symbol](a, b))  # exact: no division leaves a remainder
             if value < 0 or (self.small and value > 60):
                 return None
             pool.append((value, f"({a_text} {symbol} {b_text})"))
@@ -363,7 +363,7 @@ def read_question(fields: dict, check: Check, where: str) -> tuple[str, str, dic
     choices = fields.get("choices")
     if not isinstance(question, str) or not question.strip() or answer is None:
         raise UserError(f"{where}: question must be text, and answer text or a number (found: "
-                        f"{', '.join(fields)}); python convert.py FILE makes published data ours")
+                        f"{', '.join(fields)}); python convert.py FILE converts published data")
     if choices or check is check_choice:
         well_formed = isinstance(choices, dict) and all(isinstance(text, str) for text in choices.values())
         if not well_formed or "" in choices:

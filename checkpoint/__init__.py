@@ -64,7 +64,7 @@ def config_of(source: dict, name: str | Path = "config.json") -> Config:
         raise UserError(f"{name}: model_type {family!r} is not supported; "
                         "this program knows qwen2 (and 2.5), qwen3 and llama (and SmolLM2)")
     other_activation = source.get("hidden_act", "silu") != "silu"
-    if slides(read) or read("mlp_bias", bool, False) or other_activation:
+    if has_sliding_window(read) or read("mlp_bias", bool, False) or other_activation:
         raise UserError(f"{name}: use_sliding_window, mlp_bias and activations other than silu are not "
                         "supported")
 
@@ -100,7 +100,7 @@ def config_of(source: dict, name: str | Path = "config.json") -> Config:
     )
 
 
-def slides(read: Reader) -> bool:
+def has_sliding_window(read: Reader) -> bool:
     """Whether some layer has a sliding window, as transformers reads it."""
     kinds = read.source.get("layer_types")
     if isinstance(kinds, list):

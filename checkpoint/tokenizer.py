@@ -119,8 +119,8 @@ def added_tokens(source: dict) -> dict[str, dict]:
 def mark_control_tokens(added: dict[str, dict], ends: set[str], rendered: str) -> str:
     """Marks as special the control tokens in `added` and no others. Returns a pattern of them.
 
-    They are what the folder calls special (not every folder marks them all), what ends a text, and what the
-    template puts around neutral words, unless it is of letters or space and so may stand anywhere.
+    They are those that the folder marks special (it may not mark all), those that end a text, and those that
+    the template writes around neutral words, except plain letters or space, which may occur anywhere.
     """
     control = []
     for text, token in added.items():
@@ -235,9 +235,9 @@ class Tokenizer:
     def _take_chatml(self, config: dict, added: set[str]) -> None:
         """Give the folder ChatML, in the files that `save` writes too, or other engines would not know."""
         if not {"<|im_start|>", "<|im_end|>"} <= added:
-            raise UserError(f"{self.folder}: it has no chat template, and its tokenizer not the <|im_start|> "
-                            "and <|im_end|> of ChatML; put a chat_template.jinja there, such as that of the "
-                            "instruct model")
+            raise UserError(f"{self.folder}: it has no chat template, and its tokenizer lacks "
+                            "ChatML's <|im_start|> and <|im_end|>; put a chat_template.jinja there, such as "
+                            "the instruct model's")
         config.update(chat_template=CHATML, eos_token="<|im_end|>")
         self.files["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
         if "special_tokens_map.json" in self.files:
@@ -325,10 +325,10 @@ class Tokenizer:
         chat([{"role": "user", "content": "Hi"}]) in ChatML:
         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
 
-        Equal to transformers' apply_chat_template, unless control tokens are in what was said: they stay
-        text. For the rendering a character without a meaning is put after each of their letters; what can
-        then be found in the text are the template's. (Left out: a token that is spread over two messages, if
-        a template puts nothing between them.)
+        The same as transformers' apply_chat_template, except that control tokens inside messages stay text:
+        before rendering, a meaningless character goes after each of their letters, so that a control token
+        in the rendered text is the template's. (Left out: a token that is spread over two messages, if a
+        template puts nothing between them.)
         """
         said = "".join(message["content"] for message in messages)
         hidden = next(c for c in map(chr, PRIVATE_USE) if c not in said)
@@ -341,7 +341,7 @@ class Tokenizer:
             content = re.sub(self.control, hide, message["content"])
             written.append({"role": message["role"], "content": content})
         text = self.template.render(written)
-        if hidden not in text:  # as a whole: in some tokenizers a token takes the space beside it
+        if hidden not in text:  # in one piece: in some tokenizers a token takes a space beside it
             self.bpe.encode_special_tokens = False
             try:
                 return self.encode(text)

@@ -86,7 +86,7 @@ THOUGHT = re.compile(r"<think>(.*?)(?:</think>|\Z)", re.DOTALL)
 
 
 def thoughts_in(response: str) -> list[tuple[int, str]]:
-    """(where it begins, what it says) of each <think> of a response; all of it, if they say nothing."""
+    """(start, text) of each <think> of a response that is not empty, or of all of it if there is none."""
     thoughts = [(match.start(1), match[1]) for match in THOUGHT.finditer(response) if match[1]]
     return thoughts or [(0, response)]
 
@@ -124,7 +124,7 @@ def attempts_in(response: str) -> list[Attempt]:
 # ---- the bare answer -----------------------------------------------------------------------------
 WRAPPERS = (("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"), ("**", "**"), ("`", "`"),
             ("\\boxed{", "}"), ("\\text{", "}"), ("\\textbf{", "}"), ("\\mathrm{", "}"))
-# ASCII has its characters from "!" to "~" a second time, as wide as a Chinese character.
+# Unicode has ASCII's "!" to "~" a second time, as wide as a Chinese character.
 FULL_WIDTH = {code + 0xFEE0: code for code in range(ord("!"), ord("~") + 1)} | {ord("。"): "."}
 
 
@@ -169,7 +169,7 @@ Check = Callable[[str, dict], str]
 
 
 def of_bare_answers(check: Check) -> Check:
-    """Makes a checker of bare answers one of answers as people write them."""
+    """Makes a checker of bare answers accept answers as people write them."""
     @wraps(check)
     def checked(answer, truth):
         return check(unwrap(answer), truth)

@@ -124,8 +124,8 @@ def balanced(text: str) -> bool:
     return not opened
 
 
-LARGEST_EXPONENT = 10_000  # of a number; 99 where a root or a quotient is taken of it
-LARGEST_OF_BRACKETS = 12  # all of them multiplied
+LARGEST_EXPONENT = 10_000  # of a number; 99 if there is a root, a quotient or an i
+LARGEST_OF_BRACKETS = 12  # the product of theirs
 DEEPEST = 6  # brackets: the library's time grows by a factor with each
 MOST_LOGARITHMS = 3
 
@@ -238,8 +238,8 @@ def difference_of_values(answer: str, gold: str) -> str:
 
 
 def same_kind(gold: str, answer: str) -> bool:
-    """Whether both are lists of so many, in the same brackets, or equations. The library is not that strict:
-    `(1, 2)`, `2, 1` and `1, 1, 2` are the set {1, 2} to it, if it compares them with one.
+    """Whether both are equations, or lists of one length, both in brackets or neither. The library is laxer:
+    `(1, 2)`, `2, 1` and `1, 1, 2` all equal the set {1, 2} to it.
     """
     if "=" in gold and gold.count("=") != answer.count("="):
         return False

@@ -115,7 +115,7 @@ def next_tokens(
 
 
 def _cooled(logits, temperature):
-    """logits / temperature, but for a constant, in place: the difference first, or large ones lose digits."""
+    """logits / temperature up to a constant, in place: minus the maximum first, or large ones lose digits."""
     if temperature in (0, 1):
         return logits
     return logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)

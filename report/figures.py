@@ -31,10 +31,10 @@ LEAST_CORRELATION = 0.1  # of the samples of a question
 def interval(right) -> Interval:
     """95% interval of the accuracy. right: (questions, samples) of 0 and 1.
 
-    Wilson's for the independent answers that the samples are worth, accuracy (1 - accuracy) / variance of the
-    mean over questions, with Student's quantile for so many questions. Where few answers are right, the
-    variance that shows is often too small: so the samples of a question count as correlated by 0.1 at least.
-    A test simulates how often it holds the truth.
+    Wilson's interval for an effective number of answers, accuracy (1 - accuracy) / variance of the mean over
+    questions, with Student's quantile for the number of questions. Where few answers are right, the observed
+    variance is often too small, so a question's samples count as correlated by at least 0.1. A test simulates
+    how often it contains the truth.
     """
     right = np.asarray(right, dtype=float)
     n, k = right.shape
@@ -52,7 +52,7 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 7: 2.365, 10: 2.22
 
 
 def student(df: int) -> float:
-    """That quantile, between two of the table in proportion to 1 / df."""
+    """That quantile, interpolated linearly in 1 / df."""
     inverse = [1 / n for n in STUDENT]
     return float(np.interp(1 / df, inverse[::-1], list(STUDENT.values())[::-1]))
 

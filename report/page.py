@@ -1,7 +1,7 @@
 """The page: figures, curves, and responses that one can read, in one file that loads nothing from anywhere.
 
     python -m report out/evaluate                    # renews out/evaluate/report.html; evaluate.py does too
-    python -m report out/grpo                        # of a run, also while it trains (a checkpoint does too)
+    python -m report out/grpo                        # of a run, even while it trains (checkpoints renew it)
 
 A *group* is a question with its responses: those of all models, or the rollouts of a step. `page.js`
 filters them and follows links, `page.css` says how all looks.
@@ -79,8 +79,8 @@ def figures_section(cells: list[dict]) -> str:
     return section(
         "Figures",
         table("All figures, in % [95%]; against the first: the paired difference", all_figures(cells)),
-        table("Retries, by what the attempt before was and what they were; verdicts, by the attempt", skills),
-        table("Lengths in tokens: so many in a hundred responses are no longer than this", lengths))
+        table("Retries, by the grades of both attempts; verdicts, by the grade of the attempt", skills),
+        table("Lengths in tokens: this share of the responses is at most so long", lengths))
 
 
 # ---- curves of a run -----------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def curves_section(rows: list[dict]) -> str:
 
 
 def curve(name: str, points: list[tuple[int, float]]) -> str:
-    """[(step, value)] as a line. What it goes from and to is said above: from 0, unless far from that."""
+    """[(step, value)] as a line, captioned with its range, which starts at 0 if values come near it."""
     steps = np.array([step for step, _ in points])
     values = np.array([value for _, value in points])
     low, high = values.min(), values.max()

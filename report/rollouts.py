@@ -53,11 +53,11 @@ def over_all_processes(sums_of_each: list[dict[str, Tensor]]) -> dict[str, float
 
 
 # ---- figures -------------------------------------------------------------------------------------
-def measure(groups: list, update_results: list[tuple]) -> dict:
+def step_figures(groups: list, update_results: list[tuple]) -> dict:
     """The figures of a step: means per rollout or per trained token.
 
-    `update_results`: the (gradient norm, sums) of each mini-batch. `loss`, without a KL term, is the sum of
-    theirs, `grad_norm` the mean. A trained token is one of a response in the loss that has an advantage.
+    `update_results`: the (gradient norm, sums) of each mini-batch. `loss` (without the KL term) is their
+    sum, `grad_norm` their mean. A trained token is one of a response in the loss that has an advantage.
     """
     completions = [c for group in groups for c in group.completions]
     n = len(completions)
@@ -129,7 +129,7 @@ class StepLog:
 
     def write(self, step: int, groups: list, update_results: list[tuple]) -> dict:
         """Write a step's rollouts and its line of metrics.jsonl, which it returns. All processes call it."""
-        row = {"step": step, **measure(groups, update_results), "lr": self.args.lr}
+        row = {"step": step, **step_figures(groups, update_results), "lr": self.args.lr}
         seconds = self.rolled_out_at - self.started_at
         tokens = row["response_tokens"] * len(groups) * self.args.rollouts
         row["rollout_seconds"] = round(seconds, 3)

@@ -24,7 +24,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
-# Threads that wait sleep. Else they spin, and beside other work take the processor from those they wait for.
+# Waiting threads sleep. Spinning, they would take a busy CPU from the very threads that they wait for.
 # Read when torch is imported, which every command does after this module.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -37,8 +37,8 @@ class UserError(Exception):
 
 
 # ---- what is printed -----------------------------------------------------------------------------
-# What would move the cursor, colour the screen or turn a line around: control characters, but the line feed
-# and the tab, and those of bidirectional text.
+# What would move the cursor, colour the screen or reverse a line: control characters (except line feed and
+# tab), and the marks of bidirectional text.
 CONTROL = [*range(9), *range(11, 32), *range(127, 160), 0x200E, 0x200F, *range(0x2028, 0x202F),
            *range(0x2066, 0x206A)]
 SPELLED_OUT = {code: chr(code).encode("unicode_escape").decode() for code in CONTROL}
@@ -240,7 +240,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self):
         class Flags(argparse.Namespace):
-            """The flags. Class attributes are not among `vars()`, and so are no flags."""
+            """The flags. Class attributes are not in `vars()`, so these two are no flags."""
             may_change = {action.dest for action in self._actions if hasattr(action, "may_change")}
             locations = {action.dest for action in self._actions if hasattr(action, "is_location")}
         return super().parse_args(namespace=Flags())
@@ -329,7 +329,7 @@ def output(text: str) -> str:
 def resume_flag(p: argparse.ArgumentParser) -> None:
     may_change(p.add_argument(
         "--resume", nargs="?", const="yes", choices=["yes", "auto"], default=None,
-        help="go on with the run in --out, to the same end; auto: if it is there, else start it"))
+        help="continue the run in --out, with the same result; auto: start it if there is none"))
 
 
 def split_list(text: str, flag: str) -> list[str]:

@@ -95,9 +95,9 @@ def check_row(row: Any, required: tuple | dict[str, type], where: str | Path) ->
     for name in required:
         if name not in row:
             raise UserError(f"{where}: the key {name!r} is missing (found: {', '.join(row) or 'none'}); "
-                            "python convert.py FILE makes published data ours")
+                            "python convert.py FILE converts published data")
         if isinstance(required, dict) and not isinstance(row[name], required[name]):
-            raise UserError(f"{where}: {name} is {str(row[name])[:40]!r}, which it cannot be")
+            raise UserError(f"{where}: {name} has the wrong type: {str(row[name])[:40]!r}")
 
 
 def read_json(path: str | Path, content: bytes | None = None) -> dict:
@@ -118,7 +118,7 @@ def to_json(value: Any) -> str:
 
 # ---- names for content ---------------------------------------------------------------------------
 def fingerprint(content: str | bytes) -> str:
-    """64 random-looking bits that name a content, in hexadecimal."""
+    """A 64-bit hash of a content, in hexadecimal."""
     content = content.encode() if isinstance(content, str) else content
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -131,7 +131,7 @@ def file_fingerprint(path: str | Path) -> str:
 # ---- writing -------------------------------------------------------------------------------------
 @contextmanager
 def appearing(path: str | Path) -> Iterator[Path]:
-    """Yields another name, to write a file, a folder or a link under. It gets the name `path` when all of it
+    """Yields a temporary path to write a file, a folder or a link to, and renames it to `path` once all of it
     is there, so that a reader sees the old one or the new one, never half of it.
     """
     tmp = Path(f"{path}.tmp")

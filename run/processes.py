@@ -153,7 +153,7 @@ def own_part(path: str) -> str:
     return path if world() == 1 else f"{path}.rank{rank()}"
 
 
-def parts_of(path: str) -> list[str]:
+def part_files(path: str) -> list[str]:
     return sorted(glob.glob(f"{glob.escape(path)}.rank*"))
 
 
@@ -172,7 +172,7 @@ def join_parts(path: str) -> None:
     Whole lines only, and each once: a kill may have come before a part was removed.
     """
     Path(path).touch()
-    parts = parts_of(path)
+    parts = part_files(path)
     lines = dict.fromkeys(line for part in (path, *parts) for _, line in whole_lines(part))
     content = b"".join(lines)
     if len(content) != os.path.getsize(path):

@@ -21,7 +21,7 @@ import torch
 
 from run.command import UserError, say
 from run.files import check_row, file_fingerprint, fingerprint, read_json
-from run.processes import barrier, parts_of, rank, world
+from run.processes import barrier, part_files, rank, world
 
 
 # ---- going on, or not ------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def refuse_wrong_out(resume: str | None, out: Path, record: Path) -> None:
     if record.is_file() and record.stat().st_size:
         raise UserError(f"{record}: not whole; put back what was there, or give another --out")
     empty = out.is_dir() and all(path == record for path in out.iterdir())
-    if (os.path.lexists(out) and not empty) or parts_of(str(out)):
+    if (os.path.lexists(out) and not empty) or part_files(str(out)):
         raise UserError(f"--out {out} exists and holds no run; give another --out, or move it away")
     if resume == "yes":
         raise UserError(f"--resume: {out} holds no run (no {record.name}); start it without --resume")
@@ -66,7 +66,7 @@ def start_or_check(path: Path, args, inputs: Callable[[], dict]) -> None:
             check_row(record, {"flags": dict, "inputs": dict, "command": list}, path)
             refuse_other_flags(args, record, path)
             refuse_other_inputs(now["inputs"], record, path)
-        else:  # in place, where nothing was yet: the lock is the file's
+        else:  # written in place, not renamed: the lock is on this file
             file.truncate(0)
             file.write(json.dumps(now, indent=2).encode())
             file.flush()

@@ -252,7 +252,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 # ---- stopping ------------------------------------------------------------------------------------
 class StopRequest:
     """Whether somebody asked the run to stop (a signal of `command.STOPPING`)."""
-    AGAIN = 2.0  # seconds after which Ctrl-C is meant anew: torchrun's agent repeats the terminal's
+    REPEAT_SECONDS = 2.0  # a Ctrl-C sooner than this after the first is torchrun's repetition of it
 
     def __init__(self):
         self.asked_at: float | None = None
@@ -266,7 +266,7 @@ class StopRequest:
             with suppress(OSError, ValueError, AttributeError):  # nothing said here may end the run
                 if os.isatty(sys.stderr.fileno()):
                     os.write(sys.stderr.fileno(), b"\nstopping, once all is saved (Ctrl-C again: at once)\n")
-        elif number == signal.SIGINT and now - self.asked_at > self.AGAIN:
+        elif number == signal.SIGINT and now - self.asked_at > self.REPEAT_SECONDS:
             raise Stopped(number)
 
     def here(self) -> bool:

@@ -2,7 +2,7 @@
 
     s = x + delta        r = 1 / sqrt(mean(s^2) + eps)        n = s r        y = n w
 
-Gradient, from dy and from what reaches s by its other way (ds):
+Gradient, from dy and from ds, that of the residual stream:
 
     g = dy w        dx = ddelta = ds + r (g - n mean(g n))        dw = sum over rows of dy n
 

@@ -13,9 +13,9 @@ and the parts merge to
 
 The first part starts from the new token itself, still in registers, and writes it to the cache; the others
 only read what was there before. So there is no second kernel for the cache and no race. The parts are cut by
-each row's own length. There are as many as fill the card, so that a small batch does, and enough that none is
-longer than LONGEST: else a straggler of 4,096 positions among many short rows would be walked by one program
-while the card waits. A part without positions ends at once.
+each row's own length. There are enough to fill the card even for a small batch, and none is longer than
+LONGEST: else one program would walk a straggler of 4,096 positions among many short rows while the card
+waits. A part without positions ends at once.
 
 Bytes: the cache once, 4 K D a position in bfloat16, against 4 H D flops; so memory decides, and H100's 3.35
 TB/s is the roof.
@@ -97,7 +97,7 @@ def _merge(parts, lse, out, D, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK
     tl.store(out + head * D + d, tl.sum(w[:, None] * a, 0) / tl.sum(w), d < D)
 
 
-def parts_of(B, K, S, processors):
+def part_count(B, K, S, processors):
     """Into how many parts to cut each row's positions, of which there may be S."""
     filling = min(4 * processors // (B * K), triton.cdiv(S, 256), 64)
     return max(filling, triton.cdiv(S, LONGEST))
@@ -115,7 +115,7 @@ def decode_attention(q, k, v, past_k, past_v, lengths, parts=0):
     if not parts:
         gpu = q.device.type == "cuda"
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if gpu else 2
-        parts = parts_of(B, K, S, processors)
+        parts = part_count(B, K, S, processors)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     pieces = out if parts == 1 else torch.empty(B, H, parts, D, device=q.device)

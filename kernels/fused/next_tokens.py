@@ -3,15 +3,15 @@
     z = logits, those of seen tokens penalised      p = exp((z - max z) / temperature)
     token = the first i in vocabulary order with  p_0 + ... + p_i > u sum p,  over those that survive the cuts
 
-Without cuts one sweep is enough, and a block: the sweep leaves the largest logit and the mass of each BLOCK
-logits, the sums of those say in which block the draw ends, and only that one is read again.
+Without cuts, one sweep stores the largest logit and the mass of each block of BLOCK logits. The sums of the
+masses tell in which block the draw ends, and only that block is read again.
 
 The cuts need a threshold, not an order. Top-k keeps z >= t with t the largest value that k logits reach;
 top-p the same with probability mass in place of a count. Both are bisections over the float32 values, at most
-32 halvings, exact up to the rounding of the mass. To bisect over few numbers, a lower bound comes first, and
-only the logits above it are collected, in a second sweep, and bisected exactly: the threshold of the maxima
-of the lanes (a lane is one of BLOCK positions that run in parallel and see every BLOCK-th logit), for they
-are a subset of the row. Some dozens of logits lie above it in practice; where the maxima hold less than the
+32 halvings, exact up to the rounding of the mass. To bisect few numbers, a lower bound comes first: the
+threshold of the lanes' maxima, a subset of the row (a lane is one of BLOCK positions that run in parallel and
+see every BLOCK-th logit). A second sweep collects the logits that reach this bound, and only they are
+bisected. In practice they are some dozens; where the maxima hold less than the
 mass that top-p asks for, as in a flat distribution, the whole row is collected.
 
 Bytes for a row of V float32 logits: 4 V and a block without cuts, 8 V with them (and V for each sweep with a
