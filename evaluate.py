@@ -31,7 +31,7 @@ from run.command import (
 from run.files import to_json, write_whole
 from run.processes import ALONE, joined_rows, own_part, rank, start_processes, world
 from run.record import refuse_wrong_out, start_or_check, sweep
-from sample import Completion, Params, Request, Sampler, check_lengths, still_to_do
+from sample import Completion, Request, Sampler, SamplingParams, check_lengths, still_to_do
 
 
 # ---- budget forcing ------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def run_cell(name: str, sampler: Sampler, plan: Plan, args, done: set) -> Iterat
     This process's part of them, without those whose (id, index) is `done`.
     """
     tokenizer, task = sampler.tokenizer, plan.task
-    params = Params(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    params = SamplingParams(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     queue = still_to_do(requests_of([plan], tokenizer, args), done)
     forced = deque()
     work = sum(len(request.indices) for request in queue) * (2 if args.budget_forcing else 1)

@@ -41,7 +41,7 @@ from run.files import to_json
 from run.processes import balanced, gathered, in_batches, rank, total, world
 from run.record import refuse_wrong_out
 from run.run_folder import Run
-from sample import Completion, Params, Sampler, check_lengths
+from sample import Completion, Sampler, SamplingParams, check_lengths
 
 DEFAULTS: Defaults = {"lr": (4e-4, 1e-6)}
 # Of the memory that is free before the first step: on a GPU the cache stays while the model trains.
@@ -151,10 +151,10 @@ def roll_out(sampler: Sampler, chosen: list, args, step: int) -> list[Group]:
     mine = groups[rank()::world()]
     prompts = [group.prompt for group in mine]
     identities = [f"step {step}/{group.problem.id}" for group in mine]
-    params = Params(args.max_new_tokens, args.temperature)
+    params = SamplingParams(args.max_new_tokens, args.temperature)
     answered = sampler.generate(prompts, args.rollouts, params, args.seed, identities)
     sampler.release()
-    if sampler.stop():
+    if sampler.should_stop():
         return groups
     for group, completions in zip(mine, answered, strict=True):
         group.completions = completions
@@ -200,10 +200,10 @@ def validate(sampler: Sampler, problems: list, args) -> dict[str, float] | None:
     """
     mine = problems[rank()::world()]
     prompts = [sampler.tokenizer.chat(task.prompt(problem)) for task, problem in mine]
-    answered = sampler.generate(prompts, 1, Params(args.max_new_tokens, args.temperature), args.seed)
+    answered = sampler.generate(prompts, 1, SamplingParams(args.max_new_tokens, args.temperature), args.seed)
     sampler.release()
     right = 0
-    if total([float(sampler.stop())])[0]:
+    if total([float(sampler.should_stop())])[0]:
         return None
     for (task, problem), (completion,) in zip(mine, answered, strict=True):
         right += task.grade(problem, sampler.tokenizer.decode_response(completion.tokens)).correct
@@ -404,7 +404,7 @@ def main():
 
     run = Run(args, partial(inputs, args, problems, held_out), optimizer, publisher(optimizer, tokenizer),
               args.steps, measure, renew)
-    sampler.stop = run.stop_request.here
+    sampler.should_stop = run.stop_request.here
     say(f"from {args.model} into {args.out}: {len(problems)} questions, {args.steps} steps of "
         f"{args.questions_per_step} x {args.rollouts} rollouts, learning rate {args.lr:g}")
     log = StepLog(run, tokenizer, args)

@@ -51,7 +51,7 @@ from run.record import refuse_wrong_out, start_or_check
 
 # ---- what is asked and what comes back -----------------------------------------------------------
 @dataclass(frozen=True)
-class Params:
+class SamplingParams:
     """How tokens are chosen.
 
     The cuts come in vLLM's order: repetition penalty, temperature, top-k, top-p.
@@ -69,7 +69,7 @@ class Request:
     prompt: list[int]
     indices: list[int]
     identity: str | None = None  # names the question for the randomness; None takes the prompt itself
-    max_new_tokens: int | None = None  # None takes the Params'
+    max_new_tokens: int | None = None  # None takes the SamplingParams'
     payload: Any = None  # the caller's own, untouched
     started: int = 0  # how many of the indices have been given a slot
 
@@ -138,9 +138,9 @@ class Sampler:
         self.tokens_per_sync = TOKENS_PER_SYNC[model.device.type]
         self.free_to_prefill = FREE_TO_PREFILL[model.device.type]
         self.graphed = model.device.type == "cuda" and uses_triton(model.device, model.dtype)
-        self.stop: Callable[[], bool] = lambda: False  # looked at between steps: what is not done is dropped
+        self.should_stop: Callable[[], bool] = lambda: False  # read between steps; what is not done is lost
         # Of the present call of `stream`.
-        self.params = Params()
+        self.params = SamplingParams()
         self.seed = 0
         self.live: list[Sequence] = []
         # The cache, and what belongs to it. None until there is something to sample.
@@ -151,7 +151,7 @@ class Sampler:
         self.cache_budget: int | None = None
 
     def generate(
-        self, prompts: list[list[int]], n: int, params: Params, seed: int = 0, identities=None,
+        self, prompts: list[list[int]], n: int, params: SamplingParams, seed: int = 0, identities=None,
     ) -> list[list[Completion]]:
         """n completions of each prompt (a list of ids), in order."""
         identities = identities or [None] * len(prompts)
@@ -164,7 +164,7 @@ class Sampler:
         return out
 
     def stream(
-        self, queue: deque[Request], params: Params, seed: int = 0,
+        self, queue: deque[Request], params: SamplingParams, seed: int = 0,
     ) -> Iterator[tuple[Request, int, Completion]]:
         """Yield (request, index, completion) as rows finish.
 
@@ -174,7 +174,7 @@ class Sampler:
         self.seed = seed
         self.live = []
         refit = False  # the first cache is made for what waits, a later one because longer requests came
-        while (queue or self.live) and not self.stop():
+        while (queue or self.live) and not self.should_stop():
             if queue and not self.live:
                 self.fit_cache(queue, refit)
                 refit = True
@@ -406,9 +406,9 @@ CHOICE: Defaults = {
 }
 
 
-def choice_of(args, model: Transformer) -> Params:
+def choice_of(args, model: Transformer) -> SamplingParams:
     fill_in(args, CHOICE, model.is_miniature)
-    return Params(
+    return SamplingParams(
         args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.repetition_penalty)
 
 

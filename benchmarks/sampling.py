@@ -26,7 +26,7 @@ from cache import KVCache
 from checkpoint import device_and_dtype, find_folder
 from checkpoint.tokenizer import Tokenizer
 from run.command import command, number, parser, positive
-from sample import Params, Request, Sampler
+from sample import Request, Sampler, SamplingParams
 
 
 def requests(args, tokenizer):
@@ -61,7 +61,7 @@ def ours(args):
 
     def run(seed):
         work, temperature = requests(args, tokenizer)
-        stream = sampler.stream(deque(work), Params(temperature=temperature), seed)
+        stream = sampler.stream(deque(work), SamplingParams(temperature=temperature), seed)
         return sum(len(completion.tokens) for _, _, completion in stream)
     return timed(run, model.device)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from checkpoint import load
-from sample import Params, Sampler
+from sample import Sampler, SamplingParams
 
 FOLDERS = [folder for folder in os.environ.get("MODELS", "").split(",") if folder]
 pytestmark = pytest.mark.skipif(not FOLDERS, reason="MODELS names no folder of a pretrained model")
@@ -25,7 +25,7 @@ def test_logits_and_greedy_text_equal_transformers(folder):
         prompts.append(tokenizer.chat(chat))
         want = their_tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         assert prompts[-1] == want
-    groups = Sampler(ours, tokenizer).generate(prompts, 1, Params(48, temperature=0))
+    groups = Sampler(ours, tokenizer).generate(prompts, 1, SamplingParams(48, temperature=0))
     for prompt, (completion,) in zip(prompts, groups, strict=True):
         ids = torch.tensor([prompt])
         greedy = {"do_sample": False, "max_new_tokens": 48}

@@ -15,7 +15,7 @@ import tasks
 from cache import Graphs, KVCache
 from grading.answers import verdict
 from run.command import UserError
-from sample import Params, Request, Sampler
+from sample import Request, Sampler, SamplingParams
 
 PROMPTS = [[5, 9, 200, 31], [7], [100 + i for i in range(23)], [3, 3, 3, 3, 3, 3, 3]]
 
@@ -40,17 +40,17 @@ def tokens_of(groups):
 def test_cached_decoding_equals_the_full_forward(family, slots):
     """Rule 2: ragged prompts, slots refilled and closed up (3 slots, 8 rows), prompts forked to samples."""
     model, tokenizer = tiny(family)
-    got = Sampler(model, tokenizer, slots).generate(PROMPTS, 2, Params(12, temperature=0))
+    got = Sampler(model, tokenizer, slots).generate(PROMPTS, 2, SamplingParams(12, temperature=0))
     for prompt, group in zip(PROMPTS, got, strict=True):
         want = full_forward(model, prompt, 12, tokenizer.stop_ids)
         assert [c.tokens for c in group] == [want, want]
 
 
 @pytest.mark.parametrize("params", [
-    Params(30),
-    Params(30, temperature=0.7, top_k=20, top_p=0.8),
-    Params(30, temperature=1.3, repetition_penalty=1.1),
-    Params(30, temperature=0),
+    SamplingParams(30),
+    SamplingParams(30, temperature=0.7, top_k=20, top_p=0.8),
+    SamplingParams(30, temperature=1.3, repetition_penalty=1.1),
+    SamplingParams(30, temperature=0),
 ], ids=["plain", "cuts", "penalty", "greedy"])
 def test_logprobs_equal_the_trainers(params):
     """Rule 3, and the cuts and the penalty are not in the number."""
@@ -67,7 +67,7 @@ def test_a_completion_depends_on_its_identity_only():
     model, tokenizer = tiny()
 
     def sampled(slots, prompts=PROMPTS, n=4, seed=3):
-        return tokens_of(Sampler(model, tokenizer, slots).generate(prompts, n, Params(25), seed))
+        return tokens_of(Sampler(model, tokenizer, slots).generate(prompts, n, SamplingParams(25), seed))
 
     reference = sampled(16)
     assert sampled(2) == reference
@@ -83,7 +83,7 @@ def test_ends():
     model, tokenizer = tiny()
     stops = set(tokenizer.stop_ids)
     finishes = set()
-    groups = Sampler(model, tokenizer, 8).generate(PROMPTS, 8, Params(300))
+    groups = Sampler(model, tokenizer, 8).generate(PROMPTS, 8, SamplingParams(300))
     for prompt, group in zip(PROMPTS, groups, strict=True):
         for c in group:
             finishes.add(c.finish)
@@ -92,7 +92,7 @@ def test_ends():
             assert c.finish == "stop" or len(prompt) + len(c.tokens) == 256
     assert finishes == {"stop", "length"}
     with pytest.raises(UserError, match="has 256 tokens and does not fit the model's context of 256"):
-        Sampler(model, tokenizer).generate([[5] * 256], 1, Params(5))
+        Sampler(model, tokenizer).generate([[5] * 256], 1, SamplingParams(5))
 
 
 def test_padded_ids_are_never_sampled():
@@ -101,14 +101,14 @@ def test_padded_ids_are_never_sampled():
     with torch.no_grad():
         embedding = model.model.embed_tokens.weight
         embedding[tokenizer.size:] = 50 * embedding[:9]
-    groups = tokens_of(Sampler(model, tokenizer, 32).generate(PROMPTS, 8, Params(20, temperature=5.0)))
+    groups = tokens_of(Sampler(model, tokenizer, 32).generate(PROMPTS, 8, SamplingParams(20, 5.0)))
     assert max(token for group in groups for tokens in group for token in tokens) < tokenizer.size
 
 
 def test_repetition_penalty_is_vllms():
     """Positive logits of seen tokens are divided, negative ones multiplied, for prompt and output."""
     model, tokenizer = tiny()
-    got = Sampler(model, tokenizer, 2).generate(PROMPTS, 1, Params(15, 0, repetition_penalty=1.8))
+    got = Sampler(model, tokenizer, 2).generate(PROMPTS, 1, SamplingParams(15, 0, repetition_penalty=1.8))
     for prompt, (c,) in zip(PROMPTS, got, strict=True):
         tokens = list(prompt)
         for token in c.tokens:
@@ -126,11 +126,11 @@ def test_memory_decides_slots_and_is_refused_in_one_line(monkeypatch):
     bytes_a_slot = 64 * KVCache.bytes_per_token(model.config, torch.float32)
     monkeypatch.setattr(sample, "free_memory", lambda device: 3 * bytes_a_slot / 0.6 + 100)
     sampler = Sampler(model, tokenizer)
-    sampler.params = Params(20)
+    sampler.params = SamplingParams(20)
     sampler.fit_cache([Request(prompt, [0, 1, 2, 3]) for prompt in PROMPTS])
     assert (sampler.cache.slots, sampler.cache.capacity) == (3, 64)
     with pytest.raises(UserError, match="lower --slots or --max-new-tokens"):
-        Sampler(model, tokenizer, slots=8).generate(PROMPTS, 4, Params(20))
+        Sampler(model, tokenizer, slots=8).generate(PROMPTS, 4, SamplingParams(20))
 
 
 def replay_without_a_gpu(graphs, step):
@@ -153,7 +153,7 @@ def test_a_cache_with_graphs_stays(monkeypatch):
     sampler.graphed = True
     caches = []
     for length, rows in [(30, 50), (30, 50), (18, 50), (34, 3), (30, 50), (46, 3), (30, 50)]:
-        sampler.generate([[5] * length], rows, Params(18))
+        sampler.generate([[5] * length], rows, SamplingParams(18))
         caches += [sampler.cache] if sampler.cache not in caches else []
     # 30% of 100 slots of 64 positions; then longer ones, fewer.
     assert [(cache.slots, cache.capacity) for cache in caches] == [(40, 48), (30, 64)]
@@ -169,7 +169,8 @@ def test_random_workloads_equal_one_row_at_a_time(seed, monkeypatch):
     rng = random.Random(seed)
     model, tokenizer = tiny(rng.choice(["qwen2", "qwen3"]), dtype=torch.float64)  # no near-ties
     tokenizer.stop_ids = rng.sample(range(250), 8)
-    params = rng.choice([Params(), Params(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.2)])
+    cut = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.2)
+    params = rng.choice([SamplingParams(), cut])
     requests = [([3] * 7, 1, 57)]  # it fills a slot of 64 to its last position
     for _ in range(9):
         prompt = [rng.randrange(250) for _ in range(rng.choice([1, 2, 9, 40] if seed < 2 else [1, 9, 150]))]

@@ -10,7 +10,7 @@ import torch
 from conftest import environment, tiny
 
 import kernels
-from sample import Params, Sampler
+from sample import Sampler, SamplingParams
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -62,7 +62,7 @@ import sys
 sys.modules["triton"] = None
 import torch, checkpoint, sample, grpo
 model, tokenizer = checkpoint.load("mini", "cpu")
-completion, = sample.Sampler(model, tokenizer).generate([[5, 6]], 1, sample.Params(4))[0]
+completion, = sample.Sampler(model, tokenizer).generate([[5, 6]], 1, sample.SamplingParams(4))[0]
 logp, _ = model.logprobs(model(torch.tensor([[5, 6]]))[0], torch.tensor([6, 7]))
 logp.sum().backward()
 print(len(completion.tokens))
@@ -96,8 +96,8 @@ def test_training_step(use, family):
 
 
 @pytest.mark.parametrize("family, params", [
-    ("qwen3", Params(10)),
-    ("qwen2", Params(5, 0.7, 20, 0.8, repetition_penalty=1.1)),
+    ("qwen3", SamplingParams(10)),
+    ("qwen2", SamplingParams(5, 0.7, 20, 0.8, repetition_penalty=1.1)),
 ], ids=["plain", "cuts"])
 def test_sampling(use, family, params):
     """The same tokens from both, the trainer's log-probabilities, and new weights seen, by graphs too."""
@@ -127,5 +127,5 @@ def test_bfloat16_stays_close(use):
     use("triton")
     model, tokenizer = tiny_there("qwen2")
     model = model.bfloat16()
-    for group in Sampler(model, tokenizer, 8).generate(PROMPTS, 4, Params(40)):
+    for group in Sampler(model, tokenizer, 8).generate(PROMPTS, 4, SamplingParams(40)):
         assert all(apart(model, c).mean() < 0.05 for c in group)
