@@ -1,6 +1,6 @@
 """Accuracy with intervals, use of the skills, budget forcing.
 
-    python evaluate.py                                # mini, and what is there of out/{rl,sft,grpo}
+    python evaluate.py                                # mini, and those of out/{rl,sft,grpo} that exist
     python evaluate.py --models base=mini,sft=out/sft,grpo=out/grpo --tasks countdown-4-small --budget-forcing
     python evaluate.py --models Qwen/Qwen2.5-1.5B-Instruct --tasks gsm8k --questions 0 --max-new-tokens 4096
 
@@ -153,7 +153,7 @@ ARMS = {"base": "mini", "rl-only": "out/rl", "sft": "out/sft", "sft+grpo": "out/
 def arguments():
     p = parser(__doc__, out="out/evaluate", model="")
     location(p.add_argument("--models", help="name=folder or hub id, with commas; others are compared with "
-                         f"the first; if not given, what is there of {', '.join(ARMS.values())}"))
+                         f"the first; if not given, those that exist of {', '.join(ARMS.values())}"))
     p.add_argument("--tasks", default="countdown-3-small,countdown-4-small,countdown-5-small",
                    help=f"with commas between: {tasks.NAMES}")
     p.add_argument("--split", default="test", help=f"{', '.join(tasks.SPLITS)}; of a file: also all")

@@ -416,7 +416,7 @@ def main():
             optimizer.refresh(policy)
             log.start()
             groups = roll_out(sampler, choose(problems, step, args.questions_per_step, args.seed), args, step)
-            # No weight has changed since the last step: a rollout that was cut short is made again.
+            # No weight has changed since the last step; --resume makes these rollouts again.
             run.leave_if_asked(step - 1, updates)
             exchange(groups)
             log.rolled_out()

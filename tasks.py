@@ -405,7 +405,7 @@ def flaw_of(answer: str, check: Check) -> str:
     if not unwrap(answer):
         return "is empty"
     if "####" in answer:
-        return "has GSM8K's #### in it; python convert.py FILE makes it ours"
+        return "has GSM8K's #### in it; python convert.py FILE converts it"
     if check is check_integer and integer_of(unwrap(answer), percent=True) is None:
         return "is not an integer; grade with file:PATH:math or :exact"
     if check is check_math and flaw_of_gold(answer):
@@ -488,9 +488,9 @@ class FromFile(Task):
                 raise UserError(f"{where}: an earlier row asks the same and has another answer; remove one")
         if copies:
             say(f"{path}: left out {copies} rows that repeat a question")
-        labels = {p.truth["answer"] for p in found.values() if "choices" in p.truth}
-        if len(labels) == 1 and len(found) > 1:
-            say(f"{path}: warning: the right choice is {labels.pop()} in all rows; shuffle the choices")
+        labels = [p.truth["answer"] for p in found.values() if "choices" in p.truth]
+        if len(labels) > 1 and len(set(labels)) == 1:
+            say(f"{path}: warning: the right choice is {labels[0]} in all rows; shuffle the choices")
         return found
 
 

@@ -1,7 +1,7 @@
 r"""When two math answers are the same. math-verify computes; here is what it may be asked.
 
     check_math(r"\frac{2}{4}", {"answer": "0.5"})          # "": right
-    check_math("5 trillion", {"answer": "5"})              # "has a letter that the right answer has not"
+    check_math("5 trillion", {"answer": "5"})              # "has a letter that the right answer lacks"
 
 The library reads LaTeX and compares with sympy, far better than a few hundred lines of ours would. But it
 drops in silence what it cannot read (`7 \\ 6` is 6, `52_8` is 52), takes `2(3)` for 2 + 3 and R for r, and
@@ -223,7 +223,7 @@ def difference(answer: str, raw_gold: str) -> str:
 
 def difference_of_values(answer: str, gold: str) -> str:
     if letters(answer) - letters(gold):
-        return "has a letter that the right answer has not"
+        return "has a letter that the right answer lacks"
     percents = (gold.endswith("\\%"), answer.endswith("\\%"))
     gold, answer = gold.removesuffix("\\%"), answer.removesuffix("\\%")
     links = [answer] if "=" in gold else answer.split("=")  # 2 + 3 = 5: each must be it

@@ -247,8 +247,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def may_change(flag: argparse.Action) -> None:
-    """Marks a flag that may be another when a run goes on: it changes how the run is made, not what it makes
-    (but for rounding)."""
+    """Marks a flag that --resume lets differ: it changes how far a run goes or how it is made, not its steps
+    (except for rounding)."""
     flag.may_change = True
 
 
@@ -259,7 +259,7 @@ def location(flag: argparse.Action) -> None:
 
 def bare_parser(doc: str) -> Parser:
     """A parser without any flag but --help."""
-    return Parser(description=doc, formatter_class=_Help)
+    return Parser(description=doc, formatter_class=_Help, allow_abbrev=False)  # --task is not --tasks
 
 
 def parser(doc: str, out: str | None, model: str | None = "mini") -> argparse.ArgumentParser:

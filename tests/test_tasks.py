@@ -227,6 +227,9 @@ def test_choices_that_are_all_the_first_are_a_warning(tmp_path, capsys):
     rows = [{"question": f"{i}?", "choices": {"A": "x", "B": "y"}, "answer": "A"} for i in range(9)]
     find(f"file:{write_jsonl(tmp_path / 'a.jsonl', rows)}").problems("all", 0)
     assert "warning: the right choice is A in all rows" in capsys.readouterr().out
+    rows[1:] = [{"question": "2 + 3?", "answer": "5"}]  # one row with choices says nothing
+    find(f"file:{write_jsonl(tmp_path / 'b.jsonl', rows)}").problems("all", 0)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name, message", [
