@@ -96,7 +96,7 @@ def curves_section(rows: list[dict]) -> str:
 
 
 def curve(name: str, points: list[tuple[int, float]]) -> str:
-    """[(step, value)] as a line, captioned with its range, which starts at 0 if values come near it."""
+    """[(step, value)] as a line. Its caption says what it is drawn from: 0, if values come near it."""
     steps = np.array([step for step, _ in points])
     values = np.array([value for _, value in points])
     low, high = values.min(), values.max()
@@ -105,7 +105,7 @@ def curve(name: str, points: list[tuple[int, float]]) -> str:
     x = 1000 * (steps - steps[0]) / (np.ptp(steps) or 1)
     y = 290 - 280 * (values - low) / (high - low or 1)
     corners = "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
-    about = f" {values[-1]:.3g} at last; {low:.3g} to {high:.3g}, step {steps[0]} to {steps[-1]}"
+    about = f" {values[-1]:.3g} at last; drawn from {low:.3g} to {high:.3g}, step {steps[0]} to {steps[-1]}"
     title = el("figcaption", escaped(name), el("small", about))
     line = el("path", d=f"M{corners}h0")
     picture = el("svg", line, viewBox="0 0 1000 300", preserveAspectRatio="none")
